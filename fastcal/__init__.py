@@ -1,0 +1,63 @@
+"""INT8 calibration for TensorRT at the speed of the data.
+
+`ImageFeed` decodes and prepares images ahead of whoever consumes them; `calibrate` runs a network over them, takes the
+histograms of its activations and picks the scales TensorRT would pick; the `CalibrationCache` it returns is read by
+TensorRT as its own.
+
+Everything is imported when it is first used: `import fastcal` needs neither DALI nor ONNX Runtime nor a GPU.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastcal.cache import CalibrationCache
+    from fastcal.errors import FastcalError
+    from fastcal.feed.feed import ArrayFeed, Feed
+    from fastcal.feed.images import ImageFeed
+    from fastcal.feed.preprocess import Preprocess
+    from fastcal.observe.calibration import Progress, calibrate
+
+__all__ = [
+    "ArrayFeed",
+    "CalibrationCache",
+    "FastcalError",
+    "Feed",
+    "ImageFeed",
+    "Preprocess",
+    "Progress",
+    "calibrate",
+]
+
+_MODULES = {
+    "ArrayFeed": "fastcal.feed.feed",
+    "CalibrationCache": "fastcal.cache",
+    "FastcalError": "fastcal.errors",
+    "Feed": "fastcal.feed.feed",
+    "ImageFeed": "fastcal.feed.images",
+    "Preprocess": "fastcal.feed.preprocess",
+    "Progress": "fastcal.observe.calibration",
+    "calibrate": "fastcal.observe.calibration",
+}
+
+
+# Packages that an extra brings, by the module whose absence tells.
+_EXTRAS = {"numba": "numba", "nvidia": "NVIDIA DALI", "onnxruntime": "ONNX Runtime"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fastcal' has no attribute {name!r}")
+    try:
+        return getattr(import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as error:
+        package = _EXTRAS.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        from fastcal.errors import FastcalError
+
+        raise FastcalError(f"{name} needs {package}, which is not installed: pip install 'fastcal[cpu]'") from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""`python -m fastcal` is `fastcal`."""
+
+from fastcal.cli import main
+
+main()

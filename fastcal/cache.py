@@ -1,0 +1,152 @@
+"""TensorRT's calibration cache: a header line, then `name: scale` for every tensor."""
+
+import os
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastcal.errors import FastcalError
+from fastcal.files import write_atomically
+
+#: The TensorRT version a cache is written for where none is installed and none is asked for: the last 10.x release.
+DEFAULT_TENSORRT_VERSION = "10.16.1"
+
+#: How the header of a cache names each algorithm that TensorRT numbers by its version.
+CALIBRATION_NAMES = {
+    "entropy2": "EntropyCalibration2",
+    "entropy": "EntropyCalibration",
+    "minmax": "MinMaxCalibration",
+}
+
+#: The algorithms `fastcal.calibrate` knows. "percentile" is TensorRT's Legacy calibration with regression cutoff 1.
+ALGORITHMS = (*CALIBRATION_NAMES, "percentile")
+
+
+@dataclass
+class CalibrationCache:
+    """The scales of a network's tensors, as TensorRT reads and writes them.
+
+    Attributes:
+        scales: Tensor name to scale, in the order of the file. A scale is the real value of one INT8 step, so a tensor
+            is clipped at 127 scales; every scale is exactly a float32. A tensor that is always 0 has scale 0.
+        algorithm: "entropy2", "entropy", "minmax" or "percentile".
+        tensorrt_version: "major.minor.patch" in the header. TensorRT 8.6.0 takes a cache of 8.6.1 and calibrates again
+            when handed one of 10.16. Legacy calibration ("percentile") writes no version: None.
+        quantile: For "percentile", the share of values that is not clipped.
+        cutoff: For "percentile", Legacy calibration's regression cutoff.
+    """
+
+    scales: dict[str, float] = field(default_factory=dict)
+    algorithm: str = "entropy2"
+    tensorrt_version: str | None = DEFAULT_TENSORRT_VERSION
+    quantile: float | None = None
+    cutoff: float | None = None
+
+    @property
+    def header(self) -> str:
+        """The first line of the file, without its line end."""
+        if self.algorithm == "percentile":
+            return f"0 {_hex(self.cutoff, '>d')} {_hex(self.quantile, '>d')}"
+        if self.tensorrt_version is None:
+            raise FastcalError(f"a cache of algorithm {self.algorithm} needs a TensorRT version, e.g. 10.16.1")
+        return f"TRT-{_version_number(self.tensorrt_version)}-{CALIBRATION_NAMES[self.algorithm]}"
+
+    def to_bytes(self) -> bytes:
+        """The file's contents."""
+        lines = [self.header, *(f"{name}: {_hex(scale, '>f')}" for name, scale in self.scales.items())]
+        return ("\n".join(lines) + "\n").encode(errors="surrogateescape")
+
+    @classmethod
+    def from_bytes(cls, data: bytes, origin: str = "calibration cache") -> "CalibrationCache":
+        """Read a file's contents; `origin` names them in an error.
+
+        Raises:
+            FastcalError: The text is not a calibration cache.
+        """
+        header, *lines = data.decode(errors="surrogateescape").split("\n")
+        cache = cls._from_header(header, origin)
+        for number, line in enumerate(lines, start=2):
+            if line.strip():
+                name, separator, digits = line.rpartition(": ")
+                if not separator or not re.fullmatch(r"[0-9a-fA-F]{1,8}\s*", digits):
+                    raise FastcalError(f"{origin}, line {number}: {line[:80]!r} is not 'tensor name: hex scale'")
+                cache.scales[name] = _unhex(digits, ">f")
+        return cache
+
+    @classmethod
+    def _from_header(cls, line: str, origin: str) -> "CalibrationCache":
+        """A cache without scales."""
+        match = re.fullmatch(r"TRT-(\d{4,6})-(\w+)\s*", line)
+        for algorithm, name in CALIBRATION_NAMES.items():
+            if match and match[2] == name:
+                major, rest = divmod(int(match[1]), 10000 if len(match[1]) == 6 else 1000)
+                return cls({}, algorithm, f"{major}.{rest // 100}.{rest % 100}")
+        match = re.fullmatch(r"0 ([0-9a-f]{1,16}) ([0-9a-f]{1,16})\s*", line)
+        if match:
+            cutoff, quantile = (_unhex(digits, ">d") for digits in match.groups())
+            return cls({}, "percentile", None, quantile, cutoff)
+        raise FastcalError(f"{origin} is not a TensorRT calibration cache: its first line is {line[:80]!r}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to `path`, whole or not at all.
+
+        Raises:
+            FastcalError: The file cannot be written; an older one is then as it was.
+        """
+        write_atomically(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "CalibrationCache":
+        """Read the cache at `path`.
+
+        Raises:
+            FastcalError: There is no such file, or it is not a calibration cache.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise FastcalError(f"cannot read calibration cache {path}: {error.strerror}") from error
+        return cls.from_bytes(data, origin=str(path))
+
+
+def installed_tensorrt_version() -> str | None:
+    """The version of the TensorRT that Python can import here, as "major.minor.patch"; None where there is none."""
+    try:
+        import tensorrt
+    except (ImportError, OSError):  # OSError: the bindings are there, TensorRT's libraries are not
+        return None
+    version = re.match(r"\d+\.\d+\.\d+", str(tensorrt.__version__))
+    return version.group() if version else None
+
+
+def check_tensorrt_version(version: str) -> str:
+    """`version` as "major.minor.patch".
+
+    Raises:
+        FastcalError: It is not a TensorRT version that reads calibration caches (8.x to 10.x).
+    """
+    _version_number(version)
+    return ".".join([*version.split("."), "0"][:3])
+
+
+def _version_number(version: str) -> int:
+    """TensorRT's NV_TENSORRT_VERSION: 8.6.0 is 8600; from 10.0 on there are two digits more: 10.3.0 is 100300."""
+    match = re.fullmatch(r"(\d{1,2})\.(\d{1,2})(?:\.(\d{1,2}))?(?:\.\w+)*", version)
+    if match is None:
+        raise FastcalError(f"{version!r} is not a TensorRT version; write it like 10.16.1")
+    major, minor, patch = (int(part or 0) for part in match.groups())
+    if not 8 <= major <= 10:
+        raise FastcalError(f"TensorRT {version} takes no calibration cache; only 8.x to 10.x do")
+    return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
+
+
+def _hex(value: float | None, form: str) -> str:
+    if value is None:
+        raise FastcalError("a cache of algorithm percentile needs its quantile and cutoff")
+    return struct.pack(form, value).hex().lstrip("0") or "0"
+
+
+def _unhex(digits: str, form: str) -> float:
+    value: float = struct.unpack(form, bytes.fromhex(digits.strip().zfill(2 * struct.calcsize(form))))[0]
+    return value

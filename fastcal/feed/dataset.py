@@ -1,0 +1,86 @@
+"""Which samples there are and in which order."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastcal.errors import FastcalError
+
+#: What an image file's name ends in: the formats that DALI decodes.
+EXTENSIONS = frozenset(
+    [".bmp", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"]
+)
+
+_log = logging.getLogger("fastcal")
+
+
+def list_images(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Paths of images, in order.
+
+    Args:
+        data: A folder (searched with its folders, sorted by path; hidden files are left out), a list file (one path a
+            line, relative to the file, in its order), one image, or a sequence of paths (in its order).
+
+    Raises:
+        FastcalError: There is no such path, or no image in it.
+    """
+    if not isinstance(data, (str, os.PathLike)):
+        return _existing([os.fspath(path) for path in data], "the list of images")
+    path = Path(data)
+    if path.is_dir():
+        return _in_folder(path)
+    if not path.exists():
+        raise FastcalError(f"no such file or folder: {path}; name a folder of images or a list file")
+    if path.suffix.lower() in EXTENSIONS:
+        return [str(path)]
+    return _in_list_file(path)
+
+
+def order(paths: list[str], *, shuffle: bool, seed: int, limit: int | None) -> list[str]:
+    """`paths` shuffled by the seed (the same on every machine), then cut to the first `limit`."""
+    if shuffle:
+        # RandomState's streams are frozen by NumPy's compatibility policy, default_rng's are not.
+        paths = [paths[index] for index in np.random.RandomState(seed).permutation(len(paths))]
+    return paths[:limit]
+
+
+def _in_folder(folder: Path) -> list[str]:
+    found, others = [], 0
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for name in files:
+            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
+                found.append(os.path.join(parent, name))
+            else:
+                others += 1
+    if not found:
+        has = f"has {others} files, none of them an image" if others else "is empty"
+        raise FastcalError(f"{folder} {has}; name a folder with {', '.join(sorted(EXTENSIONS))} files")
+    if others:
+        _log.info("%s: left out %d files that are not images", folder, others)
+    return sorted(found)
+
+
+def _in_list_file(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FastcalError(f"cannot read list file {path}: {error}; it needs one image path a line") from error
+    return _existing([str(path.parent / line) for line in lines if line.strip()], f"list file {path}")
+
+
+def _existing(paths: list[str], origin: str) -> list[str]:
+    if not paths:
+        raise FastcalError(f"{origin} is empty; it needs at least one image path")
+    for number, path in enumerate(paths, start=1):
+        if not os.path.isfile(path):
+            raise FastcalError(f"{origin}, entry {number}: no such file: {path}; correct or remove it")
+    return paths

@@ -1,0 +1,136 @@
+"""A ring of buffers: one thread fills the next while the consumer reads the last it was given."""
+
+import atexit
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+Buffer = TypeVar("Buffer")
+
+
+class Prefetcher(Generic[Buffer], Iterator[Buffer]):
+    """One pass: an iterator over filled buffers.
+
+    A background thread fills free buffers in turn. The buffer that the consumer holds goes back to it when the next
+    one is asked for, so with two buffers one is read while the other fills. What a buffer is, is not looked at.
+
+    An error in `fill` is raised in the consumer, after the buffers filled before it. The thread ends with the pass,
+    with `close`, when the iterator is deleted, and before the interpreter exits.
+
+    Args:
+        buffers: At least two buffers; they are reused in this order.
+        fill: Called in the thread as fill(index, buffer) for index 0, 1, ... count - 1.
+        count: How many buffers to hand out in all.
+
+    Attributes:
+        waited: Seconds the consumer has waited for buffers.
+    """
+
+    def __init__(self, buffers: Sequence[Buffer], fill: Callable[[int, Buffer], None], count: int) -> None:
+        self.waited = 0.0
+        self._ring = _Ring(buffers)
+        thread = threading.Thread(target=self._ring.produce, args=(fill, count), name="fastcal-prefetch", daemon=True)
+        self.close = _stopper(self._ring, thread)
+        weakref.finalize(self, self.close).atexit = False  # neither it nor the thread refers to this object
+        thread.start()
+
+    def __next__(self) -> Buffer:
+        """Give the last buffer back and wait for the next.
+
+        Raises:
+            StopIteration: All buffers have been handed out, or the pass was closed.
+            Exception: What `fill` raised.
+        """
+        start = time.perf_counter()
+        try:
+            return self._ring.take()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self.waited += time.perf_counter() - start
+
+
+class _Ring(Generic[Buffer]):
+    """What the thread and the iterator share."""
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        self._changed = threading.Condition()
+        self._free = deque(buffers)
+        self._filled: deque[Buffer] = deque()
+        self._held: list[Buffer] = []
+        self._ended = False
+        self.idle = threading.Event()  # set when the thread is through with `fill`
+        self._error: BaseException | None = None
+
+    def produce(self, fill: Callable[[int, Buffer], None], count: int) -> None:
+        try:
+            for index in range(count):
+                with self._changed:
+                    self._changed.wait_for(lambda: self._free or self._ended)
+                    if self._ended:
+                        return
+                    buffer = self._free.popleft()
+                fill(index, buffer)
+                with self._changed:
+                    self._filled.append(buffer)
+                    self._changed.notify_all()
+        except BaseException as error:  # handed to the consumer
+            self._error = error
+        finally:
+            self.end()
+            self.idle.set()
+
+    def take(self) -> Buffer:
+        with self._changed:
+            if self._held:
+                self._free.append(self._held.pop())
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._filled or self._ended)
+            if self._filled:
+                self._held.append(self._filled.popleft())
+                return self._held[0]
+            if self._error is not None:
+                raise self._error
+            raise StopIteration
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def discard(self) -> None:
+        with self._changed:
+            self._filled.clear()
+
+
+def _stopper(ring: _Ring[Buffer], thread: threading.Thread) -> Callable[[], None]:
+    """A function that ends the thread and waits for it; called at the interpreter's exit if it was not before.
+
+    A thread left running would be in the middle of a decoder while that is taken down. Exit functions run last in,
+    first out: this one is younger than those of the libraries that `fill` calls.
+    """
+
+    def stop() -> None:
+        interrupted = None
+        # An event of our own, not join: up to Python 3.12 a thread whose join is interrupted counts as dead.
+        while not ring.idle.is_set():
+            try:
+                ring.end()
+                if thread.ident in (None, threading.get_ident()):  # never started; or deleted by the thread itself
+                    break
+                ring.idle.wait()
+            except KeyboardInterrupt as interrupt:  # a second Ctrl-C
+                interrupted = interrupt
+        if thread.ident not in (None, threading.get_ident()):
+            thread.join()
+        ring.discard()
+        atexit.unregister(stop)
+        if interrupted is not None:
+            raise interrupted
+
+    atexit.register(stop)
+    return stop

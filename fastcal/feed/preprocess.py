@@ -1,0 +1,140 @@
+"""What the network expects of an image: size, colours, values, layout."""
+
+from dataclasses import dataclass, replace
+
+from fastcal.errors import FastcalError
+
+CHANNELS = ("RGB", "BGR", "GRAY")
+LAYOUTS = ("NCHW", "NHWC")
+RESIZES = ("stretch", "crop", "letterbox")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes a network's input.
+
+    Decoded to 8 bits a channel and turned upright by its EXIF orientation, resized to `size` with 8-bit results as PIL
+    has them, then (pixel * scale - mean) / std in float32.
+
+    Attributes:
+        size: Height and width, in pixels.
+        resize: "stretch" both sides to `size`; "crop": resize until the image covers size / crop_fraction, then cut
+            `size` out of the centre; "letterbox": resize until it fits into `size`, then pad both sides alike.
+        crop_fraction: For "crop", the share of each side that stays. 0.875 resizes the shorter side to 256 for 224, as
+            torchvision and timm do.
+        fill: For "letterbox", the padding's pixel value, 0 to 255.
+        antialias: Whether the (bilinear) filter widens when it shrinks, as PIL's does and OpenCV's does not.
+        channels: "RGB", "BGR" or "GRAY" (one channel: ITU-R 601 luma, as PIL's "L").
+        scale: Factor on pixel values 0 to 255.
+        mean: Per channel, in the order of `channels`, subtracted after scaling; one value stands for all channels.
+        std: Per channel, divided by at last.
+        layout: "NCHW" or "NHWC".
+
+    Raises:
+        FastcalError: A value is not one of the above.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    resize: str = "stretch"
+    crop_fraction: float = 0.875
+    fill: int = 114
+    antialias: bool = True
+    channels: str = "RGB"
+    scale: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    layout: str = "NCHW"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("resize", self.resize, RESIZES),
+            ("channels", self.channels, CHANNELS),
+            ("layout", self.layout, LAYOUTS),
+        ):
+            if value not in known:
+                raise FastcalError(f"there is no {name} {value!r}; choose one of {', '.join(known)}")
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise FastcalError(f"size {self.size} is not (height, width) in pixels, e.g. (224, 224)")
+        if not 0 < self.crop_fraction <= 1:
+            raise FastcalError(f"crop_fraction {self.crop_fraction} is not in (0, 1]; torchvision's is 0.875")
+        if not 0 <= self.fill <= 255:
+            raise FastcalError(f"fill {self.fill} is not a pixel value from 0 to 255")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channel_count):
+                raise FastcalError(
+                    f"{name} {values} has {len(values)} values, {self.channels} needs 1 or {self.channel_count}"
+                )
+        if self.scale == 0:
+            raise FastcalError("scale is 0, which makes every image the same; leave pixels as they are with 1")
+        if 0 in self.std:
+            raise FastcalError(f"std {self.std} has a 0, which cannot be divided by")
+
+    @classmethod
+    def preset(cls, name: str) -> "Preprocess":
+        """The preprocessing that a family of networks is trained with.
+
+        Args:
+            name: "imagenet" (torchvision's classifiers: shorter side to 256, centre 224, ImageNet's mean and standard
+                deviation), "yolo" (Ultralytics: letterbox to 640, 0..1), "unit" (stretched to 224, 0..1) or "raw"
+                (stretched to 224, 0..255).
+
+        Raises:
+            FastcalError: There is no such preset.
+        """
+        if name not in PRESETS:
+            raise FastcalError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    def __str__(self) -> str:
+        height, width = self.size
+        resize = {"crop": f"crop {self.crop_fraction:g}", "letterbox": f"letterbox {self.fill}"}.get(
+            self.resize, self.resize
+        )
+        return (
+            f"{resize} to {height}x{width}, {self.channels}, (x * {self.scale:.6g} - {_values(self.mean)}) / "
+            f"{_values(self.std)}, {self.layout}"
+        )
+
+    @property
+    def channel_count(self) -> int:
+        """The number of channels: 1 or 3."""
+        return 1 if self.channels == "GRAY" else 3
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one prepared image, in the order of `layout`."""
+        if self.layout == "NCHW":
+            return (self.channel_count, *self.size)
+        return (*self.size, self.channel_count)
+
+    def fit(self, shape: tuple[int | None, ...]) -> "Preprocess":
+        """This preprocessing with size, layout and number of channels as a network's image input has them.
+
+        Args:
+            shape: The input's shape, batch first; None for a dynamic dimension, which leaves a size as it is.
+
+        Raises:
+            FastcalError: It is no image input of 1 or 3 channels, or mean and std are for another number of channels.
+        """
+        if len(shape) != 4 or not {shape[1], shape[3]} & {1, 3}:
+            raise FastcalError("it takes no images of 1 or 3 channels; feed it arrays instead")
+        layout = "NCHW" if shape[1] in (1, 3) else "NHWC"
+        channel_count, height, width = (shape[1], *shape[2:]) if layout == "NCHW" else (shape[3], *shape[1:3])
+        channels = self.channels
+        if channel_count != self.channel_count:
+            channels = "GRAY" if channel_count == 1 else "RGB"
+        size = (height or self.size[0], width or self.size[1])
+        return replace(self, size=size, layout=layout, channels=channels)
+
+
+def _values(values: tuple[float, ...]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else "[" + ", ".join(f"{value:g}" for value in values) + "]"
+
+
+#: The presets by name.
+PRESETS = {
+    "imagenet": Preprocess(resize="crop", scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    "yolo": Preprocess(size=(640, 640), resize="letterbox", antialias=False, scale=1 / 255),
+    "unit": Preprocess(scale=1 / 255),
+    "raw": Preprocess(),
+}

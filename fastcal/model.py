@@ -1,0 +1,140 @@
+"""What has to be known of an ONNX model: its inputs, its activations, and which tensors TensorRT gives one scale."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from fastcal.errors import FastcalError
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One input of a model.
+
+    Attributes:
+        name: Its name in the graph.
+        shape: Its dimensions; None stands for one that is dynamic.
+        dtype: Its element type.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: np.dtype[Any]
+
+    def __str__(self) -> str:
+        return f"{self.name!r} {format_shape(self.shape)}"
+
+
+def format_shape(shape: tuple[int | None, ...]) -> str:
+    """A shape as an error text shows it, e.g. (?, 3, 224, 224) with a question mark for a dynamic dimension."""
+    return "(" + ", ".join("?" if size is None else str(size) for size in shape) + ")"
+
+
+class Model:
+    """An ONNX file, read without its external data.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FastcalError: There is no such file, or it is not an ONNX model.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self.proto = onnx.load(self.path, load_external_data=False)
+        except OSError as error:
+            raise FastcalError(f"cannot read model {path}: {error.strerror}; check the path") from error
+        except DecodeError as error:
+            raise FastcalError(f"{path} is not an ONNX model; export the network to ONNX first") from error
+        if not self.proto.graph.node:
+            raise FastcalError(f"{path} is not an ONNX model, or one without a layer; export the network to ONNX first")
+
+    @cached_property
+    def inputs(self) -> tuple[ModelInput, ...]:
+        """The inputs that a batch must give, in the graph's order."""
+        constants = {tensor.name for tensor in self.proto.graph.initializer}
+        constants |= {tensor.values.name for tensor in self.proto.graph.sparse_initializer}
+        return tuple(
+            ModelInput(
+                value.name,
+                tuple(size.dim_value or None for size in value.type.tensor_type.shape.dim),
+                onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type),
+            )
+            for value in self.proto.graph.input
+            if value.name not in constants
+        )
+
+    @cached_property
+    def activations(self) -> tuple[str, ...]:
+        """Names of the tensors that the graph's nodes compute, in its order, whatever their type.
+
+        Constants are not among them: which names they get is the business of TensorRT's parser.
+        """
+        return tuple(
+            name for node in self.proto.graph.node if node.op_type != "Constant" for name in node.output if name
+        )
+
+    @cached_property
+    def sources(self) -> Mapping[str, str]:
+        """Tensors that take another tensor's scale, by name, each with the tensor it takes it from.
+
+        TensorRT 8.6.0 gives a MaxPool's output its input's scale (seen on SqueezeNet 1.1).
+        """
+        pools: dict[str, str] = {}
+        for node in self.proto.graph.node:
+            if node.op_type == "MaxPool":
+                pools[node.output[0]] = pools.get(node.input[0], node.input[0])
+        return pools
+
+    @property
+    def batch_size(self) -> int | None:
+        """The batch size that the model fixes; None where it is dynamic."""
+        sizes = {value.shape[0] for value in self.inputs if value.shape}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def match(self, batch: Mapping[str, Any], anonymous: bool) -> dict[str, Any]:
+        """The batch's arrays by the model's input names, once names and shapes are seen to fit.
+
+        Args:
+            batch: Arrays by input name.
+            anonymous: Whether the batch's one array was given no name and so goes to the model's one input.
+
+        Raises:
+            FastcalError: An input is missing, unknown, or of another shape; both sides are shown.
+        """
+        if anonymous and len(self.inputs) == 1 and len(batch) == 1:
+            batch = {self.inputs[0].name: next(iter(batch.values()))}
+        wanted = [value.name for value in self.inputs]
+        if set(wanted) != set(batch):
+            raise FastcalError(
+                f"{self.path} takes the inputs {', '.join(map(repr, wanted))}, the batches have "
+                f"{', '.join(map(repr, batch)) or 'none'}; name the batches' arrays after the inputs"
+            )
+        for value in self.inputs:
+            self._check_shape(value, tuple(batch[value.name].shape))
+        return {name: batch[name] for name in wanted}
+
+    def _check_shape(self, value: ModelInput, shape: tuple[int, ...]) -> None:
+        differ = [
+            axis
+            for axis, (want, have) in enumerate(zip(value.shape, shape, strict=False))
+            if want is not None and want != have
+        ]
+        if len(value.shape) == len(shape) and not differ:
+            return
+        if len(value.shape) != len(shape):
+            remedy = f"give arrays of {len(value.shape)} dimensions"
+        elif differ == [0]:
+            remedy = f"use batch size {value.shape[0]}"
+        else:
+            remedy = "choose the preprocessing (size, layout, channels) that the network was trained with"
+        raise FastcalError(f"{self.path} takes input {value}, the batches are {format_shape(shape)}; {remedy}")

@@ -1,0 +1,1 @@
+"""The network observed: batches run with every activation visible, histograms, scales."""

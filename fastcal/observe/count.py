@@ -1,0 +1,50 @@
+"""The one loop over every element of every activation, compiled for the CPU with numba."""
+
+from typing import Any
+
+import numba
+import numpy as np
+
+#: How many elements one call of `add` may count: its tables are 32 bits wide, so that all four fit the first cache.
+MOST = 1 << 31
+
+_BLOCK = 2048
+
+
+def _add(values, width, counts):  # type: ignore[no-untyped-def]
+    """Add a vector of finite float32 `values` to `counts`, int64 of shape (2048,), whose bins are `width` > 0 wide."""
+    # Two steps a block: the divisions run in vectors, and counting into four tables by turns keeps runs of one value
+    # (a ReLU's zeros) from waiting for each other. Unsigned indices spare numba's test for negative ones: 2.4 times
+    # faster in all.
+    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
+    last = np.int32(counts.size - 1)
+    bins = np.empty(_BLOCK, np.uint16)
+    table0 = np.zeros(counts.size, np.uint32)
+    table1 = np.zeros(counts.size, np.uint32)
+    table2 = np.zeros(counts.size, np.uint32)
+    table3 = np.zeros(counts.size, np.uint32)
+    for start in range(0, values.size, _BLOCK):
+        block = values[start : start + _BLOCK]
+        for i in range(block.size):
+            bins[i] = min(np.int32(abs(block[i]) / width), last)
+        for quarter in range(block.size // 4):
+            i = np.uint64(4 * quarter)
+            table0[bins[i]] += np.uint32(1)
+            table1[bins[i + one]] += np.uint32(1)
+            table2[bins[i + two]] += np.uint32(1)
+            table3[bins[i + three]] += np.uint32(1)
+        for rest in range(block.size - block.size % 4, block.size):
+            table0[bins[np.uint64(rest)]] += np.uint32(1)
+    for i in range(counts.size):
+        counts[i] += np.int64(table0[i]) + np.int64(table1[i]) + np.int64(table2[i]) + np.int64(table3[i])
+
+
+def _compile(cache: bool) -> Any:
+    signature = "void(float32[::1], float32, int64[::1])"
+    return numba.njit(signature, nogil=True, error_model="numpy", cache=cache)(_add)
+
+
+try:
+    add = _compile(cache=True)  # takes a second, so the result is kept beside this file or in the user's cache folder
+except RuntimeError:  # neither can be written
+    add = _compile(cache=False)

@@ -1,0 +1,109 @@
+"""Histograms of |x| as TensorRT's calibrators take them: 2048 bins over a range that doubles when it must.
+
+What is described here was measured on TensorRT 8.6.0 by giving it known inputs and reading the scales it wrote.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcal.observe import count
+
+#: How many bins a histogram has.
+BINS = 2048
+
+
+class Histogram:
+    """The distribution of one tensor's |x| over all batches so far.
+
+    The first batch's largest |x| sets the range (the first batch that is not all 0, that is: until then everything
+    lies in bin 0). A bin is range / 2048 wide, and x falls into bin min(floor(|x| / width), 2047), divided in float32.
+    When a later batch's largest |x| exceeds the range, neighbouring bins are added in pairs and the range doubles,
+    until it fits. An element equal to the range therefore lies in bin 2047, and in 1023 after a doubling, while an
+    equal element that comes after the doubling lands in 1024; TensorRT counts the same way.
+
+    Attributes:
+        counts: int64 array of shape (2048,).
+        range: The upper end of the last bin; 0.0 while everything was 0.
+        amax: The largest |x|.
+        nan: How many elements were NaN; they are in no bin.
+        inf: How many elements were infinite; they are in no bin either and do not count for `amax`.
+    """
+
+    def __init__(self) -> None:
+        self.counts: npt.NDArray[np.int64] = np.zeros(BINS, np.int64)
+        self.range = 0.0
+        self.amax = 0.0
+        self.nan = 0
+        self.inf = 0
+
+    @property
+    def width(self) -> float:
+        """The width of one bin."""
+        return self.range / BINS
+
+    def update(self, values: npt.NDArray[np.floating[Any]]) -> None:
+        """Count one batch of `values`, of any shape; other types than float32 are converted to it."""
+        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+        if not flat.size:
+            return
+        batch_amax = max(float(flat.max()), -float(flat.min()))  # NaN if one is NaN
+        if not math.isfinite(batch_amax):
+            flat = self._without_nonfinite(flat)
+            batch_amax = float(np.abs(flat).max(initial=0.0))
+        self.widen(batch_amax)
+        width = np.float32(self.width)
+        if width > 0:
+            for start in range(0, flat.size, count.MOST):
+                count.add(flat[start : start + count.MOST], width, self.counts)
+        else:  # all 0 so far, or so small that a bin's width is 0 in float32
+            self.counts[0] += flat.size
+
+    def _without_nonfinite(self, flat: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        self.nan += int(np.isnan(flat).sum())
+        self.inf += int(np.isinf(flat).sum())
+        return flat[np.isfinite(flat)]
+
+    def widen(self, batch_amax: float) -> None:
+        """Make room for a batch whose largest |x| is `batch_amax`, before its elements are counted."""
+        self.amax = max(self.amax, batch_amax)
+        if self.range == 0.0:
+            self.range = batch_amax
+        while batch_amax > self.range:
+            self.counts[: BINS // 2] = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts[BINS // 2 :] = 0
+            self.range *= 2
+
+
+class Histograms(dict[str, Histogram]):
+    """Histograms by tensor name, counted on all cores; a context manager that ends its threads.
+
+    Args:
+        threads: How many threads count; by default one per core that this process may use.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        super().__init__()
+        self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), "fastcal-histogram")
+
+    def update_all(self, activations: Mapping[str, npt.NDArray[np.floating[Any]]]) -> None:
+        """Count one batch of every tensor's values."""
+        largest_first = sorted(activations, key=lambda name: -activations[name].size)
+        for name in activations:
+            self.setdefault(name, Histogram())
+        for counted in [self._pool.submit(self[name].update, activations[name]) for name in largest_first]:
+            counted.result()
+
+    def __enter__(self) -> "Histograms":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,106 @@
+"""A network run by ONNX Runtime on the CPU with every activation visible."""
+
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+
+from fastcal.errors import FastcalError
+from fastcal.model import Model
+
+_FLOAT = ("tensor(float)", "tensor(float16)", "tensor(double)")
+
+_log = logging.getLogger("fastcal")
+
+
+class OnnxRuntimeRunner:
+    """Runs batches through a model as it stands: no graph optimization, so no activation is fused away.
+
+    A context manager that ends its thread.
+
+    Args:
+        model: The model; external data is read from its folder.
+        threads: How many threads run one batch; by default one per core that this process may use.
+
+    Attributes:
+        tensors: Names of the float inputs and activations, in the graph's order: what `run` returns.
+
+    Raises:
+        FastcalError: ONNX Runtime does not take the model.
+    """
+
+    def __init__(self, model: Model, threads: int | None = None) -> None:
+        self._model = model
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.log_severity_level = 4  # what goes wrong comes as an exception
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(model.path.parent.resolve())
+        )
+        try:
+            self._session = onnxruntime.InferenceSession(
+                _with_outputs(model), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise FastcalError(f"ONNX Runtime cannot load {model.path}: {_first_line(error)}") from error
+        self._inputs = [value.name for value in self._session.get_inputs() if value.type in _FLOAT]
+        self._activations = [value.name for value in self._session.get_outputs() if value.type in _FLOAT]
+        self.tensors = [*self._inputs, *self._activations]
+        # A thread of its own runs the session, so that the calling thread stays open to Ctrl-C.
+        self._thread = ThreadPoolExecutor(1, "fastcal-runner")
+
+    def run(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run one batch.
+
+        Args:
+            batch: Arrays by input name; an array of another type than its input is converted.
+
+        Returns:
+            The values of `tensors` by name.
+
+        Raises:
+            FastcalError: ONNX Runtime fails on the batch.
+        """
+        arrays = {value.name: np.asarray(batch[value.name], value.dtype) for value in self._model.inputs}
+        options = onnxruntime.RunOptions()
+        options.log_severity_level = 4
+        future = self._thread.submit(self._session.run, self._activations, arrays, options)
+        try:
+            values = future.result()
+        except Exception as error:
+            raise FastcalError(f"ONNX Runtime cannot run {self._model.path}: {_first_line(error)}") from error
+        except BaseException:  # Ctrl-C: stop at the next layer
+            options.terminate = True
+            wait([future])
+            raise
+        return {name: arrays[name] for name in self._inputs} | dict(zip(self._activations, values, strict=True))
+
+    def __enter__(self) -> "OnnxRuntimeRunner":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+
+
+def _with_outputs(model: Model) -> bytes:
+    """The model with every activation among its outputs; their types are left for ONNX Runtime to infer."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    del proto.graph.output[:]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in model.activations)
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

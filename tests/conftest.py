@@ -1,0 +1,61 @@
+"""What several test files share."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "examples" / "digits"
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left():
+    """No test leaves a thread of ours behind."""
+    yield
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("fastcal")] == []
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """A folder of six images of different sizes and formats with smooth and sharp parts."""
+    folder = tmp_path_factory.mktemp("photographs")
+    random = np.random.default_rng(0)
+    for index, (width, height) in enumerate([(451, 300), (300, 451), (256, 256), (333, 500), (90, 60), (640, 427)]):
+        coarse = random.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        for _ in range(5):
+            x, y = int(random.integers(width)), int(random.integers(height))
+            picture.paste(tuple(random.integers(0, 256, 3).tolist()), (x, y, x + width // 7, y + height // 7))
+        picture.save(folder / f"{index}.{'png' if index % 2 else 'jpg'}", **({} if index % 2 else {"quality": 92}))
+    return folder
+
+
+@pytest.fixture
+def onnx_file(tmp_path):
+    """A function that writes a model given in ONNX's text format (the graph alone) to a file, with initializers."""
+
+    def write(graph, initializers=None, name="model.onnx"):
+        model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {graph}')
+        for key, values in (initializers or {}).items():
+            model.graph.initializer.append(onnx.numpy_helper.from_array(values, key))
+        onnx.save(model, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def run_fastcal():
+    """A function that runs the command line in a process of its own."""
+
+    def run(*arguments, **options):
+        command = [sys.executable, "-m", "fastcal", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+    return run

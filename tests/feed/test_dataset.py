@@ -1,0 +1,99 @@
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastcal.errors import FastcalError
+from fastcal.feed.dataset import list_images, order
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.JPG", "a/z.png", "a/é ü.jpeg", ".hidden.jpg", "notes.txt", "a/c.d/deep.webp"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return tmp_path / "data"
+
+
+def test_a_folder_is_searched_with_its_folders_and_sorted(folder, caplog):
+    with caplog.at_level(logging.INFO, "fastcal"):
+        found = [os.path.relpath(path, folder) for path in list_images(folder)]
+    assert found == ["a/c.d/deep.webp", "a/z.png", "a/é ü.jpeg", "b.JPG"]
+    assert "left out 2 files" in caplog.text
+
+
+def test_links_are_followed_and_circles_end(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "linked.jpg").write_bytes(b"x")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "a" / "circle").symlink_to(folder)
+    found = [os.path.relpath(path, folder) for path in list_images(folder)]
+    assert found == ["a/c.d/deep.webp", "a/z.png", "a/é ü.jpeg", "b.JPG", "link/linked.jpg"]
+
+
+def test_a_list_file_is_relative_to_itself_and_keeps_its_order(folder):
+    (folder / "list.txt").write_text("b.JPG\n\na/é ü.jpeg\n" + str(folder / "a/z.png") + "\n")
+    assert list_images(folder / "list.txt") == [
+        str(folder / "b.JPG"), str(folder / "a/é ü.jpeg"), str(folder / "a/z.png")
+    ]  # fmt: skip
+
+
+def test_one_image_and_a_sequence_of_paths(folder):
+    assert list_images(str(folder / "b.JPG")) == [str(folder / "b.JPG")]
+    assert list_images([folder / "b.JPG", str(folder / "a/z.png")]) == [str(folder / "b.JPG"), str(folder / "a/z.png")]
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    name = os.fsencode(tmp_path) + b"/\xff.jpg"
+    with open(name, "wb") as file:
+        file.write(b"x")
+    assert [os.fsencode(path) for path in list_images(tmp_path)] == [name]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("missing", r"no such file or folder: .*missing"),
+        ("empty", r"empty is empty; name a folder with .bmp, .*"),
+        ("texts", r"texts has 1 files, none of them an image"),
+        ("nothing.txt", r"list file .*nothing.txt is empty"),
+        ("wrong.txt", r"wrong.txt, entry 2: no such file: .*gone.jpg"),
+        ("binary.bin", r"cannot read list file .*binary.bin: .*one image path a line"),
+    ],
+)
+def test_no_images(folder, data, message):
+    (folder / "empty").mkdir()
+    (folder / "texts").mkdir()
+    (folder / "texts" / "readme.md").write_text("x")
+    (folder / "nothing.txt").write_text("\n\n")
+    (folder / "wrong.txt").write_text("b.JPG\ngone.jpg\n")
+    (folder / "binary.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FastcalError, match=message):
+        list_images(folder / data)
+
+
+def test_no_paths():
+    with pytest.raises(FastcalError, match="the list of images is empty"):
+        list_images([])
+
+
+def test_order_without_shuffling():
+    assert order(["a", "b", "c"], shuffle=False, seed=3, limit=2) == ["a", "b"]
+    assert order(["a", "b", "c"], shuffle=False, seed=3, limit=None) == ["a", "b", "c"]
+
+
+def test_the_seed_decides_the_shuffled_order():
+    paths = [f"{number:02}" for number in range(30)]
+    shuffled = order(paths, shuffle=True, seed=1, limit=None)
+    assert sorted(shuffled) == paths != shuffled
+    assert order(paths, shuffle=True, seed=1, limit=5) == shuffled[:5]
+    assert order(paths, shuffle=True, seed=2, limit=None) != shuffled
+    program = (
+        "from fastcal.feed.dataset import order;"
+        "print(order([f'{number:02}' for number in range(30)], shuffle=True, seed=1, limit=None))"
+    )
+    again = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert again.stdout.strip() == str(shuffled)

@@ -1,0 +1,277 @@
+"""What the feed delivers, against PIL and NumPy doing what the networks' trainers do."""
+
+import gc
+import logging
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from fastcal import FastcalError, ImageFeed, Preprocess
+
+
+def open_upright(path):
+    return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+
+
+def all_of(feed):
+    with feed:
+        return [batch["input"].copy() for batch in feed]
+
+
+def crop(image, size=(224, 224)):
+    """Resize(size / 0.875) and CenterCrop(size) as torchvision's source has them; for other than squares, as timm's."""
+    short = [int(side / 0.875) for side in size]
+    width, height = image.size
+    if short[0] / height >= short[1] / width:
+        new = (int(short[0] * width / height), short[0])
+    else:
+        new = (short[1], int(short[1] * height / width))
+    image = image.resize(new, Image.Resampling.BILINEAR)
+    left, top = round((new[0] - size[1]) / 2), round((new[1] - size[0]) / 2)
+    return np.asarray(image.crop((left, top, left + size[1], top + size[0])), np.float32)
+
+
+def bilinear(pixels, height, width):
+    """Bilinear resizing at half-pixel centres without antialiasing, as OpenCV's INTER_LINEAR."""
+    for axis, size in ((0, height), (1, width)):
+        place = np.clip((np.arange(size) + 0.5) * pixels.shape[axis] / size - 0.5, 0, pixels.shape[axis] - 1)
+        low = np.floor(place).astype(int)
+        high = np.minimum(low + 1, pixels.shape[axis] - 1)
+        weight = (place - low).reshape(-1, 1, 1) if axis == 0 else (place - low).reshape(1, -1, 1)
+        pixels = pixels.take(low, axis) * (1 - weight) + pixels.take(high, axis) * weight
+    return pixels
+
+
+def letterbox(image, size=(640, 640)):
+    """Ultralytics' LetterBox, as its source has it."""
+    width, height = image.size
+    ratio = min(size[0] / height, size[1] / width)
+    new_width, new_height = round(width * ratio), round(height * ratio)
+    left, top = round((size[1] - new_width) / 2 - 0.1), round((size[0] - new_height) / 2 - 0.1)
+    out = np.full((*size, 3), 114, np.float32)
+    pixels = bilinear(np.asarray(image, np.float32), new_height, new_width)
+    out[top : top + new_height, left : left + new_width] = np.rint(pixels)
+    return out
+
+
+def stretch(image, size=(224, 224)):
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("preset", "reference", "scale", "mean", "std"),
+    [
+        ("imagenet", crop, 1 / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ("yolo", letterbox, 1 / 255, 0, 1),
+        ("unit", stretch, 1 / 255, 0, 1),
+        ("raw", stretch, 1, 0, 1),
+    ],
+)
+def test_presets_are_what_the_trainers_do(photographs, preset, reference, scale, mean, std):
+    feed = ImageFeed(photographs, preprocess=preset, batch_size=1)
+    for path, batch in zip(feed.paths, all_of(feed), strict=True):
+        pixels = (batch[0].transpose(1, 2, 0) * std + mean) / scale
+        difference = np.abs(pixels - reference(open_upright(path)))
+        assert difference.mean() < 0.5
+        assert np.percentile(difference, 99.9) <= 2.01
+
+
+@pytest.mark.parametrize("size", [(64, 100), (100, 64), (65, 33)])
+@pytest.mark.parametrize("reference", [crop, letterbox, stretch])
+def test_sizes_that_are_not_square(photographs, reference, size):
+    preprocess = Preprocess(size=size, resize=reference.__name__, antialias=reference is not letterbox)
+    feed = ImageFeed(photographs, preprocess=preprocess, batch_size=1)
+    for path, batch in zip(feed.paths, all_of(feed), strict=True):
+        difference = np.abs(batch[0].transpose(1, 2, 0) - reference(open_upright(path), size))
+        assert difference.mean() < 0.5
+        assert np.percentile(difference, 99.9) <= 8  # sharp edges shrunk a lot: DALI's filter is not PIL's to the bit
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+def test_images_are_turned_upright_as_pil_does(tmp_path, orientation, kind):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    image = image.resize((90, 60), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / f"image.{kind}", exif=exif)
+    upright = open_upright(tmp_path / f"image.{kind}")
+    feed = ImageFeed(tmp_path, preprocess=Preprocess(size=upright.size[::-1]), batch_size=1)
+    (batch,) = all_of(feed)
+    assert np.abs(batch[0].transpose(1, 2, 0) - np.asarray(upright, np.float32)).max() <= 2
+
+
+def test_channels_and_layout(photographs):
+    rgb = Preprocess(size=(32, 48))
+
+    def batches(**changes):
+        return np.concatenate(all_of(ImageFeed(photographs, preprocess=replace(rgb, **changes), batch_size=6)))
+
+    plain = batches()
+    np.testing.assert_array_equal(batches(channels="BGR"), plain[:, ::-1])
+    np.testing.assert_array_equal(batches(layout="NHWC"), plain.transpose(0, 2, 3, 1))
+    grey = batches(channels="GRAY")
+    assert grey.shape == (6, 1, 32, 48)
+    luma = (plain * np.float32([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)).sum(axis=1, keepdims=True)
+    assert np.abs(grey - luma).max() < 2
+
+
+def test_values(photographs):
+    plain = Preprocess(size=(32, 48))
+    changed = replace(plain, scale=0.5, mean=(1.0, 2.0, 3.0), std=(2.0, 4.0, 8.0))
+    (raw,) = all_of(ImageFeed(photographs, preprocess=plain, batch_size=6))
+    (out,) = all_of(ImageFeed(photographs, preprocess=changed, batch_size=6))
+    expected = (raw * 0.5 - np.float32([1, 2, 3]).reshape(1, 3, 1, 1)) / np.float32([2, 4, 8]).reshape(1, 3, 1, 1)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    assert out.dtype == np.float32
+
+
+SMALL = Preprocess(size=(16, 16))
+
+
+def test_the_last_batch_wraps_round_to_the_first_images(photographs, caplog):
+    singles = all_of(ImageFeed(photographs, preprocess=SMALL, batch_size=1))
+    with caplog.at_level(logging.INFO, "fastcal"):
+        feed = ImageFeed(photographs, preprocess=SMALL, batch_size=4)
+    assert "the last is completed with the first 2" in caplog.text
+    assert len(feed) == 2
+    first, last = all_of(feed)
+    np.testing.assert_array_equal(first, np.concatenate(singles[:4]))
+    np.testing.assert_array_equal(last, np.concatenate(singles[4:] + singles[:2]))
+
+
+def test_a_batch_may_be_larger_than_all_images(photographs):
+    feed = ImageFeed(photographs, preprocess=SMALL, batch_size=15)
+    (batch,) = all_of(feed)
+    np.testing.assert_array_equal(batch[:6], batch[6:12])
+    np.testing.assert_array_equal(batch[:3], batch[12:])
+
+
+def test_the_last_batch_can_be_dropped(photographs, caplog):
+    with caplog.at_level(logging.INFO, "fastcal"):
+        feed = ImageFeed(photographs, preprocess=SMALL, batch_size=4, last_batch="drop")
+    assert "the last 2 are dropped" in caplog.text
+    assert len(feed) == len(all_of(feed)) == 1
+    with pytest.raises(FastcalError, match="6 images make no batch of 7"):
+        ImageFeed(photographs, preprocess=SMALL, batch_size=7, last_batch="drop")
+
+
+def test_large_batches_are_prepared_in_several_runs(photographs):
+    few = all_of(ImageFeed(photographs, preprocess=SMALL, batch_size=30, threads=1))
+    many = all_of(ImageFeed(photographs, preprocess=SMALL, batch_size=30, threads=4))
+    singles = all_of(ImageFeed(photographs, preprocess=SMALL, batch_size=1))
+    np.testing.assert_array_equal(few[0], np.concatenate(singles * 5))
+    np.testing.assert_array_equal(many[0], few[0])
+
+
+def test_shuffle_and_limit(photographs):
+    feed = ImageFeed(photographs, preprocess=SMALL, batch_size=1, shuffle=True, seed=4, limit=3)
+    everything = ImageFeed(photographs, preprocess=SMALL, batch_size=1)
+    assert len(feed) == 3
+    assert set(feed.paths) < set(everything.paths)
+    by_path = dict(zip(everything.paths, all_of(everything), strict=True))
+    for path, batch in zip(feed.paths, all_of(feed), strict=True):
+        np.testing.assert_array_equal(batch, by_path[path])
+
+
+def test_every_iteration_is_a_fresh_pass(photographs):
+    with ImageFeed(photographs, preprocess=SMALL, batch_size=2) as feed:
+        first = [batch["input"].copy() for batch in feed]
+        for batch in feed:
+            np.testing.assert_array_equal(batch["input"], first[0])
+            break
+        again = [batch["input"].copy() for batch in feed]
+    after_closing = [batch["input"].copy() for batch in feed]
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(after_closing, first)
+
+
+def test_a_new_pass_ends_the_one_before(photographs):
+    with ImageFeed(photographs, preprocess=SMALL, batch_size=2) as feed:
+        first = iter(feed)
+        next(first)
+        second = iter(feed)
+        assert len(list(second)) == 3
+        with pytest.raises(StopIteration):
+            next(first)
+
+
+def test_buffers_are_allocated_once_and_taken_in_turn(photographs):
+    with ImageFeed(photographs, preprocess=SMALL, batch_size=1, depth=3) as feed:
+        addresses = [batch["input"].ctypes.data for _ in range(2) for batch in feed]
+    assert addresses == addresses[:3] * 4
+    assert len(set(addresses)) == 3
+
+
+def test_deleting_the_feed_midway_leaves_no_thread(photographs):
+    feed = ImageFeed(photographs, preprocess=SMALL, batch_size=1)
+    batches = iter(feed)
+    next(batches)
+    del feed, batches
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastcal")]
+
+
+def damaged(folder, kind):
+    path = folder / f"1 {kind}.jpg"
+    if kind == "truncated":
+        Image.effect_noise((200, 200), 80).save(path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif kind == "garbage":
+        path.write_bytes(b"no image at all")
+    elif kind == "empty":
+        path.touch()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["truncated", "garbage", "empty", "vanished"])
+def test_the_image_that_cannot_be_read_is_named(photographs, tmp_path, kind):
+    (tmp_path / "0.jpg").write_bytes((photographs / "0.jpg").read_bytes())
+    path = damaged(tmp_path, kind)
+    path.touch()
+    (tmp_path / "2.jpg").write_bytes((photographs / "2.jpg").read_bytes())
+    feed = ImageFeed(tmp_path, preprocess=SMALL, batch_size=1)
+    if kind == "vanished":
+        path.unlink()
+    with feed:
+        batches = iter(feed)
+        next(batches)
+        with pytest.raises(FastcalError, match=rf"1 {kind}.jpg") as raised:
+            next(batches)
+        assert "\n" not in str(raised.value)
+        if kind != "vanished":
+            path.write_bytes((photographs / "4.jpg").read_bytes())
+            assert len(list(feed)) == 3  # the feed goes on once the file is put right
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"limit": 0}, "limit is 0"),
+        ({"depth": 1}, "depth is 1; it must be at least 2"),
+        ({"last_batch": "pad"}, "no last_batch 'pad'; choose wrap or drop"),
+        ({"preprocess": "imagnet"}, "no preset 'imagnet'"),
+    ],
+)
+def test_wrong_arguments_are_named(photographs, arguments, message):
+    with pytest.raises(FastcalError, match=message):
+        ImageFeed(photographs, **arguments)
+
+
+def test_the_model_gives_size_layout_batch_size_and_name(photographs, onnx_file):
+    model = onnx_file("f (float[2, 20, 30, 1] pixels) => (float[2, 20, 30, 1] y) { y = Relu(pixels) }")
+    with ImageFeed(photographs, preprocess="unit", model=model) as feed:
+        for batch in feed:
+            assert {name: array.shape for name, array in batch.items()} == {"pixels": (2, 20, 30, 1)}
+    assert not feed.anonymous
+
+
+def test_a_model_of_several_inputs_needs_a_name(photographs, onnx_file):
+    model = onnx_file("f (float[N, 3, 8, 8] left, float[N, 3, 9, 9] right) => (float[N, 3, 8, 8] y) { y = Relu(left) }")
+    with pytest.raises(FastcalError, match="takes the inputs 'left', 'right'; say which"):
+        ImageFeed(photographs, preprocess="unit", model=model)
+    assert ImageFeed(photographs, preprocess="unit", model=model, input_name="right").preprocess.size == (9, 9)

@@ -1,0 +1,136 @@
+import gc
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from fastcal.feed.prefetch import Prefetcher
+
+
+def numbered(index, buffer):
+    buffer[:] = [index] * len(buffer)
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "fastcal-prefetch"]
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+@pytest.mark.parametrize(("fill_seconds", "read_seconds"), [(0, 0), (0.002, 0), (0, 0.002)])
+def test_every_buffer_arrives_whole_and_in_order(depth, fill_seconds, read_seconds):
+    buffers = [[-1] * 50 for _ in range(depth)]
+
+    def fill(index, buffer):
+        for place in range(50):
+            buffer[place] = index
+            if place == 25:
+                time.sleep(fill_seconds)
+
+    seen = 0
+    for index, buffer in enumerate(Prefetcher(buffers, fill, 200)):
+        first = list(buffer)
+        time.sleep(read_seconds)
+        assert first == list(buffer) == [index] * 50
+        seen += 1
+    assert seen == 200
+
+
+def test_the_next_buffer_fills_while_one_is_read():
+    filled = threading.Semaphore(0)
+    buffers = [[0], [0]]
+
+    def fill(index, buffer):
+        numbered(index, buffer)
+        filled.release()
+
+    batches = Prefetcher(buffers, fill, 3)
+    assert next(batches) is buffers[0]
+    assert filled.acquire(timeout=10)
+    assert filled.acquire(timeout=10)  # buffer 1, while buffer 0 is held
+    assert not filled.acquire(timeout=0.05)  # not buffer 0 again
+    assert (buffers[0], buffers[1]) == ([0], [1])
+    batches.close()
+
+
+def test_an_error_comes_after_the_buffers_before_it():
+    def fill(index, buffer):
+        if index == 2:
+            raise KeyError("broken")
+        numbered(index, buffer)
+
+    batches = Prefetcher([[0], [0]], fill, 5)
+    assert [list(next(batches)), list(next(batches))] == [[0], [1]]
+    with pytest.raises(KeyError, match="broken"):
+        next(batches)
+    assert threads() == []
+
+
+def test_an_ended_pass_stays_ended():
+    batches = Prefetcher([[0], [0]], numbered, 1)
+    assert [list(buffer) for buffer in batches] == [[0]]
+    with pytest.raises(StopIteration):
+        next(batches)
+    assert threads() == []
+
+
+def test_closing_midway_ends_the_thread_and_the_pass():
+    batches = Prefetcher([[0], [0]], numbered, 100)
+    next(batches)
+    batches.close()
+    assert threads() == []
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_deleting_the_iterator_ends_the_thread():
+    batches = Prefetcher([[0], [0]], numbered, 100)
+    next(batches)
+    del batches
+    gc.collect()
+    assert threads() == []
+
+
+def test_closing_wakes_a_waiting_consumer():
+    filling, go_on = threading.Event(), threading.Event()
+
+    def fill(index, buffer):
+        filling.set()
+        go_on.wait(10)
+
+    batches = Prefetcher([[0], [0]], fill, 5)
+    ended = []
+    consumer = threading.Thread(target=lambda: ended.append(next(batches, "ended")))
+    consumer.start()
+    filling.wait(10)
+    threading.Timer(0.05, go_on.set).start()
+    batches.close()
+    consumer.join(10)
+    assert ended == ["ended"]
+
+
+def test_the_interpreter_exits_with_a_pass_under_way():
+    program = """
+import atexit
+from fastcal.feed.prefetch import Prefetcher
+import time
+def fill(index, buffer):
+    time.sleep(0.05)
+    print("filled", flush=True)
+atexit.register(lambda: print("exit function of an older library", flush=True))
+batches = Prefetcher([[0], [0]], fill, 1000)
+next(batches)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "exit function of an older library"
+
+
+def test_the_wait_is_measured():
+    def fill(index, buffer):
+        time.sleep(0.05)
+
+    batches = Prefetcher([[0], [0]], fill, 2)
+    assert len(list(batches)) == 2
+    assert 0.05 < batches.waited < 10

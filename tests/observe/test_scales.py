@@ -1,0 +1,117 @@
+"""Scales against TensorRT's own, and the closed form against the definition."""
+
+import json
+import struct
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastcal.errors import FastcalError
+from fastcal.observe.histogram import Histogram
+from fastcal.observe.scales import divergences, entropy_scales, pick_scales
+
+CASES = json.loads((Path(__file__).parent.parent / "data" / "tensorrt_scales.json").read_text())["cases"]
+SHAPE = (4, 1, 256, 256)
+
+
+def batch_of(case, number):
+    """Batch `number` of a case, made as the data file says."""
+    names = {
+        "np": np,
+        "r": np.random.default_rng([case["seed"], number]),
+        "s": SHAPE,
+        "b": number,
+        "maximum0": lambda x: np.maximum(x, 0),
+        "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    }
+    return np.float32(eval(case["values"], names))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_scales_are_tensorrts_to_the_last_bit(case):
+    histogram = Histogram()
+    histogram.update(batch_of(case, 0))
+    picked = {"entropy2_1batch": pick_scales({"x": histogram}, "entropy2")["x"]}
+    for number in (1, 2, 3):
+        histogram.update(batch_of(case, number))
+    for setting, algorithm in (
+        ("entropy2", "entropy2"),
+        ("entropy", "entropy"),
+        ("minmax", "minmax"),
+        ("legacy_q.9999_c1", "percentile"),
+    ):
+        picked[setting] = pick_scales({"x": histogram}, algorithm, quantile=0.9999)["x"]
+    as_written = {setting: struct.pack(">f", scale).hex().lstrip("0") or "0" for setting, scale in picked.items()}
+    assert as_written == {setting: case["scale"][setting] for setting in picked}
+
+
+def divergence_by_definition(counts, i):
+    """KL(P || Q) bin by bin."""
+    counts = counts.astype(float)
+    counts[0] = 0
+    p, q = counts[:i].copy(), np.zeros(i)
+    p[-1] += counts[i:].sum()
+    edges = [-(-j * i // 128) for j in range(129)]
+    for begin, end in pairwise(edges):
+        group = counts[begin:end]
+        if group.any():
+            q[begin:end][group > 0] = group[group > 0].mean()
+    if (p > 0).sum() < 2 or np.any((p > 0) & (q == 0)):
+        return np.inf
+    p, q = p / p.sum(), q / q.sum()
+    return float(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "few", "one", "none"])
+def test_divergences_follow_the_definition(kind):
+    random = np.random.default_rng(3)
+    counts = random.integers(1, 10**6, (3, 2048)) // np.arange(1, 2049)
+    kept = {"dense": 1.0, "sparse": 0.05, "few": 0.002, "one": 0.0, "none": 0.0}[kind]
+    counts = counts * (random.random(counts.shape) < kept)
+    if kind == "one":
+        counts[:, 700] = 5
+    found = divergences(counts, np)
+    assert found.shape == (3, 1921)
+    for row, values in zip(counts, found, strict=True):
+        for i in (128, 129, 255, 256, 701, 1000, 2047, 2048):
+            assert values[i - 128] == pytest.approx(divergence_by_definition(row, i), rel=1e-9, abs=1e-11)
+
+
+def test_among_equal_candidates_the_largest_wins():
+    counts = np.zeros((1, 2048), np.int64)
+    counts[0, [5, 100]] = 3, 7  # from i = 128 on each bin stands alone in its group: every divergence is 0
+    (scale,) = entropy_scales(counts, np.float32([1.0]), np)
+    assert scale == np.float32(2048.5) / np.float32(127)
+
+
+def test_all_elements_in_bin_0_leave_the_range_as_it_is():
+    counts = np.zeros((1, 2048), np.int64)
+    counts[0, 0] = 100
+    (scale,) = entropy_scales(counts, np.float32([1.0]), np)
+    assert scale == np.float32(2048.5) / np.float32(127)
+
+
+def test_quantile_1_clips_nothing():
+    histogram = Histogram()
+    histogram.update(np.float32([0.1, 0.2, -0.8]))
+    assert pick_scales({"x": histogram}, "percentile", 1.0)["x"] == np.float32(0.8) / np.float32(127)
+
+
+@pytest.mark.parametrize("algorithm", ["entropy2", "entropy", "minmax", "percentile"])
+def test_a_tensor_that_is_always_0_has_scale_0(algorithm):
+    histogram = Histogram()
+    histogram.update(np.zeros(10, np.float32))
+    assert pick_scales({"x": histogram}, algorithm) == {"x": 0.0}
+
+
+def test_an_unknown_algorithm_is_named():
+    with pytest.raises(FastcalError, match=r"no algorithm 'entropy3'.*entropy2, entropy, minmax, percentile"):
+        pick_scales({}, "entropy3")
+
+
+@pytest.mark.parametrize("quantile", [0.0, -0.1, 1.1, float("nan")])
+def test_a_quantile_outside_its_range_is_named(quantile):
+    with pytest.raises(FastcalError, match="quantile"):
+        pick_scales({}, "percentile", quantile)

@@ -1,0 +1,205 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import fastcal
+from conftest import DIGITS
+
+MODEL = DIGITS / "digits.onnx"
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in sorted((DIGITS / "images").rglob("*.jpg"))[::10]:
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_it_writes_the_cache_and_says_what_it_did(run_fastcal, tmp_path, images):
+    output = tmp_path / "digits.cache"
+    done = run_fastcal("calibrate", MODEL, images, "-o", output, "--batch-size", "8", "--tensorrt", "8.6.1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "note: 26 images in batches of 8: the last is completed with the first 6\n"
+    said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert said["images"] == "26 in 4 batches of 8"
+    assert "crop 0.875 to 32x32" in said["prepared"]
+    assert re.fullmatch(r"\d+ images/s, \d+% of the time waiting for data", said["speed"])
+    cache = fastcal.CalibrationCache.load(output)
+    assert cache.header == "TRT-8601-EntropyCalibration2"
+    assert said["tensors"] == f"{len(cache.scales)}, scales by entropy2"
+    widest, narrowest = max(cache.scales.values()), min(cache.scales.values())
+    assert said["widest"].startswith(f"{widest:.6g} for ")
+    assert said["narrowest"].startswith(f"{narrowest:.6g} for ")
+    assert str(output) in said["cache"]
+    feed = fastcal.ImageFeed(images, model=MODEL, batch_size=8)
+    assert fastcal.calibrate(MODEL, feed, algorithm="entropy2").scales == cache.scales
+
+
+def test_python_and_command_line_agree_on_defaults(run_fastcal, tmp_path, images):
+    outputs = tmp_path / "1.cache", tmp_path / "2.cache"
+    options = "--algorithm percentile --quantile 0.99 --preprocess unit --shuffle --seed 3 --limit 20 --last-batch drop"
+    for output in outputs:
+        done = run_fastcal("calibrate", MODEL, images, "-o", output, *options.split(), "--batch-size", 16)
+        assert done.returncode == 0, done.stderr
+    feed = fastcal.ImageFeed(
+        images, model=MODEL, preprocess="unit", shuffle=True, seed=3, limit=20, last_batch="drop", batch_size=16
+    )
+    cache = fastcal.calibrate(MODEL, feed, algorithm="percentile", quantile=0.99)
+    assert outputs[0].read_bytes() == outputs[1].read_bytes() == cache.to_bytes()
+
+
+def test_the_default_version_is_said(run_fastcal, tmp_path, images):
+    if fastcal.cache.installed_tensorrt_version():
+        pytest.skip("TensorRT is installed here")
+    done = run_fastcal("calibrate", MODEL, images, "-o", tmp_path / "x.cache", "--batch-size", 26)
+    assert done.stderr == "note: TensorRT is not installed here: the cache is written for TensorRT 10.16.1\n"
+    assert fastcal.CalibrationCache.load(tmp_path / "x.cache").tensorrt_version == "10.16.1"
+
+
+def break_nothing(tmp_path, images):
+    pass
+
+
+def truncate_an_image(tmp_path, images):
+    first = sorted(images.iterdir())[0]
+    first.write_bytes(first.read_bytes()[:700])
+
+
+def remove_all_images(tmp_path, images):
+    for path in images.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (break_nothing, {"model": "none.onnx"}, r"cannot read model none.onnx: No such file or directory; check"),
+        (break_nothing, {"model": sys.executable}, r"python\S* is not an ONNX model; export"),
+        (break_nothing, {"data": "nowhere"}, r"no such file or folder: nowhere; name a folder"),
+        (remove_all_images, {}, r"images is empty; name a folder with"),
+        (truncate_an_image, {}, r"images/\d+.jpg cannot be decoded: damaged, or no image DALI knows; replace"),
+        (break_nothing, {"--preprocess": "imagnet"}, r"no preset 'imagnet'; choose one of imagenet, yolo, unit, raw"),
+        (break_nothing, {"--algorithm": "mse"}, r"no algorithm 'mse'; choose one of entropy2, entropy, minmax, perc"),
+        (break_nothing, {"--quantile": "2", "--algorithm": "percentile"}, r"quantile 2.0 is not in \(0, 1\]"),
+        (break_nothing, {"--size": "big"}, r"--size big is not a size; write height x width"),
+        (break_nothing, {"--batch-size": "0"}, r"batch_size is 0; it must be at least 1"),
+        (break_nothing, {"--input-name": "pixels"}, r"takes the inputs 'image'; say which"),
+        (break_nothing, {"--tensorrt": "11.0"}, r"TensorRT 11.0 takes no calibration cache"),
+        (break_nothing, {"--threads": "0"}, r"threads is 0; it must be at least 1"),
+        (break_nothing, {"-o": "nowhere/x.cache"}, r"cannot write nowhere/x.cache: there is no folder"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_no_cache(run_fastcal, tmp_path, images, change, arguments, message):
+    change(tmp_path, images)
+    (tmp_path / "old.cache").write_text("old")
+    words = {"model": MODEL, "data": images, "-o": tmp_path / "old.cache", "--batch-size": 26} | arguments
+    positional = [words.pop("model"), words.pop("data")]
+    done = run_fastcal("calibrate", *positional, *[word for pair in words.items() for word in pair], cwd=tmp_path)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(errors) == 1
+    assert re.match(r"error: .*" + message, errors[0])
+    assert done.stdout == ""
+    assert (tmp_path / "old.cache").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["images", "old.cache"]
+
+
+def test_a_model_that_does_not_fit_the_preprocessing(run_fastcal, tmp_path, images, onnx_file):
+    grey = onnx_file("f (float[1, 1, 28, 28] x) => (float[1, 1, 28, 28] y) { y = Relu(x) }", name="grey.onnx")
+    vectors = onnx_file("f (float[N, 10] x) => (float[N, 10] y) { y = Relu(x) }", name="vectors.onnx")
+    for model, message in (
+        (grey, "mean (0.485, 0.456, 0.406) has 3 values, GRAY needs 1"),
+        (vectors, "input 'x' (?, 10): it takes no images of 1 or 3 channels; feed it arrays instead"),
+    ):
+        done = run_fastcal("calibrate", model, images, "-o", tmp_path / "x.cache")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {model}")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "x.cache").exists()
+
+
+def test_the_model_is_not_overwritten(run_fastcal, tmp_path, images):
+    model = tmp_path / "model.onnx"
+    shutil.copy(MODEL, model)
+    done = run_fastcal("calibrate", model, images, "-o", model)
+    assert done.returncode == 2
+    assert "is the model itself" in done.stderr
+    assert model.read_bytes() == MODEL.read_bytes()
+
+
+def test_a_full_disk(tmp_path, images):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = (
+        f"mount -t tmpfs -o size=16k none '{disk}' && echo old > '{disk}/old.cache' && "
+        f"head -c 1M /dev/zero > '{disk}/filler' 2>/dev/null; "
+        f"'{sys.executable}' -m fastcal calibrate '{MODEL}' '{images}' -o '{disk}/old.cache' --batch-size 26; "
+        f"echo status $?; ls -A '{disk}'; cat '{disk}/old.cache'"
+    )
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let a process mount a small disk")
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr.splitlines() == [
+        f"error: cannot write {disk}/old.cache: No space left on device; make room or choose another place"
+    ]
+    assert done.stdout.split() == ["status", "2", "filler", "old.cache", "old"]
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 2.5, 4])
+def test_ctrl_c_leaves_nothing_behind(tmp_path, seconds):
+    listed = [str(path) for path in sorted((DIGITS / "images").rglob("*.jpg"))]
+    (tmp_path / "list.txt").write_text("\n".join(listed * 400))
+    command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, "list.txt", "-o", "x.cache"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stdout == ""
+    assert stderr.splitlines()[-1] == "interrupted; no cache was written"
+    assert "Traceback" not in stderr
+    assert os.listdir(tmp_path) == ["list.txt"]
+
+
+def test_version_and_help(run_fastcal):
+    assert run_fastcal("--version").stdout.startswith("fastcal 0.")
+    assert "calibrate" in run_fastcal("--help").stdout
+    helped = run_fastcal("calibrate", "--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}).stdout
+    for option in ("--algorithm", "--preprocess", "--batch-size", "--tensorrt"):
+        assert option in helped
+
+
+def test_progress_is_shown_on_a_terminal(tmp_path):
+    import pty
+
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, DIGITS / "images", "-o", "x.cache"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=terminal, env={**os.environ, "COLUMNS": "150"}
+    )
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(main, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    assert process.wait(60) == 0
+    text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode()
+    assert re.search(r"calibrating .* \d/8 batches, \d+ images/s, \d+% of the time waiting for data, .* left", text)

@@ -1,0 +1,58 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastcal import FastcalError
+from fastcal.files import check_writable, write_atomically
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path):
+    write_atomically(tmp_path / "a", b"x")
+    (tmp_path / "b").write_bytes(b"x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+@pytest.mark.parametrize("act", [lambda path: write_atomically(path, b"x"), lambda path: check_writable(path, 1)])
+def test_places_where_no_file_can_be(tmp_path, act):
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "none" / "x", "there is no folder"),
+        (tmp_path / "pipe", "no regular file"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(FastcalError, match=message):
+            act(path)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_checking_leaves_everything_as_it_was(tmp_path):
+    (tmp_path / "old").write_bytes(b"old")
+    check_writable(tmp_path / "old", 1000)
+    check_writable(tmp_path / "new", 1000)
+    assert os.listdir(tmp_path) == ["old"]
+    assert (tmp_path / "old").read_bytes() == b"old"
+
+
+PROGRAM = """
+import resource, sys
+from fastcal import FastcalError
+from fastcal.files import check_writable, write_atomically
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for act in (lambda: write_atomically(sys.argv[1], b"x" * 2000), lambda: check_writable(sys.argv[1], 2000)):
+    try:
+        act()
+    except FastcalError as error:
+        print(error)
+"""
+
+
+def test_a_write_that_fails_halfway_leaves_the_old_file(tmp_path):
+    path = tmp_path / "old"
+    path.write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", PROGRAM, path], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"cannot write {path}: File too large; make room or choose another place"] * 2
+    assert os.listdir(tmp_path) == ["old"]
+    assert path.read_bytes() == b"old"

@@ -1,0 +1,42 @@
+import subprocess
+import sys
+
+import fastcal
+
+
+def test_importing_it_imports_none_of_what_it_can_do_without():
+    program = (
+        "import sys, fastcal; print([name for name in ('nvidia', 'onnx', 'onnxruntime', 'numba', 'numpy', 'tensorrt',"
+        " 'cupy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_all_public_names_are_there():
+    assert [name for name in fastcal.__all__ if not hasattr(fastcal, name)] == []
+    assert set(fastcal.__all__) <= set(dir(fastcal))
+    assert not hasattr(fastcal, "no_such_name")
+
+
+def test_a_missing_package_is_named_with_what_brings_it():
+    program = """
+import sys
+sys.modules[sys.argv[1]] = None
+import fastcal
+try:
+    getattr(fastcal, sys.argv[2])
+except fastcal.FastcalError as error:
+    print(error)
+"""
+    for module, name, text in (
+        ("nvidia.dali", "ImageFeed", "ImageFeed needs NVIDIA DALI, which is not installed: pip install 'fastcal[cpu]'"),
+        (
+            "onnxruntime",
+            "calibrate",
+            "calibrate needs ONNX Runtime, which is not installed: pip install 'fastcal[cpu]'",
+        ),
+        ("numba", "calibrate", "calibrate needs numba, which is not installed: pip install 'fastcal[cpu]'"),
+    ):
+        command = [sys.executable, "-c", program, module, name]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == text
