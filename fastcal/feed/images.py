@@ -18,9 +18,10 @@ from fastcal.model import Model, ModelInput
 #: The batch size where neither the caller nor the model says one.
 BATCH_SIZE = 32
 
-# How many images one run of the DALI pipeline prepares, per thread: enough to keep the threads busy, few enough that
-# stopping does not wait long for the run to end.
+# What one run of the DALI pipeline prepares at most, per thread: 8 images, or so many that their files have 2 MiB, but
+# at least one.
 _IMAGES_PER_THREAD = 8
+_BYTES_PER_THREAD = 2 << 20
 
 _log = logging.getLogger("fastcal")
 
@@ -139,22 +140,44 @@ class ImageFeed(Feed):
             )
         return batches
 
-    def _fill(self, index: int, buffer: dict[str, Any]) -> None:
-        array = buffer[self.input_name]
-        most = min(self.batch_size, _IMAGES_PER_THREAD * self._threads)
+    def _fill(self, index: int, buffer: dict[str, Any], ended: Callable[[], bool]) -> None:
         if self._pipeline is None:
-            self._pipeline = ImagePipeline(self.preprocess, most, self._threads)
-        for start in range(0, self.batch_size, most):
-            out = array[start : start + most]
-            first = index * self.batch_size + start
-            paths = [self.paths[number % len(self.paths)] for number in range(first, first + len(out))]
+            self._pipeline = ImagePipeline(self.preprocess, self._most_in_a_run, self._threads)
+        array = buffer[self.input_name]
+        filled = 0
+        for paths in self._runs(index):
+            if ended():
+                return
             try:
-                self._pipeline.run(paths, out)
+                self._pipeline.run(paths, array[filled : filled + len(paths)])
             except RuntimeError as error:
                 self._pipeline = None
                 raise find_unreadable(paths, self.preprocess.channels) or FastcalError(
                     f"DALI cannot prepare the images from {paths[0]} on: {_gist(error)}"
                 ) from error
+            filled += len(paths)
+
+    @property
+    def _most_in_a_run(self) -> int:
+        return min(self.batch_size, _IMAGES_PER_THREAD * self._threads)
+
+    def _runs(self, index: int) -> Iterator[list[str]]:
+        """The images of a batch in the parts that the pipeline prepares at once.
+
+        Large enough to keep the threads busy, small enough that stopping does not wait long for one to end.
+        """
+        run: list[str] = []
+        encoded = 0
+        for number in range(index * self.batch_size, (index + 1) * self.batch_size):
+            path = self.paths[number % len(self.paths)]
+            size = os.path.getsize(path) if os.path.exists(path) else 0  # the decoder reports what is gone
+            large = len(run) >= self._threads and encoded + size > _BYTES_PER_THREAD * self._threads
+            if large or len(run) == self._most_in_a_run:
+                yield run
+                run, encoded = [], 0
+            run.append(path)
+            encoded += size
+        yield run
 
 
 def _image_input(model: Model, name: str | None) -> ModelInput:

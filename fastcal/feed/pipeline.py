@@ -20,7 +20,7 @@ class ImagePipeline:
 
     Args:
         preprocess: What the network expects of an image.
-        most: The largest number of images in one `run`.
+        most: The largest number of images in one run.
         threads: How many threads decode.
     """
 

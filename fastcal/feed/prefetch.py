@@ -10,6 +10,9 @@ from typing import Generic, TypeVar
 
 Buffer = TypeVar("Buffer")
 
+#: fill(index, buffer, ended): ended() tells whether the pass is over, so that a long `fill` may return early.
+Fill = Callable[[int, Buffer, Callable[[], bool]], None]
+
 
 class Prefetcher(Generic[Buffer], Iterator[Buffer]):
     """One pass: an iterator over filled buffers.
@@ -22,14 +25,15 @@ class Prefetcher(Generic[Buffer], Iterator[Buffer]):
 
     Args:
         buffers: At least two buffers; they are reused in this order.
-        fill: Called in the thread as fill(index, buffer) for index 0, 1, ... count - 1.
+        fill: Called in the thread as fill(index, buffer, ended) for index 0, 1, ... count - 1. Once ended() is true,
+            what it fills is not used, and it should return.
         count: How many buffers to hand out in all.
 
     Attributes:
         waited: Seconds the consumer has waited for buffers.
     """
 
-    def __init__(self, buffers: Sequence[Buffer], fill: Callable[[int, Buffer], None], count: int) -> None:
+    def __init__(self, buffers: Sequence[Buffer], fill: Fill[Buffer], count: int) -> None:
         self.waited = 0.0
         self._ring = _Ring(buffers)
         thread = threading.Thread(target=self._ring.produce, args=(fill, count), name="fastcal-prefetch", daemon=True)
@@ -66,7 +70,7 @@ class _Ring(Generic[Buffer]):
         self.idle = threading.Event()  # set when the thread is through with `fill`
         self._error: BaseException | None = None
 
-    def produce(self, fill: Callable[[int, Buffer], None], count: int) -> None:
+    def produce(self, fill: Fill[Buffer], count: int) -> None:
         try:
             for index in range(count):
                 with self._changed:
@@ -74,7 +78,7 @@ class _Ring(Generic[Buffer]):
                     if self._ended:
                         return
                     buffer = self._free.popleft()
-                fill(index, buffer)
+                fill(index, buffer, lambda: self._ended)
                 with self._changed:
                     self._filled.append(buffer)
                     self._changed.notify_all()

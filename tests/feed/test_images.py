@@ -167,6 +167,16 @@ def test_large_batches_are_prepared_in_several_runs(photographs):
     np.testing.assert_array_equal(many[0], few[0])
 
 
+def test_large_files_are_prepared_in_smaller_runs(tmp_path, photographs):
+    for index in range(5):
+        image = (photographs / f"{index}.{'png' if index % 2 else 'jpg'}").read_bytes()
+        (tmp_path / f"{index}.jpg").write_bytes(image + bytes(3 << 20))  # decoders stop at the image's end
+    whole = all_of(ImageFeed(photographs, preprocess=SMALL, batch_size=5, limit=5, threads=2))
+    feed = ImageFeed(tmp_path, preprocess=SMALL, batch_size=5, threads=2)
+    assert [len(run) for run in feed._runs(0)] == [2, 2, 1]
+    np.testing.assert_array_equal(all_of(feed), whole)
+
+
 def test_shuffle_and_limit(photographs):
     feed = ImageFeed(photographs, preprocess=SMALL, batch_size=1, shuffle=True, seed=4, limit=3)
     everything = ImageFeed(photographs, preprocess=SMALL, batch_size=1)

@@ -9,7 +9,7 @@ import pytest
 from fastcal.feed.prefetch import Prefetcher
 
 
-def numbered(index, buffer):
+def numbered(index, buffer, ended):
     buffer[:] = [index] * len(buffer)
 
 
@@ -22,7 +22,7 @@ def threads():
 def test_every_buffer_arrives_whole_and_in_order(depth, fill_seconds, read_seconds):
     buffers = [[-1] * 50 for _ in range(depth)]
 
-    def fill(index, buffer):
+    def fill(index, buffer, ended):
         for place in range(50):
             buffer[place] = index
             if place == 25:
@@ -41,8 +41,8 @@ def test_the_next_buffer_fills_while_one_is_read():
     filled = threading.Semaphore(0)
     buffers = [[0], [0]]
 
-    def fill(index, buffer):
-        numbered(index, buffer)
+    def fill(index, buffer, ended):
+        numbered(index, buffer, ended)
         filled.release()
 
     batches = Prefetcher(buffers, fill, 3)
@@ -55,10 +55,10 @@ def test_the_next_buffer_fills_while_one_is_read():
 
 
 def test_an_error_comes_after_the_buffers_before_it():
-    def fill(index, buffer):
+    def fill(index, buffer, ended):
         if index == 2:
             raise KeyError("broken")
-        numbered(index, buffer)
+        numbered(index, buffer, ended)
 
     batches = Prefetcher([[0], [0]], fill, 5)
     assert [list(next(batches)), list(next(batches))] == [[0], [1]]
@@ -84,6 +84,26 @@ def test_closing_midway_ends_the_thread_and_the_pass():
         next(batches)
 
 
+def test_a_long_fill_learns_that_the_pass_has_ended():
+    heard = []
+
+    def fill(index, buffer, ended):
+        if index == 1:
+            heard.append(ended())
+            for _ in range(1000):
+                if ended():
+                    heard.append(True)
+                    return
+                time.sleep(0.01)
+
+    batches = Prefetcher([[0], [0]], fill, 5)
+    next(batches)
+    while not heard:
+        time.sleep(0.01)
+    batches.close()
+    assert heard == [False, True]
+
+
 def test_deleting_the_iterator_ends_the_thread():
     batches = Prefetcher([[0], [0]], numbered, 100)
     next(batches)
@@ -95,7 +115,7 @@ def test_deleting_the_iterator_ends_the_thread():
 def test_closing_wakes_a_waiting_consumer():
     filling, go_on = threading.Event(), threading.Event()
 
-    def fill(index, buffer):
+    def fill(index, buffer, ended):
         filling.set()
         go_on.wait(10)
 
@@ -115,20 +135,20 @@ def test_the_interpreter_exits_with_a_pass_under_way():
 import atexit
 from fastcal.feed.prefetch import Prefetcher
 import time
-def fill(index, buffer):
-    time.sleep(0.05)
-    print("filled", flush=True)
+def fill(index, buffer, ended):
+    time.sleep(0.5)
+    print("filled", index, flush=True)
 atexit.register(lambda: print("exit function of an older library", flush=True))
 batches = Prefetcher([[0], [0]], fill, 1000)
 next(batches)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""
-    assert done.stdout.splitlines()[-1] == "exit function of an older library"
+    assert done.stdout.splitlines() == ["filled 0", "filled 1", "exit function of an older library"]
 
 
 def test_the_wait_is_measured():
-    def fill(index, buffer):
+    def fill(index, buffer, ended):
         time.sleep(0.05)
 
     batches = Prefetcher([[0], [0]], fill, 2)
