@@ -36,6 +36,25 @@ class Builder:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
 
 
+def resnet50() -> onnx.ModelProto:
+    """ResNet-50 for 224x224 images, batch normalization folded into the convolutions."""
+    net = Builder()
+    x = net.add("Relu", net.conv("input", 3, 64, 7, stride=2, pad=3))
+    x = net.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    channels = 64
+    for width, blocks, first_stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            stride = first_stride if block == 0 else 1
+            y = net.add("Relu", net.conv(x, channels, width, 1))
+            y = net.add("Relu", net.conv(y, width, width, 3, stride=stride, pad=1))
+            y = net.conv(y, width, 4 * width, 1)
+            shortcut = net.conv(x, channels, 4 * width, 1, stride=stride) if block == 0 else x
+            x = net.add("Relu", net.add("Add", y, shortcut))
+            channels = 4 * width
+    x = net.conv(net.add("GlobalAveragePool", x), channels, 1000, 1)
+    return net.model(x, 1000, 224)
+
+
 def squeezenet() -> onnx.ModelProto:
     """SqueezeNet 1.1 for 224x224 images."""
     net = Builder()

@@ -11,7 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastcal.build import build_engine
     from fastcal.cache import CalibrationCache
+    from fastcal.calibrators import (
+        Calibrator,
+        EntropyCalibrator,
+        EntropyCalibrator2,
+        LegacyCalibrator,
+        MinMaxCalibrator,
+    )
     from fastcal.errors import FastcalError
     from fastcal.feed.feed import ArrayFeed, Feed
     from fastcal.feed.images import ImageFeed
@@ -21,22 +29,34 @@ if TYPE_CHECKING:
 __all__ = [
     "ArrayFeed",
     "CalibrationCache",
+    "Calibrator",
+    "EntropyCalibrator",
+    "EntropyCalibrator2",
     "FastcalError",
     "Feed",
     "ImageFeed",
+    "LegacyCalibrator",
+    "MinMaxCalibrator",
     "Preprocess",
     "Progress",
+    "build_engine",
     "calibrate",
 ]
 
 _MODULES = {
     "ArrayFeed": "fastcal.feed.feed",
     "CalibrationCache": "fastcal.cache",
+    "Calibrator": "fastcal.calibrators",
+    "EntropyCalibrator": "fastcal.calibrators",
+    "EntropyCalibrator2": "fastcal.calibrators",
     "FastcalError": "fastcal.errors",
     "Feed": "fastcal.feed.feed",
     "ImageFeed": "fastcal.feed.images",
+    "LegacyCalibrator": "fastcal.calibrators",
+    "MinMaxCalibrator": "fastcal.calibrators",
     "Preprocess": "fastcal.feed.preprocess",
     "Progress": "fastcal.observe.calibration",
+    "build_engine": "fastcal.build",
     "calibrate": "fastcal.observe.calibration",
 }
 

@@ -1,5 +1,21 @@
-"""`python -m fastcal` is `fastcal`."""
+"""The `fastcal` command; `python -m fastcal` is the same."""
 
-from fastcal.cli import main
+import sys
 
-main()
+from fastcal import interrupt
+
+
+def main() -> None:
+    """Run the command line."""
+    interrupt.end_soon_after_ctrl_c()
+    try:
+        from fastcal.cli import app
+
+        app()
+    except KeyboardInterrupt:
+        interrupt.say()
+        sys.exit(interrupt.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

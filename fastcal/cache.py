@@ -5,9 +5,13 @@ import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastcal.errors import FastcalError
 from fastcal.files import write_atomically
+
+if TYPE_CHECKING:
+    from fastcal.record import Record
 
 #: The TensorRT version a cache is written for where none is installed and none is asked for: the last 10.x release.
 DEFAULT_TENSORRT_VERSION = "10.16.1"
@@ -35,6 +39,7 @@ class CalibrationCache:
             when handed one of 10.16. Legacy calibration ("percentile") writes no version: None.
         quantile: For "percentile", the share of values that is not clipped.
         cutoff: For "percentile", Legacy calibration's regression cutoff.
+        record: What the cache was made from, where that is known.
     """
 
     scales: dict[str, float] = field(default_factory=dict)
@@ -42,6 +47,7 @@ class CalibrationCache:
     tensorrt_version: str | None = DEFAULT_TENSORRT_VERSION
     quantile: float | None = None
     cutoff: float | None = None
+    record: "Record | None" = field(default=None, compare=False)
 
     @property
     def header(self) -> str:
@@ -89,12 +95,15 @@ class CalibrationCache:
         raise FastcalError(f"{origin} is not a TensorRT calibration cache: its first line is {line[:80]!r}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache to `path`, whole or not at all.
+        """Write the cache to `path`, whole or not at all, and the record of what it was made from to `path`.json.
 
         Raises:
             FastcalError: The file cannot be written; an older one is then as it was.
         """
-        write_atomically(path, self.to_bytes())
+        data = self.to_bytes()
+        write_atomically(path, data)
+        if self.record is not None:
+            self.record.save(path, data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "CalibrationCache":

@@ -1,4 +1,4 @@
-"""The command line: `fastcal`."""
+"""What the `fastcal` command can do."""
 
 from __future__ import annotations  # the helpers' annotations name what is to be imported late
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fastcal
+from fastcal import interrupt
 from fastcal.cache import ALGORITHMS
 from fastcal.errors import FastcalError
 from fastcal.files import check_writable
@@ -25,17 +26,10 @@ from fastcal.files import check_writable
 #: Exit status for what the user can put right.
 FAILED = 2
 
-#: Exit status after Ctrl-C, as shells have it.
-INTERRUPTED = 130
 
 app = typer.Typer(
     help="INT8 calibration for TensorRT at the speed of the data.", no_args_is_help=True, pretty_exceptions_enable=False
 )
-
-
-def main() -> None:
-    """Run the command line."""
-    app()
 
 
 def _show_version(asked: bool) -> None:
@@ -85,7 +79,7 @@ def calibrate(
     threads: Annotated[int | None, typer.Option(help="Threads to use. [default: one per core]")] = None,
 ) -> None:
     """Write the calibration cache TensorRT would write, from a model and images."""
-    with _terminal("no cache was written") as console:
+    with _terminal() as console:
         from fastcal.model import Model
 
         network = Model(model)
@@ -194,7 +188,7 @@ def _waiting(progress: fastcal.Progress) -> str:
 
 
 @contextlib.contextmanager
-def _terminal(nothing_done: str) -> Iterator[Console]:
+def _terminal() -> Iterator[Console]:
     """A console on the standard error that shows the log, and how the work ends when it does not end well.
 
     A FastcalError becomes one line and status 2, Ctrl-C one line and status 130. What C libraries print to the
@@ -216,8 +210,8 @@ def _terminal(nothing_done: str) -> Iterator[Console]:
             console.print(f"error: {error}")
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
-            console.print(f"interrupted; {nothing_done}")
-            raise typer.Exit(INTERRUPTED) from error
+            interrupt.say()
+            raise typer.Exit(interrupt.INTERRUPTED) from error
         except BaseException:
             aside.seek(0)
             terminal.write(aside.read().decode(errors="replace"))

@@ -1,5 +1,6 @@
 """What has to be known of an ONNX model: its inputs, its activations, and which tensors TensorRT gives one scale."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,6 +95,21 @@ class Model:
             if node.op_type == "MaxPool":
                 pools[node.output[0]] = pools.get(node.input[0], node.input[0])
         return pools
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the file, and of the size and time of each file of external data."""
+        digest = hashlib.sha256(self.path.read_bytes())
+        files = {
+            entry.value
+            for tensor in self.proto.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+        for name in sorted(files):
+            status = (self.path.parent / name).stat()
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        return digest.hexdigest()
 
     @property
     def batch_size(self) -> int | None:

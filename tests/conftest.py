@@ -59,3 +59,13 @@ def run_fastcal():
         return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
     return run
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    from fastcal.feed.device import resolve
+
+    if resolve("auto") is None:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and CuPy"))

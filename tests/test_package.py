@@ -14,7 +14,11 @@ def test_importing_it_imports_none_of_what_it_can_do_without():
 
 
 def test_all_public_names_are_there():
-    assert [name for name in fastcal.__all__ if not hasattr(fastcal, name)] == []
+    for name in fastcal.__all__:
+        try:
+            assert getattr(fastcal, name).__module__.startswith("fastcal.")
+        except fastcal.FastcalError as error:
+            assert "need TensorRT 8.6 to 10.16" in str(error)  # noqa: PT017 - only where TensorRT is not installed
     assert set(fastcal.__all__) <= set(dir(fastcal))
     assert not hasattr(fastcal, "no_such_name")
 

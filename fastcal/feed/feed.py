@@ -1,5 +1,6 @@
 """What every feed is, and the feed of arrays that the caller has."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from types import TracebackType
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastcal.errors import FastcalError
+from fastcal.feed.device import to_host
 
 #: Arrays by input name. The first dimension of each counts samples.
 Batch = Mapping[str, Any]
@@ -35,6 +37,13 @@ class Feed(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
         """Start a pass; an earlier one that has not reached its end is over."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the batches are made from, as JSON has it: equal for two feeds only if their batches are.
+
+        An empty dict, where that is not known, is equal to anything.
+        """
+        return {}
 
     def close(self) -> None:  # noqa: B027 - a feed may hold nothing
         """Release what the feed holds; a new iteration takes it again."""
@@ -67,7 +76,7 @@ class ArrayFeed(Feed):
         if not self._batches:
             raise FastcalError("ArrayFeed got no batches; give it at least one")
         first = self._batches[0]
-        sizes = {len(array) for array in first.values() if array.ndim}
+        sizes = {array.shape[0] for array in first.values() if array.shape}
         if len(sizes) != 1:
             raise FastcalError(f"the arrays of batch 0 have first dimensions {sorted(sizes)}; one size is needed")
         self.batch_size = sizes.pop()
@@ -86,6 +95,15 @@ class ArrayFeed(Feed):
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)
+
+    def describe(self) -> dict[str, Any]:
+        """A digest of all names, types, shapes and values."""
+        digest = hashlib.sha256()
+        for batch in self._batches:
+            for name, array in sorted(batch.items()):
+                digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+                digest.update(np.ascontiguousarray(to_host(array)).tobytes())
+        return {"batches": len(self), "batch_size": self.batch_size, "samples": digest.hexdigest()}
 
 
 def _array(values: Any) -> Any:

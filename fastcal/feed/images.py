@@ -1,14 +1,17 @@
 """`ImageFeed`: image files as batches, decoded and prepared by DALI ahead of the consumer."""
 
+import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastcal.errors import FastcalError
 from fastcal.feed import dataset
+from fastcal.feed.buffers import Buffer, DeviceBuffer
+from fastcal.feed.device import resolve
 from fastcal.feed.feed import Batch, Feed
 from fastcal.feed.pipeline import ImagePipeline, find_unreadable
 from fastcal.feed.prefetch import Prefetcher
@@ -27,7 +30,7 @@ _log = logging.getLogger("fastcal")
 
 
 class ImageFeed(Feed):
-    """Batches of images: {input name: float32 array of shape (batch_size, *preprocess.shape)}.
+    """Batches of images: {input name: float32 array of shape (batch_size, *preprocess.shape)}, and the constants.
 
     A background thread decodes and prepares the next batch while the consumer works on the last one; the arrays are
     allocated once and reused.
@@ -44,8 +47,16 @@ class ImageFeed(Feed):
         seed: Decides the shuffled order.
         limit: Use this many images at most.
         last_batch: "wrap" completes the last batch with the first images, "drop" leaves it out.
+        constants: Further inputs that are the same in every batch: arrays by input name.
+        device: "auto" (a GPU where there is one and CuPy is installed, else the CPU), "cpu", "cuda" or "cuda:N". On a
+            GPU, images are decoded and prepared there and the batches are CuPy arrays, filled on a stream of the
+            feed's own and ready for any stream; reading that is enqueued on a stream other than CuPy's current one
+            must have ended before the next batch is asked for.
         depth: How many buffers there are, at least 2.
-        threads: How many threads decode; by default one per core that this process may use.
+        threads: How many threads read and decode; by default one per core that this process may use, on a GPU 8 at
+            most.
+        prefetch_queue_depth: On a GPU, how many batches DALI works on at once.
+        hw_decoder_load: The share of JPEG images that a GPU's own JPEG decoder is given, where it has one.
 
     Attributes:
         paths: The images, in order.
@@ -69,8 +80,12 @@ class ImageFeed(Feed):
         seed: int = 0,
         limit: int | None = None,
         last_batch: str = "wrap",
+        constants: Mapping[str, Any] | None = None,
+        device: str = "auto",
         depth: int = 2,
         threads: int | None = None,
+        prefetch_queue_depth: int = 2,
+        hw_decoder_load: float = 0.9,
     ) -> None:
         if isinstance(preprocess, str):
             preprocess = Preprocess.preset(preprocess)
@@ -90,16 +105,26 @@ class ImageFeed(Feed):
         ):  # fmt: skip
             if value is not None and value < least:
                 raise FastcalError(f"{name} is {value}; it must be at least {least}")
-        self.anonymous = input_name is None
+        self.anonymous = input_name is None and not constants
         self.input_name = input_name or "input"
         self.preprocess = preprocess
         self.batch_size = batch_size or BATCH_SIZE
         self.paths = dataset.order(dataset.list_images(data), shuffle=shuffle, seed=seed, limit=limit)
+        self._seed = seed if shuffle else None
         self._length = self._count_batches(last_batch)
         self._depth = depth
-        self._threads = threads or len(os.sched_getaffinity(0))
-        self._buffers: list[dict[str, Any]] = []
+        self._gpu = resolve(device)
+        cores = len(os.sched_getaffinity(0))
+        self._threads = threads or (cores if self._gpu is None else min(cores, 8))
+        self._prefetch_queue_depth = prefetch_queue_depth
+        self._hw_decoder_load = hw_decoder_load
+        self._constants = {name: np.asarray(values) for name, values in (constants or {}).items()}
+        if self.input_name in self._constants:
+            raise FastcalError(f"input {self.input_name!r} takes the images; it cannot be a constant too")
+        self._buffers: list[Buffer] = []
+        self._stream: Any = None
         self._pipeline: ImagePipeline | None = None
+        self._runs: Iterator[list[str]] = iter(())
         self._end_pass: Callable[[], None] | None = None
 
     def __len__(self) -> int:
@@ -109,11 +134,32 @@ class ImageFeed(Feed):
         if self._end_pass is not None:
             self._end_pass()
         if not self._buffers:
-            shape = (self.batch_size, *self.preprocess.shape)
-            self._buffers = [{self.input_name: np.empty(shape, np.float32)} for _ in range(self._depth)]
-        batches = Prefetcher(self._buffers, self._fill, len(self))
-        self._end_pass = batches.close
-        return batches
+            self._allocate()
+        if self._pipeline is not None and self._pipeline.under_way:
+            self._pipeline = None  # the pass before was left midway
+        self._runs = self._split_into_runs()
+        prefetcher = Prefetcher(self._buffers, self._fill, len(self))
+        self._end_pass = prefetcher.close
+        return _arrays(prefetcher)
+
+    def describe(self) -> dict[str, Any]:
+        """The images in order, by path below their common folder, size and time; and what is done to them."""
+        digest = hashlib.sha256()
+        root = os.path.commonpath([os.path.dirname(path) for path in self.paths])
+        for path in self.paths:
+            status = os.stat(path)
+            name = os.fsencode(os.path.relpath(path, root))
+            digest.update(b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns))
+        for key, values in sorted(self._constants.items()):
+            digest.update(f"{key}\0{values.dtype}\0{values.shape}\0".encode() + values.tobytes())
+        return {
+            "images": len(self.paths),
+            "batches": len(self),
+            "batch_size": self.batch_size,
+            "seed": self._seed,
+            "preprocess": str(self.preprocess),
+            "samples": digest.hexdigest(),
+        }
 
     def close(self) -> None:
         """End a pass that is under way, and release the buffers and the pipeline; a new iteration takes them again."""
@@ -140,44 +186,89 @@ class ImageFeed(Feed):
             )
         return batches
 
-    def _fill(self, index: int, buffer: dict[str, Any], ended: Callable[[], bool]) -> None:
+    def _allocate(self) -> None:
+        shapes = {self.input_name: (self.batch_size, *self.preprocess.shape)}
+        if self._gpu is None:
+            self._buffers = [Buffer(shapes, self._constants) for _ in range(self._depth)]
+            return
+        import cupy
+
+        device = cupy.cuda.Device(self._gpu)
+        with device:
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+            constants = {name: cupy.asarray(values) for name, values in self._constants.items()}
+            cupy.cuda.get_current_stream().synchronize()
+        self._buffers = [DeviceBuffer(shapes, constants, device, self._stream) for _ in range(self._depth)]
+
+    def _fill(self, index: int, buffer: Buffer, ended: Callable[[], bool]) -> None:
         if self._pipeline is None:
-            self._pipeline = ImagePipeline(self.preprocess, self._most_in_a_run, self._threads)
-        array = buffer[self.input_name]
-        filled = 0
-        for paths in self._runs(index):
-            if ended():
-                return
-            try:
-                self._pipeline.run(paths, array[filled : filled + len(paths)])
-            except RuntimeError as error:
-                self._pipeline = None
-                raise find_unreadable(paths, self.preprocess.channels) or FastcalError(
-                    f"DALI cannot prepare the images from {paths[0]} on: {_gist(error)}"
-                ) from error
-            filled += len(paths)
+            self._pipeline = self._start_pipeline()
+        pipeline, array, filled = self._pipeline, buffer.arrays[self.input_name], 0
+        with buffer.filling():
+            while filled < self.batch_size and not ended():
+                while len(pipeline.under_way) < pipeline.ahead and (paths := next(self._runs, None)):
+                    pipeline.submit(paths)
+                upto = filled + len(pipeline.under_way[0])
+                try:
+                    pipeline.collect(array[filled:upto], self._stream)
+                except RuntimeError as error:
+                    self._pipeline = None
+                    raise self._explain(error, [path for paths in pipeline.under_way for path in paths]) from error
+                filled = upto
+
+    def _start_pipeline(self) -> ImagePipeline:
+        # On the CPU one run at a time: the ring already works ahead, and runs under way would have to end before the
+        # feed can stop. On a GPU the decoding of one batch and the resizing of the last overlap.
+        ahead = 1 if self._gpu is None else min(self._prefetch_queue_depth, len(self))
+        return ImagePipeline(
+            self.preprocess,
+            most=self._most_in_a_run,
+            threads=self._threads,
+            gpu=self._gpu,
+            ahead=ahead,
+            hw_decoder_load=self._hw_decoder_load,
+        )
+
+    def _explain(self, error: RuntimeError, paths: list[str]) -> FastcalError:
+        return find_unreadable(paths, self.preprocess.channels) or FastcalError(
+            f"DALI cannot prepare the images from {paths[0]} on: {_gist(error)}"
+        )
 
     @property
     def _most_in_a_run(self) -> int:
-        return min(self.batch_size, _IMAGES_PER_THREAD * self._threads)
+        return self.batch_size if self._gpu is not None else min(self.batch_size, _IMAGES_PER_THREAD * self._threads)
 
-    def _runs(self, index: int) -> Iterator[list[str]]:
-        """The images of a batch in the parts that the pipeline prepares at once.
+    def _split_into_runs(self) -> Iterator[list[str]]:
+        """The images of a pass, in the parts that the pipeline prepares at once, none of them in two batches.
 
-        Large enough to keep the threads busy, small enough that stopping does not wait long for one to end.
+        On a GPU a batch is one part. On the CPU a part is large enough to keep the threads busy, and small enough that
+        stopping does not wait long for it to end.
         """
-        run: list[str] = []
-        encoded = 0
-        for number in range(index * self.batch_size, (index + 1) * self.batch_size):
-            path = self.paths[number % len(self.paths)]
-            size = os.path.getsize(path) if os.path.exists(path) else 0  # the decoder reports what is gone
-            large = len(run) >= self._threads and encoded + size > _BYTES_PER_THREAD * self._threads
-            if large or len(run) == self._most_in_a_run:
-                yield run
-                run, encoded = [], 0
-            run.append(path)
-            encoded += size
-        yield run
+        for first in range(0, len(self) * self.batch_size, self.batch_size):
+            run: list[str] = []
+            encoded = 0
+            for number in range(first, first + self.batch_size):
+                path = self.paths[number % len(self.paths)]
+                if self._gpu is None:
+                    size = os.path.getsize(path) if os.path.exists(path) else 0  # the decoder reports what is gone
+                    large = len(run) >= self._threads and encoded + size > _BYTES_PER_THREAD * self._threads
+                    if large or len(run) == self._most_in_a_run:
+                        yield run
+                        run, encoded = [], 0
+                    encoded += size
+                run.append(path)
+            yield run
+
+
+def _arrays(prefetcher: Prefetcher[Buffer]) -> Iterator[Batch]:
+    """The buffers' arrays, each valid until the next is asked for."""
+    try:
+        for buffer in prefetcher:
+            buffer.wait()
+            yield buffer.arrays
+            buffer.give_back()
+    finally:
+        prefetcher.close()
 
 
 def _image_input(model: Model, name: str | None) -> ModelInput:

@@ -14,6 +14,7 @@ from fastcal.model import Model
 from fastcal.observe.histogram import Histogram, Histograms
 from fastcal.observe.runner import OnnxRuntimeRunner
 from fastcal.observe.scales import check_algorithm, pick_scales
+from fastcal.record import Record
 
 _log = logging.getLogger("fastcal")
 
@@ -88,8 +89,9 @@ def calibrate(
     scales = pick_scales(histograms, algorithm, quantile)
     scales |= {name: scales[source] for name, source in model.sources.items() if name in scales and source in scales}
     if algorithm == "percentile":
-        return CalibrationCache(scales, algorithm, None, quantile=quantile, cutoff=1.0)
-    return CalibrationCache(scales, algorithm, version)
+        record = Record.of(feed, model, algorithm=algorithm, quantile=quantile, regression_cutoff=1.0)
+        return CalibrationCache(scales, algorithm, None, quantile=quantile, cutoff=1.0, record=record)
+    return CalibrationCache(scales, algorithm, version, record=Record.of(feed, model, algorithm=algorithm))
 
 
 def _tensorrt_version(asked: str | None) -> str:
@@ -118,7 +120,7 @@ def _timed(
                 return
             yield batch
             state.batches += 1
-            state.images += max((len(array) for array in batch.values() if array.ndim), default=0)
+            state.images += max((array.shape[0] for array in batch.values() if array.shape), default=0)
             state.seconds = time.perf_counter() - start
             if progress is not None:
                 progress(state)

@@ -1,6 +1,5 @@
 """A network run by ONNX Runtime on the CPU with every activation visible."""
 
-import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -13,11 +12,10 @@ import onnx
 import onnxruntime
 
 from fastcal.errors import FastcalError
+from fastcal.feed.device import to_host
 from fastcal.model import Model
 
 _FLOAT = ("tensor(float)", "tensor(float16)", "tensor(double)")
-
-_log = logging.getLogger("fastcal")
 
 
 class OnnxRuntimeRunner:
@@ -69,7 +67,7 @@ class OnnxRuntimeRunner:
         Raises:
             FastcalError: ONNX Runtime fails on the batch.
         """
-        arrays = {value.name: np.asarray(batch[value.name], value.dtype) for value in self._model.inputs}
+        arrays = {value.name: np.asarray(to_host(batch[value.name]), value.dtype) for value in self._model.inputs}
         options = onnxruntime.RunOptions()
         options.log_severity_level = 4
         future = self._thread.submit(self._session.run, self._activations, arrays, options)

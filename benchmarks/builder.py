@@ -1,0 +1,176 @@
+"""What a calibrator costs TensorRT's builder, for a ResNet-50-shaped network and JPEG files.
+
+By turns: batches that lie on the GPU already (what no feed can beat), fastcal's feed, Polygraphy's Calibrator over a
+loader in PIL and NumPy, and the usual sample calibrator (PIL, NumPy, one copy to the GPU). TensorRT's own time for a
+batch varies by a fifth from run to run, so what counts is the time inside `get_batch`.
+
+    python benchmarks/builder.py [--photographs FOLDER] [--batches 16] [--runs 5] [--size 500x400] [--ways ...]
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import cupy
+import numpy as np
+import onnx
+import tensorrt as trt
+from networks import resnet50
+from photographs import write_photographs
+from PIL import Image
+
+import fastcal
+
+BATCH_SIZE = 8
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+
+def load(path):
+    """One image as torchvision prepares it."""
+    image = Image.open(path).convert("RGB")
+    scale = 256 / min(image.size)
+    image = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BILINEAR)
+    left, top = (image.width - 224) // 2, (image.height - 224) // 2
+    pixels = np.asarray(image.crop((left, top, left + 224, top + 224)), np.float32) / 255
+    return ((pixels - MEAN) / STD).transpose(2, 0, 1)
+
+
+def pil_batches(paths):
+    for start in range(0, len(paths), BATCH_SIZE):
+        yield np.stack([load(path) for path in paths[start : start + BATCH_SIZE]])
+
+
+class Resident(trt.IInt8EntropyCalibrator2):
+    """Batches that lie on the GPU already."""
+
+    def __init__(self, paths):
+        trt.IInt8EntropyCalibrator2.__init__(self)
+        self.batches = iter([cupy.asarray(batch) for batch in pil_batches(paths)])
+
+    def get_batch_size(self):
+        return BATCH_SIZE
+
+    def get_batch(self, names):
+        self.held = next(self.batches, None)
+        return None if self.held is None else [self.held.data.ptr]
+
+    def read_calibration_cache(self):
+        return None
+
+    def write_calibration_cache(self, cache):
+        pass
+
+
+class Sample(Resident):
+    """What samples and tutorials do."""
+
+    def __init__(self, paths):
+        trt.IInt8EntropyCalibrator2.__init__(self)
+        self.batches = pil_batches(paths)
+        self.held = cupy.empty((BATCH_SIZE, 3, 224, 224), cupy.float32)
+
+    def get_batch(self, names):
+        batch = next(self.batches, None)
+        if batch is None:
+            return None
+        self.held.set(batch)
+        return [self.held.data.ptr]
+
+
+def polygraphy(paths):
+    from polygraphy.backend.trt import Calibrator
+
+    class Loader:
+        def __iter__(self):
+            return ({"input": batch} for batch in pil_batches(paths))
+
+    return Calibrator(Loader(), BaseClass=trt.IInt8EntropyCalibrator2)
+
+
+def with_fastcal(paths):
+    return fastcal.EntropyCalibrator2(fastcal.ImageFeed(paths, batch_size=BATCH_SIZE, device="cuda"))
+
+
+WAYS = {"resident": Resident, "fastcal": with_fastcal, "polygraphy": polygraphy, "sample": Sample}
+
+
+def timed(calibrator):
+    """The calibrator, and a list that fills with the seconds of its get_batch calls and of the time between them."""
+    inside, between, left = [], [], [None]
+    original = calibrator.get_batch
+
+    def get_batch(names):
+        entered = time.perf_counter()
+        if left[0] is not None:
+            between.append(entered - left[0])
+        result = original(names)
+        left[0] = time.perf_counter()
+        inside.append(left[0] - entered)
+        return result
+
+    calibrator.get_batch = get_batch
+    return inside, between
+
+
+def build(calibrator, model):
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
+    assert trt.OnnxParser(network, logger).parse_from_file(model)
+    config = builder.create_builder_config()
+    config.set_flag(trt.BuilderFlag.INT8)
+    config.builder_optimization_level = 0
+    sources = trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS
+    config.set_tactic_sources(sum(1 << int(source) for source in sources))
+    profile = builder.create_optimization_profile()
+    profile.set_shape("input", *[(BATCH_SIZE, 3, 224, 224)] * 3)
+    config.add_optimization_profile(profile)
+    config.set_calibration_profile(profile)
+    config.int8_calibrator = calibrator
+    assert builder.build_serialized_network(network, config) is not None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photographs", help="a folder of JPEG files to make the images from")
+    parser.add_argument("--size", default="500x400", help="width x height of the images")
+    parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    arguments = parser.parse_args()
+    size = tuple(int(side) for side in arguments.size.split("x"))
+    measured = {way: [] for way in arguments.ways}
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(Path(folder) / "resnet50.onnx")
+        onnx.save(resnet50(), model)
+        images = write_photographs(Path(folder) / "images", arguments.batches * BATCH_SIZE, size, arguments.photographs)
+        paths = sorted(str(path) for path in images.iterdir())
+        for _ in range(arguments.runs):
+            for way in arguments.ways:
+                calibrator = WAYS[way](paths)
+                inside, between = timed(calibrator)
+                start = time.perf_counter()
+                build(calibrator, model)
+                later = inside[1:-1]
+                measured[way].append(
+                    (
+                        inside[0],
+                        statistics.median(later),
+                        max(later),
+                        sum(later) / sum(between),
+                        time.perf_counter() - start,
+                    )
+                )
+                print(way, [f"{value:.4f}" for value in measured[way][-1]], flush=True)
+    print("| | first get_batch | later, median | later, worst | of the time in the builder | whole build |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for way, runs in measured.items():
+        first, middle, worst, share, whole = (statistics.median(values) for values in zip(*runs, strict=True))
+        milliseconds = f"{first * 1e3:.1f} ms | {middle * 1e3:.2f} ms | {worst * 1e3:.2f} ms"
+        print(f"| {way} | {milliseconds} | {share:.2%} | {whole:.1f} s |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,426 @@
+"""TensorRT's five calibrator classes, fed by a `Feed`.
+
+They are handed to any builder that takes TensorRT's own: `config.int8_calibrator = EntropyCalibrator2(feed)`. TensorRT
+swallows what a calibrator raises: it takes an exception in `get_batch` for the end of the data, builds the engine and
+writes a cache from what it got so far (seen on 8.6.0). These calibrators remember it, write no cache, and raise it as
+soon as they can: when `with calibrator:` around the build ends, or at `calibrator.check()`.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from fastcal.cache import CalibrationCache, check_tensorrt_version
+from fastcal.errors import FastcalError
+from fastcal.feed.feed import ArrayFeed, Batch, Feed
+from fastcal.files import write_atomically
+from fastcal.model import Model, format_shape
+from fastcal.record import Record, usable_cache
+
+try:
+    import tensorrt as trt
+except (ImportError, OSError) as error:
+    raise FastcalError(
+        f"TensorRT's calibrators need TensorRT 8.6 to 10.16, which cannot be imported ({error}): pip install "
+        "'fastcal[cuda13]' or 'fastcal[cuda12]'; without it, fastcal calibrate writes a cache"
+    ) from error
+if not hasattr(trt, "IInt8EntropyCalibrator2"):
+    raise FastcalError(
+        f"TensorRT {trt.__version__} has no calibrators (gone from 11.0): calibrate with fastcal calibrate, and carry "
+        "the scales in the model as QuantizeLinear and DequantizeLinear nodes"
+    )
+
+_log = logging.getLogger("fastcal")
+
+
+@dataclass
+class CalibratorStats:
+    """How a calibration inside TensorRT's builder went.
+
+    Attributes:
+        batches: Batches handed out.
+        images: Samples handed out.
+        waited: Seconds in `get_batch`, all calls together.
+        waited_first: Seconds of these in the first call, which starts the feed.
+        waited_worst: Seconds in the longest of the other calls.
+        builder_seconds: Seconds between the calls, in which TensorRT observed.
+    """
+
+    batches: int = 0
+    images: int = 0
+    waited: float = 0.0
+    waited_first: float = 0.0
+    waited_worst: float = 0.0
+    builder_seconds: float = 0.0
+
+
+class FeedCalibrator:
+    """What the five classes share: what TensorRT calls, and what it must not lose.
+
+    Args:
+        feed: The batches: a `Feed`, or what `ArrayFeed` takes. Arrays on the GPU are read where they are; others are
+            copied there.
+        cache: Where to keep the cache. It is used while it is true: its header and the record beside it must name the
+            same algorithm, TensorRT version, model (where known), samples in order and preprocessing; else TensorRT
+            calibrates again and the log says what differs. The old file is replaced when the new one is complete.
+        model: The ONNX file that will be calibrated, for that record.
+
+    Attributes:
+        feed: The batches.
+        stats: How the calibration under way, or the last one, went.
+    """
+
+    #: TensorRT's class, and the algorithm as `CalibrationCache` names it.
+    _base: Any
+    _algorithm: str
+
+    def __init__(
+        self,
+        feed: Feed | Iterable[Batch],
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        model: str | os.PathLike[str] | Model | None = None,
+    ) -> None:
+        self._batches: Iterator[Batch] | None = None
+        self._base.__init__(self)
+        self.feed = feed if isinstance(feed, Feed) else ArrayFeed(feed)
+        self.stats = CalibratorStats()
+        self._cache = None if cache is None else Path(cache)
+        self._model = Model(model) if isinstance(model, (str, os.PathLike)) else model
+        self._wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self._held: list[Any] = []
+        self._uploads: dict[str, Any] = {}
+        self._error: BaseException | None = None
+        self._ended = False  # whether all batches have been handed out
+        self._finished = False  # whether TensorRT has had its cache written
+        self._left = 0.0
+
+    # What TensorRT calls.
+
+    def get_batch_size(self) -> int:
+        """The number of samples in a batch."""
+        return self.feed.batch_size
+
+    def get_batch(self, names: Sequence[str], *_: Any) -> list[int] | None:
+        """Device addresses of the next batch.
+
+        Args:
+            names: The network's inputs, in the order in which TensorRT wants them.
+
+        Returns:
+            One address per name, valid until the next call; None at the end of the data, or after an error.
+        """
+        entered = time.perf_counter()
+        try:
+            if self._error is not None:
+                return None
+            addresses = self._next_addresses(names)
+        except BaseException as error:  # even Ctrl-C: TensorRT would take it for the end of the data
+            self._fail(error)
+            return None
+        self._count(entered, self.feed.batch_size if addresses else 0)
+        return addresses
+
+    def read_calibration_cache(self) -> bytes | None:
+        """The cache, if it is what this calibration would make; else None, and TensorRT calibrates.
+
+        TensorRT 8.6.0 asks twice: before the first batch, and after the last, before it has the cache written.
+        """
+        if self._finished:
+            self.rewind()  # another build
+        if self._cache is None or self._ended or self._error is not None:
+            return None
+        try:
+            data, reason = usable_cache(self._cache, self._header(), self._record())
+        except BaseException as error:
+            self._fail(error)
+            return None
+        if data is None:
+            _log.info("calibrating: %s is not used, %s", self._cache, reason)
+        else:
+            _log.info("%s is used: it was made from the same model, samples and settings", self._cache)
+        return data
+
+    def write_calibration_cache(self, cache: Any) -> None:
+        """Keep what TensorRT found, with a record of what it was made from; after an error, keep nothing."""
+        self._finished = True
+        if self._cache is None:
+            return
+        try:
+            if self._error is not None:
+                _log.warning("%s is not written: the calibration failed", self._cache)
+            elif not self._ended:
+                _log.warning("%s is not written: TensorRT has not asked for all batches", self._cache)
+            else:
+                data = bytes(cache)
+                write_atomically(self._cache, data)
+                self._record().save(self._cache, data)
+        except BaseException as error:
+            self._fail(error)
+
+    # What the application calls.
+
+    def rewind(self) -> None:
+        """Begin again: the next `get_batch` hands out the first batch, and an earlier error is forgotten."""
+        self._end_pass()
+        self._error = None
+        self._ended = self._finished = False
+        self.stats = CalibratorStats()
+
+    def check(self) -> None:
+        """Raise what went wrong in the last calibration, if something did."""
+        if self._error is not None:
+            raise self._error
+
+    def check_network(self, network: Any, config: Any) -> None:
+        """Tell the calibrator what TensorRT will read, so that it never reads beyond a batch or only a part of one.
+
+        From now on a batch of another shape or type than the network's inputs is an error.
+
+        Args:
+            network: The `INetworkDefinition` that will be calibrated.
+            config: The `IBuilderConfig`. Where an input is dynamic, TensorRT reads the shape of its calibration
+                profile, whatever shape the batches have.
+
+        Raises:
+            FastcalError: An input is dynamic and the config has no calibration profile.
+        """
+        self._wanted = {}
+        for index in range(network.num_inputs):
+            value = network.get_input(index)
+            self._wanted[value.name] = (_calibrated_shape(value, config), np.dtype(trt.nptype(value.dtype)))
+
+    def __enter__(self) -> "FeedCalibrator":
+        self.rewind()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end_pass()
+        if error is None:
+            self.check()
+
+    def __del__(self) -> None:
+        self._end_pass()
+
+    # The rest.
+
+    def _next_addresses(self, names: Sequence[str]) -> list[int] | None:
+        if self._batches is None:
+            self._batches = iter(self.feed)
+        batch = next(self._batches, None)
+        if batch is None:
+            if self.stats.batches < len(self.feed):
+                raise FastcalError(f"the feed ended after {self.stats.batches} of {len(self.feed)} batches")
+            self._end_pass()
+            self._ended = True
+            return None
+        arrays = dict(zip(names, self._in_order(batch, names), strict=True))
+        for name, array in arrays.items():
+            self._check_array(name, array)
+        self._held = [self._on_device(name, array) for name, array in arrays.items()]
+        return [_address(array) for array in self._held]
+
+    def _in_order(self, batch: Batch, names: Sequence[str]) -> list[Any]:
+        """The batch's arrays in the order of the network's inputs."""
+        if self.feed.anonymous and len(names) == len(batch) == 1:
+            return list(batch.values())
+        if set(names) != set(batch):
+            raise FastcalError(
+                f"the network takes the inputs {', '.join(map(repr, names))}, the batches have "
+                f"{', '.join(map(repr, batch))}; name the batches' arrays after the inputs"
+            )
+        return [batch[name] for name in names]
+
+    def _check_array(self, name: str, array: Any) -> None:
+        shape, dtype = tuple(array.shape), _dtype(array)
+        wanted_shape, wanted_dtype = self._wanted.get(name, (shape, dtype))
+        if shape != wanted_shape:
+            raise FastcalError(
+                f"TensorRT reads input {name!r} as {format_shape(wanted_shape)}, the batches are "
+                f"{format_shape(shape)}; give batches, or a calibration profile, of that shape"
+            )
+        if dtype != wanted_dtype:
+            raise FastcalError(f"input {name!r} takes {wanted_dtype}, the batches are {dtype}; convert them")
+
+    def _on_device(self, name: str, array: Any) -> Any:
+        """A contiguous array on the GPU with the values of `array`: itself, or a copy in memory kept for the input."""
+        if hasattr(array, "__cuda_array_interface__"):
+            if array.__cuda_array_interface__.get("strides") is not None:
+                raise FastcalError(f"input {name!r} is not contiguous in memory; TensorRT reads it as if it were")
+            return array
+        import cupy
+
+        array = np.ascontiguousarray(array)
+        kept = self._uploads.get(name)
+        if kept is None or kept.shape != array.shape or kept.dtype != array.dtype:
+            kept = self._uploads[name] = cupy.empty(array.shape, array.dtype)
+        kept.set(array)  # returns when the values are there: host memory is pageable
+        cupy.cuda.get_current_stream().synchronize()
+        return kept
+
+    def _count(self, entered: float, images: int) -> None:
+        left = time.perf_counter()
+        self.stats.waited += left - entered
+        if self.stats.batches:
+            self.stats.builder_seconds += entered - self._left
+            self.stats.waited_worst = max(self.stats.waited_worst, left - entered)
+        else:
+            self.stats.waited_first = left - entered
+        self.stats.batches += images > 0
+        self.stats.images += images
+        self._left = left
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = error
+        self._end_pass()
+        _log.error("calibration failed: %s", error)
+
+    def _end_pass(self) -> None:
+        batches, self._batches, self._held = getattr(self, "_batches", None), None, []
+        if batches is not None and hasattr(batches, "close"):
+            batches.close()
+
+    def _header(self) -> str:
+        return CalibrationCache({}, self._algorithm, check_tensorrt_version(trt.__version__)).header
+
+    def _record(self) -> Record:
+        return Record.of(self.feed, self._model, algorithm=self._algorithm)
+
+
+def _calibrated_shape(value: Any, config: Any) -> tuple[int, ...]:
+    shape = tuple(value.shape)
+    if -1 not in shape:
+        return shape
+    profile = config.get_calibration_profile()
+    if profile is None:
+        if not config.num_optimization_profiles:
+            raise FastcalError(f"input {value.name!r} is dynamic; add an optimization profile to the config")
+        raise FastcalError(
+            f"input {value.name!r} is dynamic and the config has no calibration profile; set one of the batches' shape "
+            "with config.set_calibration_profile"
+        )
+    return tuple(profile.get_shape(value.name)[1])
+
+
+def _address(array: Any) -> int:
+    return int(array.__cuda_array_interface__["data"][0])
+
+
+def _dtype(array: Any) -> Any:
+    """The array's type as NumPy's, also where the array is not (PyTorch's, say)."""
+    if hasattr(array, "__cuda_array_interface__"):
+        return np.dtype(array.__cuda_array_interface__["typestr"])
+    return np.dtype(array.dtype)
+
+
+class EntropyCalibrator2(FeedCalibrator, trt.IInt8EntropyCalibrator2):  # type: ignore[misc]
+    """TensorRT's `IInt8EntropyCalibrator2`, what TensorRT recommends for convolutional networks."""
+
+    _base, _algorithm = trt.IInt8EntropyCalibrator2, "entropy2"
+
+
+class EntropyCalibrator(FeedCalibrator, trt.IInt8EntropyCalibrator):  # type: ignore[misc]
+    """TensorRT's `IInt8EntropyCalibrator`."""
+
+    _base, _algorithm = trt.IInt8EntropyCalibrator, "entropy"
+
+
+class MinMaxCalibrator(FeedCalibrator, trt.IInt8MinMaxCalibrator):  # type: ignore[misc]
+    """TensorRT's `IInt8MinMaxCalibrator`, which clips nothing."""
+
+    _base, _algorithm = trt.IInt8MinMaxCalibrator, "minmax"
+
+
+class LegacyCalibrator(FeedCalibrator, trt.IInt8LegacyCalibrator):  # type: ignore[misc]
+    """TensorRT's `IInt8LegacyCalibrator`. It keeps no histogram cache: see `read_histogram_cache`.
+
+    Args:
+        feed: As for the others.
+        quantile: The share of values that is not clipped.
+        regression_cutoff: With 1, the quantile alone decides; what a lower one does TensorRT does not document.
+        **options: `cache` and `model`, as for the others.
+    """
+
+    _base, _algorithm = trt.IInt8LegacyCalibrator, "percentile"
+
+    def __init__(
+        self,
+        feed: Feed | Iterable[Batch],
+        *,
+        quantile: float = 0.9999,
+        regression_cutoff: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(feed, **options)
+        self._quantile = quantile
+        self._cutoff = regression_cutoff
+
+    def get_quantile(self) -> float:
+        """The share of values that is not clipped."""
+        return self._quantile
+
+    def get_regression_cutoff(self) -> float:
+        """The cutoff of the regression; 1 for none."""
+        return self._cutoff
+
+    def read_histogram_cache(self, *_: Any) -> None:
+        """No histograms: TensorRT takes them anew.
+
+        TensorRT's Python bindings cannot take them back: they refuse bytes, and pass the length that a calibrator
+        should set as a plain number (seen on 8.6.0).
+        """
+
+    def write_histogram_cache(self, *_: Any) -> None:
+        """Keep nothing, since it could not be read back."""
+
+    def _header(self) -> str:
+        return CalibrationCache({}, "percentile", None, self._quantile, self._cutoff).header
+
+    def _record(self) -> Record:
+        return Record.of(
+            self.feed, self._model, algorithm="percentile", quantile=self._quantile, regression_cutoff=self._cutoff
+        )
+
+
+class Calibrator(FeedCalibrator, trt.IInt8Calibrator):  # type: ignore[misc]
+    """TensorRT's plain `IInt8Calibrator`.
+
+    Args:
+        feed: As for the others.
+        algorithm: A `tensorrt.CalibrationAlgoType`.
+        **options: `cache` and `model`, as for the others.
+    """
+
+    _base = trt.IInt8Calibrator
+
+    def __init__(
+        self,
+        feed: Feed | Iterable[Batch],
+        *,
+        algorithm: Any = trt.CalibrationAlgoType.ENTROPY_CALIBRATION_2,
+        **options: Any,
+    ) -> None:
+        super().__init__(feed, **options)
+        self._type = algorithm
+        self._algorithm = _ALGORITHMS[algorithm]
+
+    def get_algorithm(self) -> Any:
+        """The algorithm, a `tensorrt.CalibrationAlgoType`."""
+        return self._type
+
+
+_ALGORITHMS = {
+    trt.CalibrationAlgoType.ENTROPY_CALIBRATION_2: "entropy2",
+    trt.CalibrationAlgoType.ENTROPY_CALIBRATION: "entropy",
+    trt.CalibrationAlgoType.MINMAX_CALIBRATION: "minmax",
+    trt.CalibrationAlgoType.LEGACY_CALIBRATION: "percentile",
+}

@@ -1,0 +1,50 @@
+"""Where a feed's buffers live: a GPU's memory through CuPy, or the host's through NumPy."""
+
+import re
+from typing import Any
+
+from fastcal.errors import FastcalError
+
+
+def resolve(device: str) -> int | None:
+    """The number of the GPU that `device` names; None for the CPU.
+
+    Args:
+        device: "cpu", "cuda" (CuPy's current device), "cuda:N", or "auto": "cuda" where there is a GPU and CuPy, else
+            "cpu".
+
+    Raises:
+        FastcalError: There is no such device, or CuPy is missing.
+    """
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise FastcalError(f"there is no device {device!r}; choose auto, cpu, cuda or cuda:N")
+    if device == "cpu":
+        return None
+    try:
+        import cupy
+    except ImportError as error:
+        if device == "auto":
+            return None
+        raise FastcalError(
+            f"device {device} needs CuPy, which is not installed: pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'"
+        ) from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError:  # no driver, or none that fits
+        count = 0
+    if device == "auto" and not count:
+        return None
+    number = int(cupy.cuda.runtime.getDevice()) if match[1] is None and count else int(match[1] or 0)
+    if number >= count:
+        raise FastcalError(f"there is no device {device}: CUDA sees {count} GPUs here; use auto or cpu")
+    return number
+
+
+def to_host(array: Any) -> Any:
+    """A NumPy array of the same values: the array itself unless it lies on a GPU."""
+    if hasattr(array, "__cuda_array_interface__"):
+        import cupy
+
+        return cupy.asnumpy(array)
+    return array

@@ -1,0 +1,47 @@
+"""Ctrl-C on the command line: the process is gone within a second, whatever it is doing. Imports next to nothing."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+#: Exit status after Ctrl-C, as shells have it.
+INTERRUPTED = 130
+
+_GRACE_SECONDS = 0.8
+_said = threading.Event()
+
+
+def say() -> None:
+    """Tell the user, once."""
+    if not _said.is_set():
+        _said.set()
+        print("interrupted; nothing was written", file=sys.stderr, flush=True)
+
+
+def end_soon_after_ctrl_c() -> None:
+    """See to it that Ctrl-C ends the process even where its exception does not.
+
+    The exception may be raised where it is swallowed (many libraries' imports), or in the middle of a lock's
+    acquisition, which then is never released, or wait for a decoder to end with an image of a gigapixel.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # told by the system's handler, not when Python comes to it
+
+    def watch() -> None:
+        while os.read(read, 1)[0] != signal.SIGINT:
+            pass
+        time.sleep(_GRACE_SECONDS)
+        say()
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
+    sys.unraisablehook = _report_unraisable
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Print what was raised where it cannot be handled, unless it is Ctrl-C's exception: that is handled here."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)

@@ -1,0 +1,102 @@
+"""What a calibration cache was made from: written beside it, and compared before it is used again."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastcal.cache import CalibrationCache
+from fastcal.errors import FastcalError
+from fastcal.files import write_atomically
+from fastcal.model import Model
+
+#: What is said of an entry that differs; the values themselves are shown where they are short.
+_LONG = 100
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a calibration cache was made from.
+
+    Attributes:
+        entries: Name to value, e.g. "model": the file's SHA-256, "preprocess": the preprocessing. What is not known is
+            not an entry.
+    """
+
+    entries: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, feed: Any, model: Model | None, **settings: Any) -> "Record":
+        """The record of a calibration of `model` (None: not known) with the batches of `feed` and some settings."""
+        entries = dict(feed.describe()) if hasattr(feed, "describe") else {}
+        if model is not None:
+            entries["model"] = model.digest
+        entries |= {name: value for name, value in settings.items() if value is not None}
+        return cls(json.loads(json.dumps(entries)))
+
+    def differences(self, earlier: "Record") -> list[str]:
+        """What of this record an earlier one has otherwise, or not at all; empty where it all agrees."""
+        found = []
+        for name, value in self.entries.items():
+            if name not in earlier.entries:
+                found.append(f"{name} (not recorded)")
+            elif earlier.entries[name] != value:
+                short = len(str(value)) <= _LONG and name not in ("model", "samples")
+                found.append(f"{name} ({earlier.entries[name]} then, {value} now)" if short else name)
+        return found
+
+    def save(self, cache_path: str | os.PathLike[str], cache: bytes) -> None:
+        """Write the record beside the cache whose contents are `cache`."""
+        text = json.dumps({"cache": hashlib.sha256(cache).hexdigest(), "made_from": dict(self.entries)}, indent=1)
+        write_atomically(record_path(cache_path), text.encode() + b"\n")
+
+
+def record_path(cache_path: str | os.PathLike[str]) -> Path:
+    """Where the record of a cache lies: beside it, with ".json" added to its name."""
+    return Path(f"{os.fspath(cache_path)}.json")
+
+
+def read_record(cache_path: str | os.PathLike[str], cache: bytes) -> Record | None:
+    """The record beside a cache with the contents `cache`; None where there is none, or it is of another cache."""
+    try:
+        content = json.loads(record_path(cache_path).read_bytes())
+        if content["cache"] != hashlib.sha256(cache).hexdigest():
+            return None
+        return Record(dict(content["made_from"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def usable_cache(path: str | os.PathLike[str], header: str, record: Record) -> tuple[bytes | None, str]:
+    """The cache at `path` if it is what a calibration would make now.
+
+    Args:
+        path: The cache.
+        header: The header it must have.
+        record: What a calibration would be made from now.
+
+    Returns:
+        Its contents and "", or None and why it is not used.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return None, "there is none yet"
+    except OSError as error:
+        return None, f"it cannot be read ({error.strerror})"
+    try:
+        found = CalibrationCache.from_bytes(data, str(path))
+    except FastcalError as error:
+        return None, str(error)
+    if found.header != header:
+        return None, f"its header is {found.header}, not {header}"
+    if not found.scales:
+        return None, "it holds no scales"
+    earlier = read_record(path, data)
+    if earlier is None:
+        return None, f"nothing tells what it was made from ({record_path(path)} is missing or of another cache)"
+    differences = record.differences(earlier)
+    return (None, "it was made from other " + ", ".join(differences)) if differences else (data, "")

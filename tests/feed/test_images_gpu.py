@@ -1,0 +1,99 @@
+"""The feed on a GPU: the same batches as on the CPU, none ever overwritten while it is read."""
+
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastcal import FastcalError, ImageFeed, Preprocess
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """200 images whose every pixel is the image's number."""
+    for number in range(200):
+        Image.fromarray(np.full((20, 20, 3), number, np.uint8)).save(tmp_path / f"{number:03}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop", "letterbox"])
+@pytest.mark.parametrize("size", [(224, 224), (100, 64)])
+def test_batches_are_the_cpus(photographs, resize, size):
+    preprocess = Preprocess(size=size, resize=resize)
+    batches = {}
+    for device in ("cpu", "cuda"):
+        with ImageFeed(photographs, preprocess=preprocess, batch_size=4, device=device) as feed:
+            batches[device] = [np.asarray(getattr(b["input"], "get", lambda b=b: b["input"])()) * 1.0 for b in feed]
+    difference = np.abs(np.concatenate(batches["cpu"]) - np.concatenate(batches["cuda"]))
+    print(f"{resize} to {size}: mean difference {difference.mean():.3f} levels, largest {difference.max():.0f}")
+    assert difference.mean() < 1
+
+
+def test_every_batch_is_seen_whole_and_in_order(numbered):
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    for depth in (2, 3, 4):
+        for seconds in (0, 0.002):
+            feed = ImageFeed(
+                [path for path in sorted(numbered.iterdir()) for _ in range(8)],
+                preprocess=Preprocess(size=(64, 64)), batch_size=8, device="cuda", depth=depth,
+            )  # fmt: skip
+            extremes = cupy.empty((200, 2), cupy.float32)
+            with feed, stream:
+                for number, batch in enumerate(feed):
+                    time.sleep(seconds)
+                    # enqueued only: the buffer must not be filled before this has run
+                    extremes[number, 0] = batch["input"].min()
+                    extremes[number, 1] = batch["input"].max()
+            stream.synchronize()
+            expected = np.repeat(np.arange(200), 2).reshape(200, 2)
+            assert (extremes.get() == expected).all()
+
+
+def test_arrays_are_cupys_and_allocated_once(photographs):
+    import cupy
+
+    preprocess = Preprocess(size=(16, 16))
+    constants = {"scale": np.float32([2])}
+    with ImageFeed(photographs, preprocess=preprocess, batch_size=1, device="cuda:0", constants=constants) as feed:
+        batches = [(b["input"].data.ptr, b["scale"].get().tolist()) for _ in range(2) for b in feed]
+    assert isinstance(next(iter(feed))["input"], cupy.ndarray)
+    assert len({address for address, _ in batches}) == 2
+    assert {tuple(scale) for _, scale in batches} == {(2.0,)}
+    feed.close()
+
+
+def test_passes_left_midway(photographs):
+    feed = ImageFeed(photographs, preprocess=Preprocess(size=(16, 16)), batch_size=1, device="cuda")
+    whole = [batch["input"].get() for batch in feed]
+    for _ in range(3):
+        next(iter(feed))
+    assert np.array_equal([batch["input"].get() for batch in feed], whole)
+    batches = iter(feed)
+    next(batches)
+    del feed, batches
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastcal")]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "garbage"])
+def test_an_image_that_turns_bad_halfway_is_named(photographs, tmp_path, kind):
+    for number in range(12):
+        (tmp_path / f"{number:02}.jpg").write_bytes((photographs / "0.jpg").read_bytes())
+    whole = (tmp_path / "07.jpg").read_bytes()
+    (tmp_path / "07.jpg").write_bytes(whole[: len(whole) // 2] if kind == "truncated" else b"no image")
+    feed = ImageFeed(tmp_path, preprocess=Preprocess(size=(64, 64)), batch_size=2, device="cuda")
+    with feed, pytest.raises(FastcalError, match=r"07.jpg cannot be decoded"):
+        for _ in feed:
+            pass
+
+
+def test_a_device_that_is_not_there(photographs):
+    with pytest.raises(FastcalError, match="no device cuda:99: CUDA sees"):
+        ImageFeed(photographs, device="cuda:99")

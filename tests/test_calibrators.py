@@ -1,0 +1,287 @@
+"""The calibrators on TensorRT 10.16.1's own Python bindings, without TensorRT or a GPU.
+
+The bindings import against stand-ins for TensorRT's libraries that export the entry points they name and do nothing.
+What TensorRT does with a calibrator is in test_calibrators_gpu.py.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ENTRY_POINTS = """
+void *createInferBuilder_INTERNAL(void) { return 0; }
+void *createInferRefitter_INTERNAL(void) { return 0; }
+void *createInferRuntime_INTERNAL(void) { return 0; }
+void *createNvOnnxParser_INTERNAL(void) { return 0; }
+void *createNvOnnxParserRefitter_INTERNAL(void) { return 0; }
+void *getBuilderPluginRegistry(void) { return 0; }
+void *getPluginRegistry(void) { return 0; }
+int getNvOnnxParserVersion(void) { return 0; }
+int initLibNvInferPlugins(void) { return 0; }
+"""
+
+PRELUDE = """
+import json, logging, sys
+from pathlib import Path
+import numpy as np
+import tensorrt as trt
+import fastcal
+
+class OnDevice:
+    "An array that says it lies on a GPU; nothing here reads it."
+    def __init__(self, address, shape=(4, 3, 8, 8), strides=None):
+        self.shape, self.dtype = shape, np.dtype("f4")
+        self.__cuda_array_interface__ = {
+            "data": (address, False), "shape": shape, "typestr": "<f4", "version": 3, "strides": strides}
+
+class Numbered(fastcal.Feed):
+    "Batches whose addresses tell which batch and which input it is."
+    batch_size = 4
+    def __init__(self, count=3, names=("a", "b"), error=None, says=None, samples="same"):
+        self.count, self.names, self.error, self.says, self.samples = count, names, error, says or count, samples
+    def __len__(self):
+        return self.says
+    def __iter__(self):
+        for batch in range(self.count):
+            yield {name: OnDevice(100 * (batch + 1) + place) for place, name in enumerate(self.names)}
+        if self.error:
+            raise self.error
+    def describe(self):
+        return {"samples": self.samples}
+
+def serve(calibrator, names=("a", "b"), write=True):
+    "What TensorRT does: returns the addresses it was given, or the cache it was."
+    cache = calibrator.read_calibration_cache()
+    if cache is not None:
+        return cache
+    given = list(iter(lambda: calibrator.get_batch(list(names)), None))
+    assert calibrator.read_calibration_cache() is None  # it asks again
+    if write and given:
+        calibrator.write_calibration_cache(memoryview(b"TRT-101601-EntropyCalibration2\\na: 3c010a14\\n"))
+    return given
+
+def error_of(function):
+    try:
+        function()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+"""
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Folders for PYTHONPATH and LD_LIBRARY_PATH that make `import tensorrt` give TensorRT 10.16.1's bindings."""
+    if importlib.util.find_spec("tensorrt_bindings") is None:
+        pytest.skip("no TensorRT bindings: pip install tensorrt-cu13-bindings==10.16.1.11")
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no TensorRT bindings: no C compiler for the libraries they name")
+    folder = tmp_path_factory.mktemp("tensorrt")
+    (folder / "entry_points.c").write_text(ENTRY_POINTS)
+    for name in ("nvinfer", "nvonnxparser", "nvinfer_plugin"):
+        library = folder / f"lib{name}.so.10"
+        command = [
+            compiler,
+            "-shared",
+            "-fPIC",
+            f"-Wl,-soname,{library.name}",
+            "-o",
+            library,
+            folder / "entry_points.c",
+        ]
+        subprocess.run(command, check=True)
+    (folder / "tensorrt.py").write_text("from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n")
+    return {"PYTHONPATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
+
+
+@pytest.fixture
+def run(environment, tmp_path):
+    """A function that runs a program after the prelude and returns what it printed."""
+
+    def run(program):
+        done = subprocess.run(
+            [sys.executable, "-c", PRELUDE + program], capture_output=True, text=True, cwd=tmp_path, timeout=60,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_all_five_are_instances_of_tensorrts_classes(run):
+    printed = run("""
+print(trt.__version__)
+for name in ("EntropyCalibrator2", "EntropyCalibrator", "MinMaxCalibrator", "LegacyCalibrator"):
+    calibrator = getattr(fastcal, name)(Numbered())
+    assert isinstance(calibrator, getattr(trt, "IInt8" + name)) and isinstance(calibrator, trt.IInt8Calibrator)
+    print(name, calibrator.get_algorithm().name, calibrator.get_batch_size())
+for algorithm in trt.CalibrationAlgoType.__members__.values():
+    calibrator = fastcal.Calibrator(Numbered(), algorithm=algorithm)
+    assert isinstance(calibrator, trt.IInt8Calibrator)
+    assert calibrator.get_algorithm() == algorithm
+legacy = fastcal.LegacyCalibrator(Numbered(), quantile=0.99, regression_cutoff=0.5)
+print(legacy.get_quantile(), legacy.get_regression_cutoff())
+""")
+    assert printed.splitlines() == [
+        "10.16.1.11",
+        "EntropyCalibrator2 ENTROPY_CALIBRATION_2 4",
+        "EntropyCalibrator ENTROPY_CALIBRATION 4",
+        "MinMaxCalibrator MINMAX_CALIBRATION 4",
+        "LegacyCalibrator LEGACY_CALIBRATION 4",
+        "0.99 0.5",
+    ]
+
+
+def test_addresses_come_in_the_order_asked_for_and_again_after_the_end(run):
+    printed = run("""
+calibrator = fastcal.EntropyCalibrator2(Numbered())
+print(serve(calibrator, ("b", "a")))
+print(serve(calibrator, ("a", "b")))
+print(calibrator.stats.batches, calibrator.stats.images)
+calibrator.get_batch(["a", "b"])
+calibrator.rewind()
+print(calibrator.get_batch(["a", "b"]))
+""")
+    assert printed.splitlines() == [
+        "[[101, 100], [201, 200], [301, 300]]",
+        "[[100, 101], [200, 201], [300, 301]]",
+        "3 12",
+        "[100, 101]",
+    ]
+
+
+def test_one_nameless_array_goes_to_the_one_input(run):
+    printed = run("""
+feed = Numbered(count=1, names=("input",))
+feed.anonymous = True
+print(serve(fastcal.EntropyCalibrator2(feed), ("pixels",)))
+feed.anonymous = False
+calibrator = fastcal.EntropyCalibrator2(feed)
+print(serve(calibrator, ("pixels",)), error_of(calibrator.check))
+""")
+    assert printed.splitlines()[0] == "[[100]]"
+    assert printed.splitlines()[1] == (
+        "[] FastcalError: the network takes the inputs 'pixels', the batches have 'input'; name the batches' arrays "
+        "after the inputs"
+    )
+
+
+def test_what_goes_wrong_is_remembered_and_nothing_is_written(run, tmp_path):
+    printed = run("""
+for feed in (
+    Numbered(error=OSError("the disk is gone")), Numbered(error=KeyboardInterrupt()), Numbered(count=2, says=5),
+    Numbered(names=("a", "c")), Numbered(names=("a", "b", "c")),
+):
+    calibrator = fastcal.EntropyCalibrator2(feed, cache="x.cache")
+    def build():
+        with calibrator:
+            print(len(serve(calibrator)), end=" ")
+    print(error_of(build))
+    assert error_of(build) == error_of(calibrator.check)  # once more, with the same object
+print(list(Path().iterdir()))
+""")
+    lines = [line for line in printed.splitlines() if line]
+    assert lines[0] == "3 OSError: the disk is gone"
+    assert lines[1].startswith("3 3 KeyboardInterrupt") or "KeyboardInterrupt" in lines[1]
+    assert "FastcalError: the feed ended after 2 of 5 batches" in printed
+    assert "the network takes the inputs 'a', 'b', the batches have 'a', 'c'" in printed
+    assert "the network takes the inputs 'a', 'b', the batches have 'a', 'b', 'c'" in printed
+    assert lines[-1].endswith("[]")
+
+
+def test_the_cache_is_used_only_while_it_is_true(run, tmp_path):
+    printed = run("""
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+def calibrate(kind=fastcal.EntropyCalibrator2, **feed):
+    with kind(Numbered(**feed), cache="x.cache") as calibrator:
+        got = serve(calibrator)
+    print("served" if isinstance(got, bytes) else f"calibrated with {len(got)}")
+calibrate()
+calibrate()
+calibrate(samples="others")
+calibrate(samples="others")
+calibrate(fastcal.MinMaxCalibrator, samples="others")
+Path("x.cache").write_text(Path("x.cache").read_text().replace("101601", "8600"))
+calibrate(samples="others")
+Path("x.cache.json").unlink()
+calibrate(samples="others")
+Path("x.cache").write_text("garbage")
+calibrate(samples="others")
+""")
+    entropy2 = "TRT-101601-EntropyCalibration2"
+    assert printed.splitlines() == [
+        "calibrating: x.cache is not used, there is none yet",
+        "calibrated with 3",
+        "x.cache is used: it was made from the same model, samples and settings",
+        "served",
+        "calibrating: x.cache is not used, it was made from other samples",
+        "calibrated with 3",
+        "x.cache is used: it was made from the same model, samples and settings",
+        "served",
+        f"calibrating: x.cache is not used, its header is {entropy2}, not TRT-101601-MinMaxCalibration",
+        "calibrated with 3",
+        f"calibrating: x.cache is not used, its header is TRT-8600-EntropyCalibration2, not {entropy2}",
+        "calibrated with 3",
+        "calibrating: x.cache is not used, nothing tells what it was made from (x.cache.json is missing or of another "
+        "cache)",
+        "calibrated with 3",
+        "calibrating: x.cache is not used, x.cache is not a TensorRT calibration cache: its first line is 'garbage'",
+        "calibrated with 3",
+    ]
+
+
+def test_the_old_cache_is_kept_when_the_new_one_fails(run, tmp_path):
+    run("""
+serve(fastcal.EntropyCalibrator2(Numbered(), cache="x.cache"))
+before = Path("x.cache").read_bytes()
+serve(fastcal.EntropyCalibrator2(Numbered(error=OSError(), samples="others"), cache="x.cache"))
+assert Path("x.cache").read_bytes() == before
+one = fastcal.EntropyCalibrator2(Numbered(samples="others"), cache="x.cache")
+one.read_calibration_cache()
+one.get_batch(["a", "b"])
+one.write_calibration_cache(b"TRT-101601-EntropyCalibration2\\na: 0\\n")  # a builder that stops after one batch
+assert Path("x.cache").read_bytes() == before
+""")
+
+
+def test_a_full_disk_fails_the_calibration(run):
+    printed = run("""
+calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="nowhere/x.cache")
+serve(calibrator)
+print(error_of(calibrator.check))
+""")
+    assert printed.startswith("FastcalError: cannot write nowhere/x.cache: there is no folder")
+
+
+def test_arrays_that_tensorrt_would_read_wrongly(run):
+    printed = run("""
+for array in (OnDevice(1, strides=(1, 2, 3, 4)), OnDevice(1, shape=(2, 3, 8, 8))):
+    calibrator = fastcal.EntropyCalibrator2(fastcal.ArrayFeed([{"a": array}]))
+    calibrator._wanted = {"a": ((4, 3, 8, 8), np.dtype("f4"))}
+    assert calibrator.get_batch(["a"]) is None
+    print(error_of(calibrator.check))
+""")
+    assert printed.splitlines() == [
+        "FastcalError: input 'a' is not contiguous in memory; TensorRT reads it as if it were",
+        "FastcalError: TensorRT reads input 'a' as (4, 3, 8, 8), the batches are (2, 3, 8, 8); give batches, or a "
+        "calibration profile, of that shape",
+    ]
+
+
+def test_without_tensorrt_or_with_one_that_has_no_calibrators(tmp_path):
+    for content, message in (
+        ("raise ImportError('no libnvinfer')", "need TensorRT 8.6 to 10.16, which cannot be imported (no libnvinfer)"),
+        (
+            "__version__ = '11.4.0'",
+            "TensorRT 11.4.0 has no calibrators (gone from 11.0): calibrate with fastcal calibrate",
+        ),
+    ):
+        (tmp_path / "tensorrt.py").write_text(content)
+        program = "import fastcal\ntry: fastcal.EntropyCalibrator2\nexcept fastcal.FastcalError as error: print(error)"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
+        assert message in done.stdout
