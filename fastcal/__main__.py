@@ -12,7 +12,9 @@ def main() -> None:
         from fastcal.cli import app
 
         app()
-    except KeyboardInterrupt:
+    except BaseException:
+        if not interrupt.received():
+            raise
         interrupt.say()
         sys.exit(interrupt.INTERRUPTED)
 

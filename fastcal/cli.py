@@ -206,13 +206,13 @@ def _terminal() -> Iterator[Console]:
         sys.stderr = terminal
         try:
             yield console
-        except FastcalError as error:
-            console.print(f"error: {error}")
-            raise typer.Exit(FAILED) from error
-        except KeyboardInterrupt as error:
-            interrupt.say()
-            raise typer.Exit(interrupt.INTERRUPTED) from error
-        except BaseException:
+        except BaseException as error:
+            if interrupt.received():
+                interrupt.say()
+                raise typer.Exit(interrupt.INTERRUPTED) from error
+            if isinstance(error, FastcalError):
+                console.print(f"error: {error}")
+                raise typer.Exit(FAILED) from error
             aside.seek(0)
             terminal.write(aside.read().decode(errors="replace"))
             raise

@@ -10,7 +10,16 @@ import time
 INTERRUPTED = 130
 
 _GRACE_SECONDS = 0.8
+_received = threading.Event()
 _said = threading.Event()
+
+
+def received() -> bool:
+    """Whether Ctrl-C was pressed: whatever exception ends the work then, that is its cause.
+
+    A compiler or a decoder interrupted in one of its callbacks raises errors of its own.
+    """
+    return _received.is_set()
 
 
 def say() -> None:
@@ -23,12 +32,15 @@ def say() -> None:
 def end_soon_after_ctrl_c() -> None:
     """See to it that Ctrl-C ends the process even where its exception does not.
 
-    The exception may be raised where it is swallowed (many libraries' imports), or in the middle of a lock's
+    The exception it raises may be raised where it is swallowed (many libraries' imports), or in the middle of a lock's
     acquisition, which then is never released, or wait for a decoder to end with an image of a gigapixel.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # told by the system's handler, not when Python comes to it
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background, shells have it ignored
+        signal.signal(signal.SIGINT, _handle)
 
     def watch() -> None:
         while os.read(read, 1)[0] != signal.SIGINT:
@@ -39,6 +51,11 @@ def end_soon_after_ctrl_c() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     sys.unraisablehook = _report_unraisable
+
+
+def _handle(number: int, frame: object) -> None:
+    _received.set()
+    raise KeyboardInterrupt
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
