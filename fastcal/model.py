@@ -98,7 +98,11 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 of the file, and of the size and time of each file of external data."""
+        """The SHA-256 of the file, and of the size and time of each file of external data.
+
+        Raises:
+            FastcalError: A file of external data is missing.
+        """
         digest = hashlib.sha256(self.path.read_bytes())
         files = {
             entry.value
@@ -107,7 +111,12 @@ class Model:
             if entry.key == "location"
         }
         for name in sorted(files):
-            status = (self.path.parent / name).stat()
+            try:
+                status = (self.path.parent / name).stat()
+            except OSError as error:
+                raise FastcalError(
+                    f"cannot load {self.path}: its external data {name}: {error.strerror}; keep it beside the model"
+                ) from error
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         return digest.hexdigest()
 

@@ -101,7 +101,8 @@ class ImageFeed(Feed):
         if last_batch not in ("wrap", "drop"):
             raise FastcalError(f"there is no last_batch {last_batch!r}; choose wrap or drop")
         for name, value, least in (
-            ("batch_size", batch_size, 1), ("limit", limit, 1), ("depth", depth, 2), ("threads", threads, 1)
+            ("batch_size", batch_size, 1), ("limit", limit, 1), ("depth", depth, 2), ("threads", threads, 1),
+            ("prefetch_queue_depth", prefetch_queue_depth, 1),
         ):  # fmt: skip
             if value is not None and value < least:
                 raise FastcalError(f"{name} is {value}; it must be at least {least}")
@@ -145,9 +146,13 @@ class ImageFeed(Feed):
     def describe(self) -> dict[str, Any]:
         """The images in order, by path below their common folder, size and time; and what is done to them."""
         digest = hashlib.sha256()
-        root = os.path.commonpath([os.path.dirname(path) for path in self.paths])
-        for path in self.paths:
-            status = os.stat(path)
+        paths = [os.path.abspath(path) for path in self.paths]
+        root = os.path.commonpath([os.path.dirname(path) for path in paths])
+        for path in paths:
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise FastcalError(f"cannot read {path}: {error.strerror}; correct or remove it") from error
             name = os.fsencode(os.path.relpath(path, root))
             digest.update(b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns))
         for key, values in sorted(self._constants.items()):

@@ -2,7 +2,6 @@
 
 import atexit
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +27,9 @@ class Prefetcher(Generic[Buffer], Iterator[Buffer]):
         fill: Called in the thread as fill(index, buffer, ended) for index 0, 1, ... count - 1. Once ended() is true,
             what it fills is not used, and it should return.
         count: How many buffers to hand out in all.
-
-    Attributes:
-        waited: Seconds the consumer has waited for buffers.
     """
 
     def __init__(self, buffers: Sequence[Buffer], fill: Fill[Buffer], count: int) -> None:
-        self.waited = 0.0
         self._ring = _Ring(buffers)
         thread = threading.Thread(target=self._ring.produce, args=(fill, count), name="fastcal-prefetch", daemon=True)
         self.close = _stopper(self._ring, thread)
@@ -48,14 +43,11 @@ class Prefetcher(Generic[Buffer], Iterator[Buffer]):
             StopIteration: All buffers have been handed out, or the pass was closed.
             Exception: What `fill` raised.
         """
-        start = time.perf_counter()
         try:
             return self._ring.take()
         except BaseException:
             self.close()
             raise
-        finally:
-            self.waited += time.perf_counter() - start
 
 
 class _Ring(Generic[Buffer]):

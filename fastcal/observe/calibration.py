@@ -16,6 +16,9 @@ from fastcal.observe.runner import OnnxRuntimeRunner
 from fastcal.observe.scales import check_algorithm, pick_scales
 from fastcal.record import Record
 
+#: The cutoff at which TensorRT's Legacy calibration is a plain percentile.
+_NO_REGRESSION = 1.0
+
 _log = logging.getLogger("fastcal")
 
 
@@ -75,6 +78,8 @@ def calibrate(
     version = _tensorrt_version(tensorrt_version)
     if not isinstance(model, Model):
         model = Model(model)
+    settings = {"quantile": quantile, "regression_cutoff": _NO_REGRESSION} if algorithm == "percentile" else {}
+    record = Record.of(feed, model, algorithm=algorithm, **settings)
     with (
         OnnxRuntimeRunner(model, threads) as runner,
         Histograms(threads) as histograms,
@@ -89,9 +94,8 @@ def calibrate(
     scales = pick_scales(histograms, algorithm, quantile)
     scales |= {name: scales[source] for name, source in model.sources.items() if name in scales and source in scales}
     if algorithm == "percentile":
-        record = Record.of(feed, model, algorithm=algorithm, quantile=quantile, regression_cutoff=1.0)
-        return CalibrationCache(scales, algorithm, None, quantile=quantile, cutoff=1.0, record=record)
-    return CalibrationCache(scales, algorithm, version, record=Record.of(feed, model, algorithm=algorithm))
+        return CalibrationCache(scales, algorithm, None, quantile=quantile, cutoff=_NO_REGRESSION, record=record)
+    return CalibrationCache(scales, algorithm, version, record=record)
 
 
 def _tensorrt_version(asked: str | None) -> str:

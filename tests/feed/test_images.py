@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import os
+import shutil
 import threading
 from dataclasses import replace
 
@@ -285,3 +287,26 @@ def test_a_model_of_several_inputs_needs_a_name(photographs, onnx_file):
     with pytest.raises(FastcalError, match="takes the inputs 'left', 'right'; say which"):
         ImageFeed(photographs, preprocess="unit", model=model)
     assert ImageFeed(photographs, preprocess="unit", model=model, input_name="right").preprocess.size == (9, 9)
+
+
+def test_what_a_feed_is_made_from_is_told_apart(photographs, tmp_path, monkeypatch):
+    def described(data=photographs, preprocess=SMALL, **options):
+        return ImageFeed(data, preprocess=preprocess, batch_size=2, **options).describe()
+
+    plain = described()
+    assert plain == described()
+    elsewhere = shutil.copytree(photographs, tmp_path / "elsewhere")  # keeps sizes and times
+    assert plain == described(elsewhere)
+    monkeypatch.chdir(elsewhere)
+    assert plain == described(
+        [*sorted(os.listdir())[:3], *sorted(str(path.resolve()) for path in elsewhere.iterdir())[3:]]
+    )
+    assert plain["samples"] != described(limit=5)["samples"]
+    assert plain["samples"] != described(shuffle=True)["samples"]
+    assert plain["preprocess"] != described(preprocess=Preprocess(size=(16, 17)))["preprocess"]
+    (elsewhere / "0.jpg").touch()
+    assert plain["samples"] != described(elsewhere)["samples"]
+    feed = ImageFeed(elsewhere, preprocess=SMALL)
+    (elsewhere / "0.jpg").unlink()
+    with pytest.raises(FastcalError, match=r"cannot read .*0.jpg: No such file"):
+        feed.describe()

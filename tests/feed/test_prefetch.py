@@ -145,12 +145,3 @@ next(batches)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""
     assert done.stdout.splitlines() == ["filled 0", "filled 1", "exit function of an older library"]
-
-
-def test_the_wait_is_measured():
-    def fill(index, buffer, ended):
-        time.sleep(0.05)
-
-    batches = Prefetcher([[0], [0]], fill, 2)
-    assert len(list(batches)) == 2
-    assert 0.05 < batches.waited < 10
