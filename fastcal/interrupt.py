@@ -9,7 +9,7 @@ import time
 #: Exit status after Ctrl-C, as shells have it.
 INTERRUPTED = 130
 
-_GRACE_SECONDS = 0.8
+_GRACE_SECONDS = 0.6
 _received = threading.Event()
 _said = threading.Event()
 
