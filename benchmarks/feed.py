@@ -56,22 +56,19 @@ def main():
     arguments = parser.parse_args()
     size, load, depth = arguments.batch_size, arguments.hw_decoder_load, arguments.prefetch_queue_depth
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(folder, arguments.images, (500, 400), arguments.photographs)
+        images = write_photographs(folder, arguments.images, (500, 400), arguments.photographs)
+        paths = sorted(str(path) for path in images.iterdir())
         feed = fastcal.ImageFeed(
-            folder, batch_size=size, device="cuda", threads=arguments.threads, hw_decoder_load=load,
-            prefetch_queue_depth=depth,
-        )  # fmt: skip
-        repeated = fastcal.ImageFeed(
-            feed.paths * arguments.passes, batch_size=size, device="cuda", threads=arguments.threads,
+            paths * arguments.passes, batch_size=size, device="cuda", threads=arguments.threads,
             hw_decoder_load=load, prefetch_queue_depth=depth,
         )  # fmt: skip
-        bare = bare_dali(feed.paths, size, arguments.threads, load, depth)
+        bare = bare_dali(paths, size, arguments.threads, load, depth)
         ways = {
-            "DALI alone": lambda: (bare.run() for _ in range(len(repeated))),
-            "for batch in feed": lambda: iter(repeated),
+            "DALI alone": lambda: (bare.run() for _ in range(len(feed))),
+            "for batch in feed": lambda: iter(feed),
         }
         try:
-            calibrator = fastcal.EntropyCalibrator2(repeated)
+            calibrator = fastcal.EntropyCalibrator2(feed)
             ways["get_batch"] = lambda: iter(lambda: calibrator.get_batch(["input"]), None)
         except fastcal.FastcalError as error:
             print(f"without get_batch: {error}")

@@ -67,7 +67,7 @@ def build_engine(
         FastcalError: The model cannot be parsed, the batches do not fit it, or TensorRT builds no engine.
         Exception: What the feed raised during the calibration.
     """
-    model = model if isinstance(model, Model) else Model(model)
+    model = Model.of(model)
     if not isinstance(calibrator, FeedCalibrator):
         calibrator = EntropyCalibrator2(calibrator, model=model)
     logger = _Logger()

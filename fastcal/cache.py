@@ -101,8 +101,9 @@ class CalibrationCache:
             FastcalError: The file cannot be written; an older one is then as it was.
         """
         data = self.to_bytes()
-        write_atomically(path, data)
-        if self.record is not None:
+        if self.record is None:
+            write_atomically(path, data)
+        else:
             self.record.save(path, data)
 
     @classmethod

@@ -20,7 +20,6 @@ import numpy as np
 from fastcal.cache import CalibrationCache, check_tensorrt_version
 from fastcal.errors import FastcalError
 from fastcal.feed.feed import ArrayFeed, Batch, Feed
-from fastcal.files import write_atomically
 from fastcal.model import Model, format_shape
 from fastcal.record import Record, usable_cache
 
@@ -93,13 +92,14 @@ class FeedCalibrator:
         self.feed = feed if isinstance(feed, Feed) else ArrayFeed(feed)
         self.stats = CalibratorStats()
         self._cache = None if cache is None else Path(cache)
-        self._model = Model(model) if isinstance(model, (str, os.PathLike)) else model
+        self._model = None if model is None else Model.of(model)
         self._wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
         self._held: list[Any] = []
         self._uploads: dict[str, Any] = {}
         self._error: BaseException | None = None
         self._ended = False  # whether all batches have been handed out
         self._finished = False  # whether TensorRT has had its cache written
+        self._made_from: Record | None = None
         self._left = 0.0
 
     # What TensorRT calls.
@@ -137,6 +137,7 @@ class FeedCalibrator:
             self.rewind()  # another build
         if self._cache is None or self._ended or self._error is not None:
             return None
+        self._made_from = None  # files may have changed since an earlier build
         try:
             data, reason = usable_cache(self._cache, self._header(), self._record())
         except BaseException as error:
@@ -159,9 +160,7 @@ class FeedCalibrator:
             elif not self._ended:
                 _log.warning("%s is not written: TensorRT has not asked for all batches", self._cache)
             else:
-                data = bytes(cache)
-                write_atomically(self._cache, data)
-                self._record().save(self._cache, data)
+                self._record().save(self._cache, bytes(cache))
         except BaseException as error:
             self._fail(error)
 
@@ -172,6 +171,7 @@ class FeedCalibrator:
         self._end_pass()
         self._error = None
         self._ended = self._finished = False
+        self._made_from = None
         self.stats = CalibratorStats()
 
     def check(self) -> None:
@@ -293,7 +293,13 @@ class FeedCalibrator:
         return CalibrationCache({}, self._algorithm, check_tensorrt_version(trt.__version__)).header
 
     def _record(self) -> Record:
-        return Record.of(self.feed, self._model, algorithm=self._algorithm)
+        """What this calibration is made from, found out once a calibration: it looks at every sample's file."""
+        if self._made_from is None:
+            self._made_from = Record.of(self.feed, self._model, **self._settings())
+        return self._made_from
+
+    def _settings(self) -> dict[str, Any]:
+        return {"algorithm": self._algorithm}
 
 
 def _calibrated_shape(value: Any, config: Any) -> tuple[int, ...]:
@@ -385,10 +391,8 @@ class LegacyCalibrator(FeedCalibrator, trt.IInt8LegacyCalibrator):  # type: igno
     def _header(self) -> str:
         return CalibrationCache({}, "percentile", None, self._quantile, self._cutoff).header
 
-    def _record(self) -> Record:
-        return Record.of(
-            self.feed, self._model, algorithm="percentile", quantile=self._quantile, regression_cutoff=self._cutoff
-        )
+    def _settings(self) -> dict[str, Any]:
+        return {"algorithm": "percentile", "quantile": self._quantile, "regression_cutoff": self._cutoff}
 
 
 class Calibrator(FeedCalibrator, trt.IInt8Calibrator):  # type: ignore[misc]

@@ -59,6 +59,11 @@ class Model:
         if not self.proto.graph.node:
             raise FastcalError(f"{path} is not an ONNX model, or one without a layer; export the network to ONNX first")
 
+    @classmethod
+    def of(cls, model: "str | os.PathLike[str] | Model") -> "Model":
+        """The model itself, or the one in a file."""
+        return model if isinstance(model, Model) else cls(model)
+
     @cached_property
     def inputs(self) -> tuple[ModelInput, ...]:
         """The inputs that a batch must give, in the graph's order."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastcal.cache import CalibrationCache
 from fastcal.errors import FastcalError
+from fastcal.feed.feed import Feed
 from fastcal.files import write_atomically
 from fastcal.model import Model
 
@@ -31,7 +32,7 @@ class Record:
     @classmethod
     def of(cls, feed: Any, model: Model | None, **settings: Any) -> "Record":
         """The record of a calibration of `model` (None: not known) with the batches of `feed` and some settings."""
-        entries = dict(feed.describe()) if hasattr(feed, "describe") else {}
+        entries = feed.describe() if isinstance(feed, Feed) else {}
         if model is not None:
             entries["model"] = model.digest
         entries |= {name: value for name, value in settings.items() if value is not None}
@@ -49,7 +50,8 @@ class Record:
         return found
 
     def save(self, cache_path: str | os.PathLike[str], cache: bytes) -> None:
-        """Write the record beside the cache whose contents are `cache`."""
+        """Write a cache with the contents `cache`, and this record beside it."""
+        write_atomically(cache_path, cache)
         text = json.dumps({"cache": hashlib.sha256(cache).hexdigest(), "made_from": dict(self.entries)}, indent=1)
         write_atomically(record_path(cache_path), text.encode() + b"\n")
 

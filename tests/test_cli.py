@@ -223,9 +223,7 @@ interrupt.end_soon_after_ctrl_c()
 print("ready", flush=True)
 time.sleep(60)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start_listening_to_ctrl_c([sys.executable, "-c", program])
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     stderr = process.communicate(timeout=30)[1]

@@ -101,9 +101,14 @@ class ArrayFeed(Feed):
         digest = hashlib.sha256()
         for batch in self._batches:
             for name, array in sorted(batch.items()):
-                digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
-                digest.update(np.ascontiguousarray(to_host(array)).tobytes())
+                add_to_digest(digest, name, to_host(array))
         return {"batches": len(self), "batch_size": self.batch_size, "samples": digest.hexdigest()}
+
+
+def add_to_digest(digest: Any, name: str, array: Any) -> None:
+    """Add a NumPy array, its name, type and shape to a hash of `hashlib`."""
+    digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
 
 
 def _array(values: Any) -> Any:

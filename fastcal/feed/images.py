@@ -12,7 +12,7 @@ from fastcal.errors import FastcalError
 from fastcal.feed import dataset
 from fastcal.feed.buffers import Buffer, DeviceBuffer
 from fastcal.feed.device import resolve
-from fastcal.feed.feed import Batch, Feed
+from fastcal.feed.feed import Batch, Feed, add_to_digest
 from fastcal.feed.pipeline import ImagePipeline, find_unreadable
 from fastcal.feed.prefetch import Prefetcher
 from fastcal.feed.preprocess import Preprocess
@@ -90,7 +90,7 @@ class ImageFeed(Feed):
         if isinstance(preprocess, str):
             preprocess = Preprocess.preset(preprocess)
         if model is not None:
-            model = model if isinstance(model, Model) else Model(model)
+            model = Model.of(model)
             image_input = _image_input(model, input_name)
             input_name = image_input.name
             try:
@@ -156,7 +156,7 @@ class ImageFeed(Feed):
             name = os.fsencode(os.path.relpath(path, root))
             digest.update(b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns))
         for key, values in sorted(self._constants.items()):
-            digest.update(f"{key}\0{values.dtype}\0{values.shape}\0".encode() + values.tobytes())
+            add_to_digest(digest, key, values)
         return {
             "images": len(self.paths),
             "batches": len(self),
@@ -255,7 +255,7 @@ class ImageFeed(Feed):
             for number in range(first, first + self.batch_size):
                 path = self.paths[number % len(self.paths)]
                 if self._gpu is None:
-                    size = os.path.getsize(path) if os.path.exists(path) else 0  # the decoder reports what is gone
+                    size = _size(path)
                     large = len(run) >= self._threads and encoded + size > _BYTES_PER_THREAD * self._threads
                     if large or len(run) == self._most_in_a_run:
                         yield run
@@ -263,6 +263,13 @@ class ImageFeed(Feed):
                     encoded += size
                 run.append(path)
             yield run
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:  # the decoder reports what is gone
+        return 0
 
 
 def _arrays(prefetcher: Prefetcher[Buffer]) -> Iterator[Batch]:

@@ -76,8 +76,7 @@ def calibrate(
     """
     check_algorithm(algorithm, quantile)
     version = _tensorrt_version(tensorrt_version)
-    if not isinstance(model, Model):
-        model = Model(model)
+    model = Model.of(model)
     settings = {"quantile": quantile, "regression_cutoff": _NO_REGRESSION} if algorithm == "percentile" else {}
     record = Record.of(feed, model, algorithm=algorithm, **settings)
     with (
