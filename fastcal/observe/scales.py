@@ -104,7 +104,7 @@ def entropy_scales(counts: Any, widths: Any, xp: Any) -> Any:
 def divergences(counts: Any, xp: Any) -> Any:
     """The Kullback-Leibler divergence KL(P || Q) of every candidate threshold.
 
-    For a candidate i, bin 0 left out (its count taken as 0):
+    For a candidate i, with bin 1's count also in bin 0, in place of its own:
 
     - P is bins 0 to i-1, with all counts beyond added to bin i-1, over its sum.
     - Q cuts bins 0 to i-1, without what was added, into 128 groups with edges ceil(j * i / 128), and gives each
@@ -122,7 +122,7 @@ def divergences(counts: Any, xp: Any) -> Any:
         non-empty, or where bin i-1 is empty in Q but not in P.
     """
     counts = counts.astype(xp.float64)
-    counts[:, 0] = 0
+    counts[:, 0] = counts[:, 1]
     candidates = xp.arange(LEVELS, BINS + 1)
     edges = -(-xp.arange(LEVELS + 1) * candidates[:, None] // LEVELS)
 
