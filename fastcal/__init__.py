@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from fastcal.feed.feed import ArrayFeed, Feed
     from fastcal.feed.images import ImageFeed
     from fastcal.feed.preprocess import Preprocess
-    from fastcal.observe.calibration import Progress, calibrate
+    from fastcal.observe.calibration import calibrate
+    from fastcal.progress import Progress
 
 __all__ = [
     "ArrayFeed",
@@ -55,7 +56,7 @@ _MODULES = {
     "LegacyCalibrator": "fastcal.calibrators",
     "MinMaxCalibrator": "fastcal.calibrators",
     "Preprocess": "fastcal.feed.preprocess",
-    "Progress": "fastcal.observe.calibration",
+    "Progress": "fastcal.progress",
     "build_engine": "fastcal.build",
     "calibrate": "fastcal.observe.calibration",
 }

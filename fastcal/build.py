@@ -2,20 +2,22 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fastcal.calibrators import EntropyCalibrator2, FeedCalibrator  # first: it says what is wrong with TensorRT
 from fastcal.errors import FastcalError
 from fastcal.feed.feed import Batch, Feed
-from fastcal.files import write_atomically
+from fastcal.files import check_writable, write_atomically
 from fastcal.model import Model
 
 import tensorrt as trt  # isort: skip
 
 _log = logging.getLogger("fastcal")
+
+#: What TensorRT says goes to a logger of its own, so that an application can show or hide it.
+_tensorrt_log = logging.getLogger("fastcal.tensorrt")
 
 
 class _Logger(trt.ILogger):  # type: ignore[misc]
@@ -30,7 +32,11 @@ class _Logger(trt.ILogger):  # type: ignore[misc]
         levels = {trt.ILogger.VERBOSE: 5, trt.ILogger.INFO: logging.DEBUG, trt.ILogger.WARNING: logging.WARNING}
         if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
             self.errors.append(message)
-        _log.log(levels.get(severity, logging.ERROR), "TensorRT: %s", message)
+        _tensorrt_log.log(levels.get(severity, logging.ERROR), "TensorRT: %s", message)
+
+    def reasons(self) -> str:
+        """TensorRT's last errors, in one line."""
+        return " ".join("; ".join(self.errors[-2:]).split()) or "no reason given"
 
 
 def build_engine(
@@ -44,57 +50,106 @@ def build_engine(
     workspace: int | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     optimization_level: int | None = None,
-    tactic_sources: int | None = None,
+    tactic_sources: int | Iterable[str] | None = None,
 ) -> bytes:
     """Build an INT8 engine with TensorRT, which calibrates it on the way.
+
+    TensorRT's messages go to the logger "fastcal.tensorrt".
 
     Args:
         model: The ONNX file.
         calibrator: One of fastcal's calibrators, or a feed or batches for an `EntropyCalibrator2`.
         fp16: Whether TensorRT may also run layers in FP16 where that is faster.
         min_batch: Where the model's batch is dynamic: the smallest batch the engine runs, by default 1.
-        opt_batch: The batch the engine is tuned for, by default the calibrator's.
-        max_batch: The largest batch the engine runs, by default the larger of `opt_batch` and the calibrator's.
+        opt_batch: The batch the engine is tuned for, by default the calibrator's as far as the others allow it.
+        max_batch: The largest batch the engine runs, by default the largest of the others and the calibrator's.
         workspace: How many bytes of GPU memory TensorRT may use for scratch, by default all.
         timing_cache: A file of TensorRT's timings, used and extended, which makes a second build faster.
         optimization_level: 0 (fastest build) to 5 (fastest engine); by default TensorRT's own, 3.
-        tactic_sources: Bits of `tensorrt.TacticSource`; by default TensorRT's own.
+        tactic_sources: Names of `tensorrt.TacticSource`, or their bits; by default TensorRT's own.
 
     Returns:
         The serialized engine.
 
     Raises:
-        FastcalError: The model cannot be parsed, the batches do not fit it, or TensorRT builds no engine.
+        FastcalError: An option is out of its range, the model cannot be parsed, the batches do not fit it, or TensorRT
+            finds no GPU or builds no engine.
         Exception: What the feed raised during the calibration.
     """
     model = Model.of(model)
     if not isinstance(calibrator, FeedCalibrator):
         calibrator = EntropyCalibrator2(calibrator, model=model)
+    batches = _batch_range(model, min_batch, opt_batch, max_batch, calibrator.feed.batch_size)
+    _check_range("workspace", workspace, 1)
+    _check_range("optimization_level", optimization_level, 0, 5)
+    tactics = _tactic_bits(tactic_sources)
+    if timing_cache is not None:
+        check_writable(timing_cache, 1)
     logger = _Logger()
-    builder = trt.Builder(logger)
+    builder = _start_builder(logger)
     network = _parse(builder, model, logger)
-    config = builder.create_builder_config()
-    config.set_flag(trt.BuilderFlag.INT8)
-    if fp16:
-        config.set_flag(trt.BuilderFlag.FP16)
-    if workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    if optimization_level is not None:
-        config.builder_optimization_level = optimization_level
-    if tactic_sources is not None:
-        config.set_tactic_sources(tactic_sources)
-    batch = calibrator.feed.batch_size
-    opt = opt_batch or batch
-    _add_profiles(builder, network, config, min_batch or 1, opt, max_batch or max(opt, batch), batch)
+    config = _configure(builder, fp16, workspace, optimization_level, tactics)
+    _add_profiles(builder, network, config, batches, calibrator.feed.batch_size)
     config.int8_calibrator = calibrator
     calibrator.check_network(network, config)
-    with calibrator, _timings(config, timing_cache):
+    timings = None if timing_cache is None else _load_timings(config, timing_cache)
+    with calibrator:
         engine = builder.build_serialized_network(network, config)
+    del timings  # TensorRT needed it until now
     if engine is None:
-        raise FastcalError(
-            f"TensorRT builds no engine from {model.path}: {'; '.join(logger.errors[-2:]) or 'no reason given'}"
-        )
+        raise FastcalError(f"TensorRT builds no engine from {model.path}: {logger.reasons()}")
+    if timing_cache is not None:
+        _save_timings(config, timing_cache)
     return bytes(engine)
+
+
+def _batch_range(
+    model: Model, least: int | None, opt: int | None, most: int | None, calibrated: int
+) -> tuple[int, int, int]:
+    """The smallest batch the engine runs, the one it is tuned for, the largest."""
+    asked = {"min_batch": least, "opt_batch": opt, "max_batch": most}
+    given = [name for name, value in asked.items() if value is not None]
+    if given and all(value.shape[:1] != (None,) for value in model.inputs):
+        raise FastcalError(f"{model.path} has a fixed batch; leave out {' and '.join(given)}, or export it with a "
+                           "dynamic one")  # fmt: skip
+    least = 1 if least is None else least
+    if opt is None:
+        opt = max(least, calibrated if most is None else min(most, calibrated))
+    most = max(opt, calibrated) if most is None else most
+    if not 1 <= least <= opt <= most:
+        raise FastcalError(
+            f"the engine's batches are min_batch {least}, opt_batch {opt}, max_batch {most}; they must be at least 1 "
+            "and in this order"
+        )
+    return least, opt, most
+
+
+def _check_range(name: str, value: int | None, least: int, most: int | None = None) -> None:
+    if value is not None and (value < least or (most is not None and value > most)):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise FastcalError(f"{name} is {value}; it must be {allowed}")
+
+
+def _tactic_bits(sources: int | Iterable[str] | None) -> int | None:
+    if sources is None or isinstance(sources, int):
+        return sources
+    known = trt.TacticSource.__members__
+    bits = 0
+    for name in sources:
+        if name not in known:
+            raise FastcalError(f"there is no tactic source {name!r}; TensorRT {trt.__version__} has {', '.join(known)}")
+        bits |= 1 << int(known[name])
+    return bits
+
+
+def _start_builder(logger: _Logger) -> Any:
+    try:
+        return trt.Builder(logger)
+    except TypeError as error:  # how the bindings say that TensorRT made none
+        raise FastcalError(
+            f"TensorRT cannot start here ({logger.reasons()}): it needs an NVIDIA GPU and a driver that fits; fastcal "
+            "calibrate needs neither"
+        ) from error
 
 
 def _parse(builder: Any, model: Model, logger: _Logger) -> Any:
@@ -107,32 +162,53 @@ def _parse(builder: Any, model: Model, logger: _Logger) -> Any:
     return network
 
 
-def _add_profiles(builder: Any, network: Any, config: Any, least: int, opt: int, most: int, calibrated: int) -> None:
+def _configure(
+    builder: Any, fp16: bool, workspace: int | None, optimization_level: int | None, tactic_sources: int | None
+) -> Any:
+    config = builder.create_builder_config()
+    config.set_flag(trt.BuilderFlag.INT8)
+    if fp16:
+        config.set_flag(trt.BuilderFlag.FP16)
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if optimization_level is not None:
+        config.builder_optimization_level = optimization_level
+    if tactic_sources is not None:
+        config.set_tactic_sources(tactic_sources)
+    return config
+
+
+def _add_profiles(builder: Any, network: Any, config: Any, batches: tuple[int, int, int], calibrated: int) -> None:
     """Profiles for a dynamic batch: one that the engine runs with, one that TensorRT calibrates with."""
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    if not any(-1 in tuple(value.shape) for value in inputs):
+    shapes = {value.name: tuple(value.shape) for value in map(network.get_input, range(network.num_inputs))}
+    if not any(-1 in shape for shape in shapes.values()):
         return
     run, calibrate = builder.create_optimization_profile(), builder.create_optimization_profile()
-    for value in inputs:
-        shape = tuple(value.shape)
+    for name, shape in shapes.items():
         if -1 in shape[1:]:
-            raise FastcalError(f"input {value.name!r} is dynamic beyond its batch; export the model with a fixed size")
-        if shape[0] == -1:
-            run.set_shape(value.name, (least, *shape[1:]), (opt, *shape[1:]), (most, *shape[1:]))
-            calibrate.set_shape(value.name, *[(calibrated, *shape[1:])] * 3)
-        else:
-            run.set_shape(value.name, shape, shape, shape)
-            calibrate.set_shape(value.name, shape, shape, shape)
+            raise FastcalError(f"input {name!r} is dynamic beyond its batch; export the model with a fixed size")
+        for profile, sizes in ((run, batches), (calibrate, [calibrated] * 3)):
+            profile.set_shape(name, *[(size, *shape[1:]) if -1 in shape else shape for size in sizes])
     config.add_optimization_profile(run)
     config.set_calibration_profile(calibrate)
 
 
-@contextmanager
-def _timings(config: Any, path: str | os.PathLike[str] | None) -> Iterator[None]:
-    if path is None:
-        yield
-        return
-    known = Path(path).read_bytes() if Path(path).exists() else b""
-    config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
-    yield
-    write_atomically(path, bytes(config.get_timing_cache().serialize()))
+def _load_timings(config: Any, path: str | os.PathLike[str]) -> Any:
+    """TensorRT's timings from a file, handed to the config; none yet where they are of other circumstances."""
+    try:
+        known = Path(path).read_bytes() if Path(path).exists() else b""
+    except OSError as error:
+        raise FastcalError(f"cannot read timing cache {path}: {error.strerror}; name another file") from error
+    timings = config.create_timing_cache(known)
+    if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
+        _log.info("%s is not used: it is of another TensorRT or GPU, or no timing cache", path)
+        timings = config.create_timing_cache(b"")
+        config.set_timing_cache(timings, ignore_mismatch=False)
+    return timings
+
+
+def _save_timings(config: Any, path: str | os.PathLike[str]) -> None:
+    try:
+        write_atomically(path, bytes(config.get_timing_cache().serialize()))
+    except FastcalError as error:  # the engine took longer to make, and is not to be lost for this
+        _log.warning("the timings are not kept: %s", error)

@@ -3,6 +3,7 @@
 import os
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,6 +119,12 @@ class CalibrationCache:
         except OSError as error:
             raise FastcalError(f"cannot read calibration cache {path}: {error.strerror}") from error
         return cls.from_bytes(data, origin=str(path))
+
+
+def largest_size(names: Iterable[str]) -> int:
+    """How many bytes a cache of tensors of these names has at most."""
+    longest_line = len(": ffffffff\n")
+    return sum(len(os.fsencode(name)) + longest_line for name in ["header" * 8, *names])
 
 
 def installed_tensorrt_version() -> str | None:

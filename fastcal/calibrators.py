@@ -9,7 +9,7 @@ soon as they can: when `with calibrator:` around the build ends, or at `calibrat
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from fastcal.cache import CalibrationCache, check_tensorrt_version
+from fastcal.cache import CalibrationCache, check_tensorrt_version, largest_size
 from fastcal.errors import FastcalError
 from fastcal.feed.feed import ArrayFeed, Batch, Feed
+from fastcal.files import check_writable
 from fastcal.model import Model, format_shape
+from fastcal.progress import Progress
 from fastcal.record import Record, usable_cache
 
 try:
@@ -70,6 +72,8 @@ class FeedCalibrator:
             same algorithm, TensorRT version, model (where known), samples in order and preprocessing; else TensorRT
             calibrates again and the log says what differs. The old file is replaced when the new one is complete.
         model: The ONNX file that will be calibrated, for that record.
+        progress: Called in `get_batch` before a batch is fetched, with the batches that TensorRT is through with; the
+            time it takes is waited for.
 
     Attributes:
         feed: The batches.
@@ -86,6 +90,7 @@ class FeedCalibrator:
         *,
         cache: str | os.PathLike[str] | None = None,
         model: str | os.PathLike[str] | Model | None = None,
+        progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._batches: Iterator[Batch] | None = None
         self._base.__init__(self)
@@ -93,6 +98,7 @@ class FeedCalibrator:
         self.stats = CalibratorStats()
         self._cache = None if cache is None else Path(cache)
         self._model = None if model is None else Model.of(model)
+        self._progress = progress
         self._wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
         self._held: list[Any] = []
         self._uploads: dict[str, Any] = {}
@@ -121,6 +127,7 @@ class FeedCalibrator:
         try:
             if self._error is not None:
                 return None
+            self._report(entered)
             addresses = self._next_addresses(names)
         except BaseException as error:  # even Ctrl-C: TensorRT would take it for the end of the data
             self._fail(error)
@@ -140,13 +147,14 @@ class FeedCalibrator:
         self._made_from = None  # files may have changed since an earlier build
         try:
             data, reason = usable_cache(self._cache, self._header(), self._record())
+            if data is None:
+                _log.info("calibrating: %s is not used, %s", self._cache, reason)
+                check_writable(self._cache, largest_size(self._model.activations if self._model else ()))
+            else:
+                _log.info("%s is used: it was made from the same model, samples and settings", self._cache)
         except BaseException as error:
             self._fail(error)
             return None
-        if data is None:
-            _log.info("calibrating: %s is not used, %s", self._cache, reason)
-        else:
-            _log.info("%s is used: it was made from the same model, samples and settings", self._cache)
         return data
 
     def write_calibration_cache(self, cache: Any) -> None:
@@ -156,7 +164,7 @@ class FeedCalibrator:
             return
         try:
             if self._error is not None:
-                _log.warning("%s is not written: the calibration failed", self._cache)
+                _log.info("%s is not written: the calibration failed", self._cache)
             elif not self._ended:
                 _log.warning("%s is not written: TensorRT has not asked for all batches", self._cache)
             else:
@@ -267,6 +275,11 @@ class FeedCalibrator:
         cupy.cuda.get_current_stream().synchronize()
         return kept
 
+    def _report(self, now: float) -> None:
+        if self._progress is not None and self.stats.batches:
+            seconds = self.stats.waited + self.stats.builder_seconds + now - self._left
+            self._progress(Progress(self.stats.batches, self.stats.images, len(self.feed), seconds, self.stats.waited))
+
     def _count(self, entered: float, images: int) -> None:
         left = time.perf_counter()
         self.stats.waited += left - entered
@@ -353,7 +366,10 @@ class LegacyCalibrator(FeedCalibrator, trt.IInt8LegacyCalibrator):  # type: igno
         feed: As for the others.
         quantile: The share of values that is not clipped.
         regression_cutoff: With 1, the quantile alone decides; what a lower one does TensorRT does not document.
-        **options: `cache` and `model`, as for the others.
+        **options: `cache`, `model` and `progress`, as for the others.
+
+    Raises:
+        FastcalError: The quantile is not in (0, 1].
     """
 
     _base, _algorithm = trt.IInt8LegacyCalibrator, "percentile"
@@ -367,6 +383,8 @@ class LegacyCalibrator(FeedCalibrator, trt.IInt8LegacyCalibrator):  # type: igno
         **options: Any,
     ) -> None:
         super().__init__(feed, **options)
+        if not 0 < quantile <= 1:
+            raise FastcalError(f"quantile {quantile} is not in (0, 1]; 0.9999 clips one value in ten thousand")
         self._quantile = quantile
         self._cutoff = regression_cutoff
 
@@ -401,7 +419,7 @@ class Calibrator(FeedCalibrator, trt.IInt8Calibrator):  # type: ignore[misc]
     Args:
         feed: As for the others.
         algorithm: A `tensorrt.CalibrationAlgoType`.
-        **options: `cache` and `model`, as for the others.
+        **options: `cache`, `model` and `progress`, as for the others.
     """
 
     _base = trt.IInt8Calibrator
@@ -428,3 +446,29 @@ _ALGORITHMS = {
     trt.CalibrationAlgoType.MINMAX_CALIBRATION: "minmax",
     trt.CalibrationAlgoType.LEGACY_CALIBRATION: "percentile",
 }
+
+_CLASSES: dict[str, type[FeedCalibrator]] = {
+    "entropy2": EntropyCalibrator2,
+    "entropy": EntropyCalibrator,
+    "minmax": MinMaxCalibrator,
+    "percentile": LegacyCalibrator,
+}
+
+
+def make_calibrator(algorithm: str, feed: Feed, *, quantile: float = 0.9999, **options: Any) -> FeedCalibrator:
+    """The calibrator of an algorithm as `fastcal.calibrate` names it.
+
+    Args:
+        algorithm: "entropy2", "entropy", "minmax" or "percentile".
+        feed: The batches.
+        quantile: For "percentile", the share of values that is not clipped.
+        **options: `cache`, `model` and `progress`, as the classes take them.
+
+    Raises:
+        FastcalError: The algorithm is unknown, or the quantile not in (0, 1].
+    """
+    if algorithm not in _CLASSES:
+        raise FastcalError(f"there is no algorithm {algorithm!r}; choose one of {', '.join(_CLASSES)}")
+    if algorithm == "percentile":
+        options["quantile"] = quantile
+    return _CLASSES[algorithm](feed, **options)

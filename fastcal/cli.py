@@ -3,29 +3,41 @@
 from __future__ import annotations  # the helpers' annotations name what is to be imported late
 
 import contextlib
+import functools
+import importlib.util
+import inspect
 import logging
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.spinner import Spinner
 
 import fastcal
 from fastcal import interrupt
-from fastcal.cache import ALGORITHMS
+from fastcal.cache import ALGORITHMS, largest_size
 from fastcal.errors import FastcalError
-from fastcal.files import check_writable
+from fastcal.files import check_writable, write_atomically
+
+if TYPE_CHECKING:
+    from fastcal.calibrators import FeedCalibrator
+    from fastcal.model import Model
 
 #: Exit status for what the user can put right.
 FAILED = 2
 
+#: How many of TensorRT's warnings are shown; it may have one for every layer.
+_MOST_WARNINGS = 5
 
 app = typer.Typer(
     help="INT8 calibration for TensorRT at the speed of the data.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -47,75 +59,204 @@ def _options(
     pass
 
 
-@app.command()
-def calibrate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The ONNX model.")],
+@dataclass
+class CalibrationOptions:
+    """What every command that calibrates asks for: the model, its images, and how scales are picked."""
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The ONNX model.")]
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="A folder of images, or a list file with one image path a line.")
-    ],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="CACHE", help="Where to write the cache.")],
-    algorithm: Annotated[str, typer.Option(help=f"How scales are picked: {', '.join(ALGORITHMS)}.")] = "entropy2",
-    quantile: Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")] = 0.9999,
+    ]
+    algorithm: Annotated[str, typer.Option(help=f"How scales are picked: {', '.join(ALGORITHMS)}.")] = "entropy2"
+    quantile: Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")] = 0.9999
     preprocess: Annotated[
         str, typer.Option(help="What the network was trained with: imagenet, yolo, unit (0..1) or raw (0..255).")
-    ] = "imagenet",
+    ] = "imagenet"
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Size to prepare images in, where the model's is dynamic.")
-    ] = None,
+    ] = None
     batch_size: Annotated[
-        int | None, typer.Option(help="Images in a batch. [default: the model's, else 32]", show_default=False)
-    ] = None,
-    input_name: Annotated[str | None, typer.Option(help="The input that takes the images.")] = None,
-    shuffle: Annotated[bool, typer.Option("--shuffle", help="Shuffle the images before --limit.")] = False,
-    seed: Annotated[int, typer.Option(help="Decides the shuffled order.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Use this many images at most.")] = None,
+        int | None,
+        typer.Option(help="Images in a batch.", show_default="the model's, else 32"),
+    ] = None
+    input_name: Annotated[str | None, typer.Option(help="The input that takes the images.")] = None
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Shuffle the images before --limit.")] = False
+    seed: Annotated[int, typer.Option(help="Decides the shuffled order.")] = 0
+    limit: Annotated[int | None, typer.Option(help="Use this many images at most.")] = None
     last_batch: Annotated[
         str, typer.Option(help="wrap: complete the last batch with the first images; drop: leave it out.")
-    ] = "wrap",
+    ] = "wrap"
+    threads: Annotated[int | None, typer.Option(help="Threads to use.", show_default="one per core")] = None
+
+    def feed(self, network: Model) -> fastcal.ImageFeed:
+        """The images as batches for the model."""
+        return fastcal.ImageFeed(
+            self.data,
+            preprocess=_preprocess(self.preprocess, self.size),
+            model=network,
+            batch_size=self.batch_size,
+            input_name=self.input_name,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            limit=self.limit,
+            last_batch=self.last_batch,
+            threads=self.threads,
+        )
+
+
+@dataclass
+class EngineOptions:
+    """How TensorRT builds: what `build_engine` takes, as the command line has it."""
+
+    fp16: Annotated[bool, typer.Option(help="Let TensorRT run layers in FP16 where that is faster.")] = True
+    min_batch: Annotated[
+        int | None,
+        typer.Option(help="Where the model's batch is dynamic: the smallest that the engine runs.", show_default="1"),
+    ] = None
+    opt_batch: Annotated[
+        int | None,
+        typer.Option(help="The batch that the engine is tuned for.", show_default="that of the images"),
+    ] = None
+    max_batch: Annotated[
+        int | None,
+        typer.Option(help="The largest batch that the engine runs.", show_default="the largest of these"),
+    ] = None
+    workspace: Annotated[
+        int | None,
+        typer.Option(metavar="MIB", help="GPU memory for TensorRT's scratch, in MiB.", show_default="all"),
+    ] = None
+    timing_cache: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="TensorRT's timings, used and extended: makes builds faster."),
+    ] = None
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(help="0 (fastest build) to 5 (fastest engine).", show_default="TensorRT's, 3"),
+    ] = None
+    tactic_sources: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Where TensorRT takes kernels from, e.g. JIT_CONVOLUTIONS,CUDNN."),
+    ] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """The arguments of `build_engine`."""
+        workspace = None if self.workspace is None else self.workspace * 2**20
+        tactic_sources = None if self.tactic_sources is None else self.tactic_sources.split(",")
+        return vars(self) | {"workspace": workspace, "tactic_sources": tactic_sources}
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Show typer the fields of a command's parameters that are dataclasses in their place, as parameters."""
+    groups: dict[str, Any] = {}
+    shown: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if is_dataclass(parameter.annotation):
+            group: Any = parameter.annotation
+            groups[parameter.name] = group
+            inner = inspect.signature(group, eval_str=True).parameters.values()
+            shown += [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in inner]
+        else:
+            shown.append(parameter)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    return run
+
+
+@app.command()
+@_with_options
+def calibrate(
+    *,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="CACHE", help="Where to write the cache.")],
+    options: CalibrationOptions,
     tensorrt: Annotated[
         str | None,
-        typer.Option(help="Version that will read the cache. [default: the one installed, else 10.16.1]"),
+        typer.Option(help="Version that will read the cache.", show_default="the one installed, else 10.16.1"),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads to use. [default: one per core]")] = None,
 ) -> None:
     """Write the calibration cache TensorRT would write, from a model and images."""
     with _terminal() as console:
         from fastcal.model import Model
 
-        network = Model(model)
-        _check_output(output, network)
-        feed = fastcal.ImageFeed(
-            data,
-            preprocess=_preprocess(preprocess, size),
-            model=network,
-            batch_size=batch_size,
-            input_name=input_name,
-            shuffle=shuffle,
-            seed=seed,
-            limit=limit,
-            last_batch=last_batch,
-            threads=threads,
-        )
+        network = Model(options.model)
+        _check_outputs(network, {"cache": output})
+        check_writable(output, largest_size(network.activations))
+        feed = options.feed(network)
         with feed, _progress_bar(console) as progress:
             cache = fastcal.calibrate(
                 network,
                 feed,
-                algorithm=algorithm,
-                quantile=quantile,
+                algorithm=options.algorithm,
+                quantile=options.quantile,
                 tensorrt_version=tensorrt,
-                threads=threads,
+                threads=options.threads,
                 progress=progress,
             )
         cache.save(output)
         _print_summary(cache, feed, progress.last, output)
 
 
-def _check_output(output: str, network: Any) -> None:
-    """Fail now, not after the work, if the cache cannot be written."""
-    if os.path.realpath(output) == os.path.realpath(network.path):
-        raise FastcalError(f"{output} is the model itself; name another file for the cache")
-    longest_line = len(": ffffffff\n")
-    check_writable(output, sum(len(os.fsencode(name)) + longest_line for name in ["header" * 8, *network.activations]))
+@app.command()
+@_with_options
+def build(
+    *,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="ENGINE", help="Where to write the engine.")],
+    options: CalibrationOptions,
+    cache: Annotated[
+        str | None, typer.Option(metavar="CACHE", help="Where to keep the cache; used again while it is true.")
+    ] = None,
+    engine_options: EngineOptions,
+) -> None:
+    """Build an INT8 engine from a model and images, calibrated inside TensorRT's builder."""
+    with _terminal() as console:
+        from fastcal.build import build_engine
+        from fastcal.calibrators import make_calibrator
+        from fastcal.model import Model
+
+        _check_gpu()
+        network = Model(options.model)
+        _check_outputs(network, {"engine": output, "cache": cache, "timing cache": engine_options.timing_cache})
+        check_writable(output, network.path.stat().st_size // 4)  # an INT8 weight takes a quarter of a float32
+        if cache is not None and not os.path.exists(cache):  # one that is there may be used, and need not be written
+            check_writable(cache, largest_size(network.activations))
+        feed = options.feed(network)
+        with feed, _progress_bar(console, "TensorRT is {}building") as progress:
+            calibrator = make_calibrator(
+                options.algorithm, feed, quantile=options.quantile, cache=cache, model=network, progress=progress
+            )
+            started = time.perf_counter()
+            engine = build_engine(network, calibrator, **engine_options.keywords())
+            seconds = time.perf_counter() - started
+        write_atomically(output, engine)
+        made = f"{output}, {decimal(len(engine))}, built in {seconds:.0f} s"
+        _print_build_summary(calibrator, feed, progress.last, made, cache)
+
+
+def _check_gpu() -> None:
+    """Fail now where TensorRT is installed but cannot calibrate."""
+    from fastcal.feed.device import resolve
+
+    if resolve("auto") is None:
+        missing = "CUDA sees none here"
+        if importlib.util.find_spec("cupy") is None:
+            missing = "CuPy is not installed (pip install 'fastcal[cuda13]' or 'fastcal[cuda12]')"
+        raise FastcalError(f"fastcal build needs CuPy and an NVIDIA GPU, and {missing}; fastcal calibrate works here")
+
+
+def _check_outputs(network: Model, outputs: Mapping[str, str | None]) -> None:
+    """Fail now if one file would be written over another; `outputs` says what each is."""
+    taken = {os.path.realpath(network.path): "the model itself"}
+    for what, path in outputs.items():
+        if path is None:
+            continue
+        other = taken.setdefault(os.path.realpath(path), f"the {what}")
+        if other != f"the {what}":
+            raise FastcalError(f"{path} is {other}; name another file for the {what}")
 
 
 def _preprocess(name: str, size: str | None) -> fastcal.Preprocess:
@@ -126,6 +267,28 @@ def _preprocess(name: str, size: str | None) -> fastcal.Preprocess:
     if match is None:
         raise FastcalError(f"--size {size} is not a size; write height x width, like 224x224")
     return replace(preprocess, size=(int(match[1]), int(match[2] or match[1])))
+
+
+class _Display(Progress):
+    """A progress bar; given a text, a spinner with it in the bar's place before the first and after the last batch.
+
+    A pair of braces in the text is where it says that scales are being picked.
+    """
+
+    def __init__(self, *columns: ProgressColumn, text: str | None, **options: Any) -> None:
+        self._text = text
+        self._spinner = Spinner("dots")
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich shows at the moment."""
+        task = self.tasks[0] if self.tasks else None
+        if self._text is None or task is None or 0 < task.completed < (task.total or 0):
+            yield from super().get_renderables()
+        else:
+            stage = self._text.format("picking the scales and " if task.completed else "")
+            self._spinner.update(text=f"{stage}, {task.elapsed or 0:.0f} s")
+            yield self._spinner
 
 
 class _Bar:
@@ -148,7 +311,8 @@ class _Bar:
 
 
 @contextlib.contextmanager
-def _progress_bar(console: Console) -> Iterator[_Bar]:
+def _progress_bar(console: Console, around: str | None = None) -> Iterator[_Bar]:
+    """A progress bar for batches; `around`, where given, is what is said before and after them."""
     columns = [
         TextColumn("calibrating"),
         BarColumn(),
@@ -157,7 +321,7 @@ def _progress_bar(console: Console) -> Iterator[_Bar]:
         TimeRemainingColumn(),
         TextColumn("left"),
     ]
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _Display(*columns, text=around, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield _Bar(bar)
 
 
@@ -167,15 +331,35 @@ def _print_summary(
     nonzero = [name for name in cache.scales if cache.scales[name]]
     widest = max(nonzero, key=lambda name: cache.scales[name], default=None)
     narrowest = min(nonzero, key=lambda name: cache.scales[name], default=None)
-    for name, text in (
-        ("images", f"{len(feed.paths)} in {progress.batches} batches of {feed.batch_size}"),
-        ("prepared", f"{feed.preprocess}"),
-        ("speed", f"{_rate(progress)}, {_waiting(progress)}"),
-        ("tensors", f"{len(cache.scales)}, scales by {cache.algorithm}"),
-        ("widest", f"{cache.scales[widest]:.6g} for {widest}" if widest else "all scales are 0"),
-        ("narrowest", f"{cache.scales[narrowest]:.6g} for {narrowest}" if narrowest else "all scales are 0"),
-        ("cache", f"{output}, {cache.header}"),
-    ):
+    _print_rows(
+        images=f"{len(feed.paths)} in {progress.batches} batches of {feed.batch_size}",
+        prepared=f"{feed.preprocess}",
+        speed=f"{_rate(progress)}, {_waiting(progress)}",
+        tensors=f"{len(cache.scales)}, scales by {cache.algorithm}",
+        widest=f"{cache.scales[widest]:.6g} for {widest}" if widest else "all scales are 0",
+        narrowest=f"{cache.scales[narrowest]:.6g} for {narrowest}" if narrowest else "all scales are 0",
+        cache=f"{output}, {cache.header}",
+    )
+
+
+def _print_build_summary(
+    calibrator: FeedCalibrator, feed: fastcal.ImageFeed, progress: fastcal.Progress, engine: str, cache: str | None
+) -> None:
+    stats = calibrator.stats
+    rows = {"images": "none: the scales are those of the cache"}
+    if stats.batches:
+        first, worst = stats.waited_first * 1e3, stats.waited_worst * 1e3
+        rows = {
+            "images": f"{len(feed.paths)} in {stats.batches} batches of {feed.batch_size}",
+            "prepared": f"{feed.preprocess}",
+            "speed": f"{_rate(progress)}, {_waiting(progress)}",
+            "get_batch": f"{first:.1f} ms for the first batch, {worst:.2f} ms at most for the others",
+        }
+    _print_rows(**rows, engine=engine, **({} if cache is None else {"cache": cache}))
+
+
+def _print_rows(**rows: str) -> None:
+    for name, text in rows.items():
         typer.echo(f"{name:<11}{text}")
 
 
@@ -216,6 +400,8 @@ def _terminal() -> Iterator[Console]:
             aside.seek(0)
             terminal.write(aside.read().decode(errors="replace"))
             raise
+        else:
+            handler.show_rest()
         finally:
             os.dup2(copy, 2)
             sys.stderr = stderr
@@ -223,12 +409,35 @@ def _terminal() -> Iterator[Console]:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints log records above the progress bar."""
+    """Prints log records above the progress bar.
+
+    Errors are kept back: what ends the work says so itself. TensorRT's warnings are shown once each, and only some.
+    """
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
+        self._errors: list[str] = []
+        self._warnings: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        level = "note" if record.levelno == logging.INFO else record.levelname.lower()
-        self._console.print(f"{level}: {record.getMessage()}")
+        text = " ".join(record.getMessage().split())  # TensorRT's messages have line ends
+        if record.levelno >= logging.ERROR:
+            self._errors.append(text)
+        elif record.name != "fastcal.tensorrt":
+            self._print(record.levelno, text)
+        elif text not in self._warnings:
+            self._warnings.add(text)
+            if len(self._warnings) <= _MOST_WARNINGS:
+                self._print(record.levelno, text)
+
+    def show_rest(self) -> None:
+        """Show errors that did not end the work, and how many warnings were not shown."""
+        for text in self._errors:
+            self._print(logging.WARNING, text)
+        if len(self._warnings) > _MOST_WARNINGS:
+            more = len(self._warnings) - _MOST_WARNINGS
+            self._print(logging.WARNING, f"TensorRT: {more} more warnings (logger fastcal.tensorrt)")
+
+    def _print(self, level: int, text: str) -> None:
+        self._console.print(f"{'note' if level == logging.INFO else logging.getLevelName(level).lower()}: {text}")

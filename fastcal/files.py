@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastcal import interrupt
 from fastcal.errors import FastcalError
 
 
@@ -19,6 +20,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """
     with _written_beside(path, data) as (temporary, target):
         temporary.replace(target)
+        interrupt.wrote(path)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # makes the rename itself durable

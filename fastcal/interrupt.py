@@ -12,6 +12,7 @@ INTERRUPTED = 130
 _GRACE_SECONDS = 0.6
 _received = threading.Event()
 _said = threading.Event()
+_written: list[str] = []
 
 
 def received() -> bool:
@@ -22,11 +23,18 @@ def received() -> bool:
     return _received.is_set()
 
 
+def wrote(path: str | os.PathLike[str]) -> None:
+    """Remember a file that is there, whole, whatever happens now."""
+    if str(path) not in _written:
+        _written.append(str(path))
+
+
 def say() -> None:
-    """Tell the user, once."""
+    """Tell the user, once, and which files there are already: a cache stays when its engine is not built."""
     if not _said.is_set():
         _said.set()
-        print("interrupted; nothing was written", file=sys.stderr, flush=True)
+        outcome = f"already written: {', '.join(_written)}" if _written else "nothing was written"
+        print(f"interrupted; {outcome}", file=sys.stderr, flush=True)
 
 
 def end_soon_after_ctrl_c() -> None:

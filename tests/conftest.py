@@ -1,5 +1,8 @@
 """What several test files share."""
 
+import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -59,6 +62,50 @@ def run_fastcal():
         return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
     return run
+
+
+ENTRY_POINTS = """
+void *createInferBuilder_INTERNAL(void) { return 0; }
+void *createInferRefitter_INTERNAL(void) { return 0; }
+void *createInferRuntime_INTERNAL(void) { return 0; }
+void *createNvOnnxParser_INTERNAL(void) { return 0; }
+void *createNvOnnxParserRefitter_INTERNAL(void) { return 0; }
+void *getBuilderPluginRegistry(void) { return 0; }
+void *getPluginRegistry(void) { return 0; }
+int getNvOnnxParserVersion(void) { return 0; }
+int initLibNvInferPlugins(void) { return 0; }
+"""
+
+
+@pytest.fixture(scope="session")
+def tensorrt_bindings(tmp_path_factory):
+    """Folders for PYTHONPATH and LD_LIBRARY_PATH that make `import tensorrt` give TensorRT 10.16.1's bindings.
+
+    The bindings import against stand-ins for TensorRT's libraries that export the entry points they name and do
+    nothing.
+    """
+    if importlib.util.find_spec("tensorrt_bindings") is None:
+        pytest.skip("no TensorRT bindings: pip install tensorrt-cu13-bindings==10.16.1.11")
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no TensorRT bindings: no C compiler for the libraries they name")
+    folder = tmp_path_factory.mktemp("tensorrt")
+    (folder / "entry_points.c").write_text(ENTRY_POINTS)
+    for name in ("nvinfer", "nvonnxparser", "nvinfer_plugin"):
+        library = folder / f"lib{name}.so.10"
+        command = [
+            compiler,
+            "-shared",
+            "-fPIC",
+            f"-Wl,-soname,{library.name}",
+            "-o",
+            library,
+            folder / "entry_points.c",
+        ]
+        subprocess.run(command, check=True)
+    (folder / "tensorrt.py").write_text("from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n")
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "LD_LIBRARY_PATH": str(folder)}
 
 
 def pytest_collection_modifyitems(items):

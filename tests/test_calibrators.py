@@ -1,28 +1,13 @@
 """The calibrators on TensorRT 10.16.1's own Python bindings, without TensorRT or a GPU.
 
-The bindings import against stand-ins for TensorRT's libraries that export the entry points they name and do nothing.
 What TensorRT does with a calibrator is in test_calibrators_gpu.py.
 """
 
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
-
-ENTRY_POINTS = """
-void *createInferBuilder_INTERNAL(void) { return 0; }
-void *createInferRefitter_INTERNAL(void) { return 0; }
-void *createInferRuntime_INTERNAL(void) { return 0; }
-void *createNvOnnxParser_INTERNAL(void) { return 0; }
-void *createNvOnnxParserRefitter_INTERNAL(void) { return 0; }
-void *getBuilderPluginRegistry(void) { return 0; }
-void *getPluginRegistry(void) { return 0; }
-int getNvOnnxParserVersion(void) { return 0; }
-int initLibNvInferPlugins(void) { return 0; }
-"""
 
 PRELUDE = """
 import json, logging, sys
@@ -72,40 +57,14 @@ def error_of(function):
 """
 
 
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """Folders for PYTHONPATH and LD_LIBRARY_PATH that make `import tensorrt` give TensorRT 10.16.1's bindings."""
-    if importlib.util.find_spec("tensorrt_bindings") is None:
-        pytest.skip("no TensorRT bindings: pip install tensorrt-cu13-bindings==10.16.1.11")
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        pytest.skip("no TensorRT bindings: no C compiler for the libraries they name")
-    folder = tmp_path_factory.mktemp("tensorrt")
-    (folder / "entry_points.c").write_text(ENTRY_POINTS)
-    for name in ("nvinfer", "nvonnxparser", "nvinfer_plugin"):
-        library = folder / f"lib{name}.so.10"
-        command = [
-            compiler,
-            "-shared",
-            "-fPIC",
-            f"-Wl,-soname,{library.name}",
-            "-o",
-            library,
-            folder / "entry_points.c",
-        ]
-        subprocess.run(command, check=True)
-    (folder / "tensorrt.py").write_text("from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n")
-    return {"PYTHONPATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
-
-
 @pytest.fixture
-def run(environment, tmp_path):
+def run(tensorrt_bindings, tmp_path):
     """A function that runs a program after the prelude and returns what it printed."""
 
     def run(program):
         done = subprocess.run(
             [sys.executable, "-c", PRELUDE + program], capture_output=True, text=True, cwd=tmp_path, timeout=60,
-            env={**os.environ, **environment},
+            env={**os.environ, **tensorrt_bindings},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -249,13 +208,74 @@ assert Path("x.cache").read_bytes() == before
 """)
 
 
-def test_a_full_disk_fails_the_calibration(run):
+def test_a_cache_that_cannot_be_written_is_found_out_before_the_work(run):
     printed = run("""
 calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="nowhere/x.cache")
-serve(calibrator)
+print(serve(calibrator), error_of(calibrator.check))
+""")
+    assert printed.startswith("[] FastcalError: cannot write nowhere/x.cache: there is no folder")
+
+
+def test_a_folder_that_is_gone_at_the_end_fails_the_calibration(run):
+    printed = run("""
+Path("here").mkdir()
+calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="here/x.cache")
+assert len(serve(calibrator, write=False)) == 3
+Path("here").rmdir()
+calibrator.write_calibration_cache(b"TRT-101601-EntropyCalibration2\\na: 0\\n")
 print(error_of(calibrator.check))
 """)
-    assert printed.startswith("FastcalError: cannot write nowhere/x.cache: there is no folder")
+    assert printed.startswith("FastcalError: cannot write here/x.cache: there is no folder")
+
+
+def test_progress_is_what_tensorrt_is_through_with(run):
+    printed = run("""
+reports = []
+calibrator = fastcal.EntropyCalibrator2(Numbered(count=3), progress=reports.append)
+import time
+calibrator.read_calibration_cache()
+while calibrator.get_batch(["a", "b"]):
+    print(calibrator.stats.batches, [(state.batches, state.images, state.total) for state in reports])
+    time.sleep(0.05)
+print([(state.batches, state.images, state.total) for state in reports])
+print(all(state.seconds >= 0.05 * state.batches > 0.04 > state.waited > 0 for state in reports))
+""")
+    assert printed.splitlines() == [
+        "1 []",
+        "2 [(1, 4, 3)]",
+        "3 [(1, 4, 3), (2, 8, 3)]",
+        "[(1, 4, 3), (2, 8, 3), (3, 12, 3)]",
+        "True",
+    ]
+
+
+def test_an_error_in_the_progress_report_is_an_error_of_the_calibration(run):
+    printed = run("""
+def report(state):
+    raise OSError("no terminal")
+calibrator = fastcal.EntropyCalibrator2(Numbered(), progress=report)
+print(len(serve(calibrator)), error_of(calibrator.check))
+""")
+    assert printed == "1 OSError: no terminal\n"
+
+
+def test_a_calibrator_by_the_name_of_its_algorithm(run):
+    printed = run("""
+from fastcal.calibrators import make_calibrator
+for algorithm in fastcal.cache.ALGORITHMS:
+    calibrator = make_calibrator(algorithm, Numbered(), quantile=0.25, cache="x.cache")
+    print(algorithm, calibrator.get_algorithm().name, getattr(calibrator, "get_quantile", lambda: None)())
+print(error_of(lambda: make_calibrator("mse", Numbered())))
+print(error_of(lambda: make_calibrator("percentile", Numbered(), quantile=2.0)))
+""")
+    assert printed.splitlines() == [
+        "entropy2 ENTROPY_CALIBRATION_2 None",
+        "entropy ENTROPY_CALIBRATION None",
+        "minmax MINMAX_CALIBRATION None",
+        "percentile LEGACY_CALIBRATION 0.25",
+        "FastcalError: there is no algorithm 'mse'; choose one of entropy2, entropy, minmax, percentile",
+        "FastcalError: quantile 2.0 is not in (0, 1]; 0.9999 clips one value in ten thousand",
+    ]
 
 
 def test_arrays_that_tensorrt_would_read_wrongly(run):

@@ -1,5 +1,6 @@
 """The command line as a user meets it: in a process of its own."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -9,9 +10,11 @@ import sys
 import time
 
 import pytest
+import typer
 
 import fastcal
 from conftest import DIGITS
+from fastcal.cli import app
 
 MODEL = DIGITS / "digits.onnx"
 
@@ -183,12 +186,66 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, seconds):
     assert os.listdir(tmp_path) == ["list.txt"]
 
 
+def test_ctrl_c_tells_what_is_written_already(tmp_path):
+    program = """
+import time
+from fastcal import files, interrupt
+interrupt.end_soon_after_ctrl_c()
+files.write_atomically("x.cache", b"scales")
+print("ready", flush=True)
+while True:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+"""
+    process = start_listening_to_ctrl_c([sys.executable, "-c", program], cwd=tmp_path)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=30)[1]
+    assert (process.returncode, stderr) == (130, "interrupted; already written: x.cache\n")
+
+
+def test_commands_that_calibrate_share_their_options():
+    commands = typer.main.get_command(app).commands
+    calibrate, build = ({option.name: option for option in commands[name].params} for name in ("calibrate", "build"))
+    shared = calibrate.keys() & build.keys() - {"output", "help"}
+    assert set(calibrate) - shared == {"output", "tensorrt"}
+    for name in shared:
+        for what in ("opts", "help", "default", "required", "show_default", "metavar"):
+            assert getattr(calibrate[name], what) == getattr(build[name], what), name
+
+
+@pytest.mark.skipif(bool(fastcal.cache.installed_tensorrt_version()), reason="TensorRT is installed here")
+def test_build_without_tensorrt(run_fastcal, tmp_path, images):
+    done = run_fastcal("build", MODEL, images, "-o", tmp_path / "x.engine")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        r"error: TensorRT's calibrators need TensorRT 8.6 to 10.16, which cannot be imported \(No module .*\): "
+        r"pip install .*; without it, fastcal calibrate writes a cache\n",
+        done.stderr,
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed here")
+def test_build_without_cupy(run_fastcal, tensorrt_bindings, tmp_path, images):
+    environment = {**os.environ, **tensorrt_bindings}
+    done = run_fastcal("build", MODEL, images, "-o", tmp_path / "x.engine", env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: fastcal build needs CuPy and an NVIDIA GPU, and CuPy is not installed "
+        "(pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'); fastcal calibrate works here\n"
+    )
+
+
 def test_version_and_help(run_fastcal):
     assert run_fastcal("--version").stdout.startswith("fastcal 0.")
     assert "calibrate" in run_fastcal("--help").stdout
     helped = run_fastcal("calibrate", "--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}).stdout
     for option in ("--algorithm", "--preprocess", "--batch-size", "--tensorrt"):
         assert option in helped
+    for default in ("entropy2", "the model's, else 32", "one per core", "the one installed, else 10.16.1"):
+        assert re.search(rf"default: \(?{default}", helped)
 
 
 def test_progress_is_shown_on_a_terminal(tmp_path):

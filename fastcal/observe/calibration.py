@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sized
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 from fastcal.cache import DEFAULT_TENSORRT_VERSION, CalibrationCache, check_tensorrt_version, installed_tensorrt_version
@@ -14,31 +13,13 @@ from fastcal.model import Model
 from fastcal.observe.histogram import Histogram, Histograms
 from fastcal.observe.runner import OnnxRuntimeRunner
 from fastcal.observe.scales import check_algorithm, pick_scales
+from fastcal.progress import Progress
 from fastcal.record import Record
 
 #: The cutoff at which TensorRT's Legacy calibration is a plain percentile.
 _NO_REGRESSION = 1.0
 
 _log = logging.getLogger("fastcal")
-
-
-@dataclass
-class Progress:
-    """How far a calibration is.
-
-    Attributes:
-        batches: Batches observed.
-        images: Samples observed: the batches' first dimensions added up.
-        total: Batches there will be; None where the feed does not know.
-        seconds: Time since the first batch was asked for.
-        waited: Seconds of these spent waiting for batches.
-    """
-
-    batches: int = 0
-    images: int = 0
-    total: int | None = None
-    seconds: float = 0.0
-    waited: float = 0.0
 
 
 def calibrate(

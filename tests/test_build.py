@@ -1,0 +1,79 @@
+"""`build_engine` up to TensorRT, on TensorRT's own Python bindings. What TensorRT builds is in test_build_gpu.py."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from conftest import DIGITS
+
+MODEL = DIGITS / "digits.onnx"
+
+
+@pytest.fixture
+def error_of(tensorrt_bindings, tmp_path):
+    """A function that builds an engine with options, and returns the error."""
+
+    def error_of(options, model=MODEL, shape=(4, 3, 32, 32)):
+        program = f"""
+import numpy as np, fastcal
+try:
+    fastcal.build_engine({str(model)!r}, [{{"image": np.zeros({shape}, "f4")}}], {options})
+except fastcal.FastcalError as error:
+    print(error)
+"""
+        environment = {**os.environ, **tensorrt_bindings}
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\n") == 1
+        return done.stdout.strip()
+
+    return error_of
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("workspace=0", "workspace is 0; it must be at least 1"),
+        ("optimization_level=6", "optimization_level is 6; it must be from 0 to 5"),
+        ("optimization_level=-1", "optimization_level is -1; it must be from 0 to 5"),
+        (
+            "tactic_sources=['JIT_CONVOLUTIONS', 'CUBLASS']",
+            "there is no tactic source 'CUBLASS'; TensorRT 10.16.1.11 has",
+        ),
+        ("opt_batch=0", "the engine's batches are min_batch 1, opt_batch 0, max_batch 4; they must be at least 1"),
+        (
+            "min_batch=9, max_batch=8",
+            "batches are min_batch 9, opt_batch 9, max_batch 8; they must be at least 1 and in",
+        ),
+        (
+            "opt_batch=9, max_batch=8",
+            "batches are min_batch 1, opt_batch 9, max_batch 8; they must be at least 1 and in",
+        ),
+        ("timing_cache='nowhere/x'", "cannot write nowhere/x: there is no folder"),
+    ],
+)
+def test_an_option_out_of_its_range_is_named(error_of, options, message):
+    assert message in error_of(options)
+
+
+@pytest.mark.parametrize(
+    "options", ["", "workspace=1, optimization_level=5", "min_batch=2", "max_batch=2", "tactic_sources=['CUDNN']"]
+)
+def test_without_a_gpu_tensorrt_does_not_start(error_of, options):
+    assert error_of(options) == (
+        "TensorRT cannot start here (no reason given): it needs an NVIDIA GPU and a driver that fits; "
+        "fastcal calibrate needs neither"
+    )
+
+
+def test_a_batch_range_for_a_fixed_batch(error_of, onnx_file):
+    fixed = onnx_file("f (float[4, 3, 8, 8] image) => (float[4, 3, 8, 8] y) { y = Relu(image) }")
+    shape = (4, 3, 8, 8)
+    message = error_of("min_batch=1, max_batch=8", fixed, shape)
+    assert re.search(r"has a fixed batch; leave out min_batch and max_batch, or export it with a dynamic one$", message)
+    assert "cannot start" in error_of("", fixed, shape)

@@ -1,0 +1,209 @@
+"""Engines as TensorRT builds them, and `fastcal build` as a user meets it: in a process of its own."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastcal
+from conftest import DIGITS
+
+pytestmark = pytest.mark.gpu
+
+MODEL = DIGITS / "digits.onnx"
+IMAGES = DIGITS / "images"
+
+#: What runs without cuBLAS and cuDNN, in as little time as TensorRT can.
+TACTICS = "EDGE_MASK_CONVOLUTIONS,JIT_CONVOLUTIONS"
+FAST = ("--tactic-sources", TACTICS, "--optimization-level", 0)
+
+
+@pytest.fixture(scope="session")
+def trt():
+    import tensorrt
+
+    return tensorrt
+
+
+def load(trt, path):
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(Path(path).read_bytes())
+    assert engine is not None
+    return engine
+
+
+def accuracy(trt, engine):
+    """The share of the sample's test images that an engine classifies correctly."""
+    import cupy
+
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    output = next(name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT)
+    context, stream = engine.create_execution_context(), cupy.cuda.Stream()
+    feed = fastcal.ImageFeed(DIGITS / "test", model=MODEL, batch_size=45, device="cuda")
+    found = []
+    with feed, stream:
+        for batch in feed:
+            context.set_input_shape("image", batch["image"].shape)
+            scores = cupy.empty(tuple(context.get_tensor_shape(output)), cupy.float32)
+            context.set_tensor_address("image", batch["image"].data.ptr)
+            context.set_tensor_address(output, scores.data.ptr)
+            assert context.execute_async_v3(stream.ptr)
+            found += scores.get().argmax(axis=1).tolist()
+    right = [int(Path(path).parent.name) for path in feed.paths]
+    assert len(found) == len(right)
+    return np.mean(np.equal(found, right))
+
+
+def rows(stdout):
+    return dict(line.split(maxsplit=1) for line in stdout.splitlines())
+
+
+def test_it_builds_an_engine_and_says_what_it_did(trt, run_fastcal, tmp_path):
+    paths = {"-o": tmp_path / "x.engine", "--cache": tmp_path / "x.cache", "--timing-cache": tmp_path / "timings"}
+    words = [word for pair in paths.items() for word in pair]
+    batches = ("--batch-size", 60, "--min-batch", 2, "--opt-batch", 45, "--max-batch", 90, "--workspace", 256)
+    done = run_fastcal("build", MODEL, IMAGES, *words, *batches, *FAST)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"^(error|Traceback)", done.stderr, re.MULTILINE)
+    assert all(re.match("note: |warning: ", line) for line in done.stderr.splitlines()), done.stderr
+    said = rows(done.stdout)
+    assert list(said) == ["images", "prepared", "speed", "get_batch", "engine", "cache"]
+    assert said["images"] == "256 in 5 batches of 60"
+    assert re.fullmatch(r"\d+ images/s, \d+% of the time waiting for data", said["speed"])
+    first, worst = re.fullmatch(
+        r"([\d.]+) ms for the first batch, ([\d.]+) ms at most for the others", said["get_batch"]
+    ).groups()
+    assert 0 < float(worst) < float(first)
+    assert said["engine"].startswith(f"{paths['-o']}, ")
+    assert said["cache"] == str(paths["--cache"])
+    assert set(os.listdir(tmp_path)) == {"x.engine", "x.cache", "x.cache.json", "timings"}
+    engine = load(trt, paths["-o"])
+    assert [shape[0] for shape in engine.get_tensor_profile_shape("image", 0)] == [2, 45, 90]
+    assert accuracy(trt, engine) > 0.98
+
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in ("x.cache", "x.cache.json")}
+    again = run_fastcal("build", MODEL, IMAGES, *words, *batches, *FAST)
+    assert again.returncode == 0, again.stderr
+    assert "x.cache is used" in again.stderr
+    assert "is not used" not in again.stderr
+    assert list(rows(again.stdout)) == ["images", "engine", "cache"]
+    assert rows(again.stdout)["images"] == "none: the scales are those of the cache"
+    assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in before}
+    assert accuracy(trt, load(trt, paths["-o"])) > 0.98
+
+
+def test_a_feed_is_enough(trt, tmp_path):
+    with fastcal.ImageFeed(IMAGES, model=MODEL, batch_size=64) as feed:
+        engine = fastcal.build_engine(MODEL, feed, tactic_sources=TACTICS.split(","), optimization_level=0)
+    (tmp_path / "x.engine").write_bytes(engine)
+    loaded = load(trt, tmp_path / "x.engine")
+    assert [shape[0] for shape in loaded.get_tensor_profile_shape("image", 0)] == [1, 64, 64]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "header"),
+    [
+        ("entropy", r"TRT-\d+-EntropyCalibration$"),
+        ("minmax", r"TRT-\d+-MinMaxCalibration$"),
+        ("percentile", r"0 3ff0000000000000 3fefae147ae147ae$"),  # cutoff 1, quantile 0.99
+    ],
+)
+def test_the_algorithm_is_the_one_asked_for(trt, run_fastcal, tmp_path, algorithm, header):
+    done = run_fastcal(
+        "build", MODEL, IMAGES, "-o", tmp_path / "x.engine", "--cache", tmp_path / "x.cache", "--no-fp16",
+        "--algorithm", algorithm, "--quantile", 0.99, *FAST,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.match(header, (tmp_path / "x.cache").read_text().splitlines()[0])
+    load(trt, tmp_path / "x.engine")
+
+
+def test_a_timing_cache_that_is_none_is_replaced(run_fastcal, tmp_path):
+    (tmp_path / "timings").write_bytes(b"garbage")
+    words = ("-o", tmp_path / "x.engine", "--timing-cache", tmp_path / "timings")
+    done = run_fastcal("build", MODEL, IMAGES, *words, *FAST)
+    assert done.returncode == 0, done.stderr
+    assert "timings is not used: it is of another TensorRT or GPU, or no timing cache" in done.stderr
+    assert len((tmp_path / "timings").read_bytes()) > len(b"garbage")
+
+
+def test_what_is_wrong_is_one_line_and_no_engine(run_fastcal, tmp_path, onnx_file):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, path in enumerate(sorted(IMAGES.rglob("*.jpg"))[:12]):
+        data = path.read_bytes()
+        (images / f"{number:02}.jpg").write_bytes(data[:700] if number == 9 else data)
+    unknown = onnx_file("f (float[N, 3, 32, 32] image) => (float[N, 3, 32, 32] y) { y = NoSuchLayer(image) }")
+    dynamic = onnx_file("f (float[N, 3, H, 32] image) => (float[N, 3, H, 32] y) { y = Relu(image) }", name="any.onnx")
+    (tmp_path / "x.engine").write_text("old")
+    cache, nowhere = tmp_path / "x.cache", tmp_path / "nowhere" / "x"
+    for arguments, message in (
+        ((MODEL, images, "--batch-size", 4, "--cache", cache, *FAST), r".*images/09.jpg cannot be decoded"),
+        ((unknown, IMAGES, *FAST), r"TensorRT cannot parse .*model.onnx: \S"),
+        ((dynamic, IMAGES, "--size", 32, *FAST), r"input 'image' is dynamic beyond its batch; export the model"),
+        ((MODEL, IMAGES, "--tactic-sources", "FASTEST"), r"there is no tactic source 'FASTEST'; TensorRT [\d.]+ has "),
+        ((MODEL, IMAGES, "--algorithm", "mse"), r"there is no algorithm 'mse'; choose one of entropy2, "),
+        ((MODEL, IMAGES, "--cache", nowhere, *FAST), r"cannot write .*nowhere/x: there is no folder"),
+        (
+            (MODEL, IMAGES, "--cache", tmp_path / "x.engine"),
+            r".*x.engine is the engine; name another file for the cache",
+        ),
+        ((MODEL, IMAGES, "--timing-cache", MODEL), r".*digits.onnx is the model itself; name another file for the tim"),
+        ((MODEL, IMAGES, "--min-batch", 0), r"the engine's batches are min_batch 0, opt_batch 32, max_batch 32; they"),
+    ):
+        done = run_fastcal("build", "-o", tmp_path / "x.engine", *arguments)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        errors = [line for line in done.stderr.splitlines() if not re.match("note: |warning: ", line)]
+        assert len(errors) == 1, done.stderr
+        assert re.match(r"error: " + message, errors[0])
+        assert (tmp_path / "x.engine").read_text() == "old"
+    assert not cache.exists()
+
+
+def test_a_gpu_that_cuda_does_not_see(run_fastcal, tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = run_fastcal("build", MODEL, IMAGES, "-o", tmp_path / "x.engine", env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: fastcal build needs CuPy and an NVIDIA GPU, and CUDA sees none here; fastcal calibrate works here\n"
+    )
+
+
+def interrupt_build(folder, data, moment):
+    """Press Ctrl-C at a moment, and return the last line said."""
+    command = [sys.executable, "-m", "fastcal", "build", MODEL, data, "-o", "x.engine", "--cache", "x.cache"]
+    process = subprocess.Popen(
+        [*command, "--tactic-sources", TACTICS], cwd=folder, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    moment()
+    process.send_signal(signal.SIGINT)
+    pressed = time.monotonic()
+    stderr = process.communicate(timeout=60)[1]
+    assert time.monotonic() - pressed < 5
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    return stderr.splitlines()[-1]
+
+
+def test_ctrl_c_while_tensorrt_calibrates_leaves_nothing_behind(tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(map(str, sorted(IMAGES.rglob("*.jpg")) * 400)))
+    assert interrupt_build(tmp_path, "list.txt", lambda: time.sleep(4)) == "interrupted; nothing was written"
+    assert os.listdir(tmp_path) == ["list.txt"]
+
+
+def test_ctrl_c_while_the_engine_is_built_leaves_the_cache(tmp_path):
+    def cache_is_written():
+        end = time.monotonic() + 100
+        while not (tmp_path / "x.cache.json").exists():
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+    last = interrupt_build(tmp_path, IMAGES, cache_is_written)
+    assert last == "interrupted; already written: x.cache, x.cache.json"
+    assert set(os.listdir(tmp_path)) == {"x.cache", "x.cache.json"}
