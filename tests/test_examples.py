@@ -1,0 +1,137 @@
+"""The examples, each as a user runs it: in a process of its own, on the digits sample."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import fastcal
+from conftest import ROOT
+
+EXAMPLES = ROOT / "examples"
+
+#: What runs without cuBLAS and cuDNN.
+TACTICS = ("--tactic-sources", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
+
+needs_cpu_extra = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None or importlib.util.find_spec("onnxruntime") is None,
+    reason="fastcal calibrate needs numba and onnxruntime",
+)
+
+
+def build_with(script, folder):
+    """Run an example's script twice; returns the engine it made, and what it said of it both times."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, EXAMPLES / script, *TACTICS], cwd=folder, env=environment, capture_output=True, text=True,
+            timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines()[-1])
+    assert set(os.listdir(folder)) == {"digits.engine", "digits.cache", "digits.cache.json"}
+    return (folder / "digits.engine").read_bytes(), said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", ["tensorrt/build.py", "polygraphy/build.py"])
+def test_it_builds_an_engine(tmp_path, script):
+    import tensorrt as trt
+
+    if script.startswith("polygraphy"):
+        pytest.importorskip("polygraphy")
+    data, (first, second) = build_with(script, tmp_path)
+    form = r"digits.engine: (\d+) bytes, calibrated with (\d) batches of 32, ([\d.]+) ms waited for them"
+    size, batches, waited = re.fullmatch(form, first).groups()
+    assert int(size) > 0
+    assert batches == "8"
+    assert float(waited) > 0
+    size, batches, waited = re.fullmatch(form, second).groups()
+    assert int(size) == len(data)
+    assert (batches, float(waited)) == ("0", 0)  # the cache was used
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(data)
+    assert [shape[0] for shape in engine.get_tensor_profile_shape("image", 0)] == [1, 32, 64]
+    cache = fastcal.CalibrationCache.load(tmp_path / "digits.cache")
+    assert cache.algorithm == "entropy2"
+    assert 0 < cache.scales["image"] < 0.1
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """A folder for PATH with fastcal, and what else the script calls."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "fastcal").write_text(
+        f'#!/bin/sh\nPYTHONPATH="{ROOT}:$PYTHONPATH" exec "{sys.executable}" -m fastcal "$@"\n'
+    )
+    (folder / "fastcal").chmod(0o755)
+    for name in ("basename", "dirname", "head", "sed", "wc"):
+        (folder / name).symlink_to(shutil.which(name))
+    return folder
+
+
+def build_with_trtexec(tmp_path, commands, *options, **variables):
+    """Run the script; returns how it ended, and the folder it wrote to."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    environment = {**os.environ, "PATH": str(commands), **variables}
+    command = [shutil.which("sh"), EXAMPLES / "trtexec" / "build.sh", *options]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    return done, folder
+
+
+@needs_cpu_extra
+def test_without_trtexec_the_cache_is_written(tmp_path, commands):
+    done, folder = build_with_trtexec(tmp_path, commands, TENSORRT="10.3.0")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "build.sh: no trtexec in PATH (TensorRT's archives and containers have it); digits.cache is written for it"
+    ]
+    assert "images     256 in 8 batches of 32" in done.stdout
+    assert fastcal.CalibrationCache.load(folder / "digits.cache").header == "TRT-100300-EntropyCalibration2"
+    assert sorted(os.listdir(folder)) == ["digits.cache", "digits.cache.json"]
+
+
+@needs_cpu_extra
+@pytest.mark.parametrize(("banner", "number"), [("v8601", "8601"), ("v100300", "100300")])
+def test_the_cache_is_for_the_version_that_trtexec_names(tmp_path, commands, banner, number):
+    """With a stand-in for trtexec: one that names its version, and answers --saveEngine with its arguments."""
+    (commands / "trtexec").write_text(
+        f'#!/bin/sh\necho "&&&& RUNNING TensorRT.trtexec [TensorRT {banner}] [b1] # trtexec $*"\n'
+        '[ "$1" = --help ] || echo "$@" > digits.engine\n'
+    )
+    (commands / "trtexec").chmod(0o755)
+    done, folder = build_with_trtexec(tmp_path, commands, "--tacticSources=-CUBLAS")
+    assert done.returncode == 0, done.stderr
+    cache = fastcal.CalibrationCache.load(folder / "digits.cache")
+    assert cache.header == f"TRT-{number}-EntropyCalibration2"
+    arguments = (folder / "digits.engine").read_text().split()
+    assert {"--int8", "--calib=digits.cache", "--optShapes=image:32x3x32x32", "--tacticSources=-CUBLAS"} <= set(
+        arguments
+    )
+    assert re.search(r"^digits.engine: \d+ bytes, with the scales of digits.cache$", done.stdout, re.MULTILINE)
+
+
+@needs_cpu_extra
+def test_trtexecs_failure_is_one_line(tmp_path, commands):
+    (commands / "trtexec").write_text("#!/bin/sh\necho no GPU\nexit 3\n")
+    (commands / "trtexec").chmod(0o755)
+    done, folder = build_with_trtexec(tmp_path, commands, TENSORRT="8.6.1")
+    assert (done.returncode, done.stderr) == (1, "build.sh: trtexec failed; digits.log says why\n")
+    assert (folder / "digits.log").read_text() == "no GPU\n"
+
+
+@pytest.mark.gpu
+@needs_cpu_extra
+@pytest.mark.skipif(shutil.which("trtexec") is None, reason="no trtexec in PATH")
+def test_trtexec_builds_an_engine(tmp_path, commands):
+    (commands / "trtexec").symlink_to(shutil.which("trtexec"))
+    done, folder = build_with_trtexec(tmp_path, commands, "--tacticSources=-CUBLAS,-CUBLAS_LT,-CUDNN")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "digits.engine").stat().st_size > 0
+    assert "PASSED" in (folder / "digits.log").read_text()
