@@ -16,6 +16,9 @@ from fastcal.feed.preprocess import Preprocess
 _END_OF_JPEG = (0xFF, 0xD9)
 _END_OF_PNG = (0x60, 0x82)
 
+#: Moves a half below a half for any number of pixels, and no other number of pixels to another.
+_LITTLE = 1e-5
+
 _DECODED = {"RGB": types.RGB, "BGR": types.BGR, "GRAY": types.GRAY}
 
 
@@ -170,7 +173,8 @@ def _per_channel(values: tuple[float, ...], count: int) -> tuple[float, ...]:
 def _geometry(shape: Any, preprocess: Preprocess) -> tuple[Any, Any]:
     """The size to resize an image to, and the place of the network's part in it.
 
-    A place is the part's first pixel as a share of all pixels that are cut off or, where it is larger, padded.
+    A place is the part's first pixel as a share of all pixels that are cut off or, where it is larger, padded; DALI
+    multiplies the two and rounds.
 
     All in whole numbers and rounded as those round who trained the networks: torchvision and timm cut off the longer
     side's fraction and round the crop's place half to even; Ultralytics rounds the sizes and puts the odd pixel of the
@@ -181,19 +185,23 @@ def _geometry(shape: Any, preprocess: Preprocess) -> tuple[Any, Any]:
     if preprocess.resize == "stretch":
         return list(target), (0.0, 0.0)
     size = shape[:2]
-    area = shape[0] * shape[1]  # so that size * size / area is each side over the other
     if preprocess.resize == "crop":
         covered = [int(side / preprocess.crop_fraction) for side in target]
-        new = dali_math.max(size * size * _vector(covered[::-1]) // area, _vector(covered))
-        over = new - _vector(target)
-        first = (over + (over // 2 & 1)) // 2  # half of it, half to even
+        if covered[0] == covered[1]:
+            new = size * covered[0] // fn.reductions.min(size)
+        else:
+            area = shape[0] * shape[1]  # so that size * size / area is each side over the other
+            new = dali_math.max(size * size * _vector(covered[::-1]) // area, _vector(covered))
+        over = new - (target[0] if target[0] == target[1] else _vector(target))
+        # DALI rounds a half up: halves that are to be rounded down, to the even number below, begin a little lower.
+        place = 0.5 - (over & 3 == 1) * _LITTLE
     else:
         # round(a / b) is (2 * a + b) // (2 * b), and here b is the other side, area // size.
+        area = shape[0] * shape[1]
         new = (2 * size * size * _vector(target[::-1]) + area) // (2 * area)
         new = dali_math.clamp(new, 1, _vector(target))
         over = _vector(target) - new
-        first = over // 2
-    place = first / dali_math.max(over, 1)
+        place = over // 2 / dali_math.max(over, 1)
     return fn.cast(new, dtype=types.FLOAT), (place[0], place[1])
 
 

@@ -81,9 +81,9 @@ def test_presets_are_what_the_trainers_do(photographs, preset, reference, scale,
         assert np.percentile(difference, 99.9) <= 2.01
 
 
-@pytest.mark.parametrize("size", [(64, 100), (100, 64), (65, 33)])
+@pytest.mark.parametrize("size", [(64, 100), (100, 64), (65, 33), (65, 65)])
 @pytest.mark.parametrize("reference", [crop, letterbox, stretch])
-def test_sizes_that_are_not_square(photographs, reference, size):
+def test_sizes_odd_and_not_square(photographs, reference, size):
     preprocess = Preprocess(size=size, resize=reference.__name__, antialias=reference is not letterbox)
     feed = ImageFeed(photographs, preprocess=preprocess, batch_size=1)
     for path, batch in zip(feed.paths, all_of(feed), strict=True):
