@@ -62,22 +62,15 @@ _MODULES = {
 }
 
 
-# Packages that an extra brings, by the module whose absence tells.
-_EXTRAS = {"numba": "numba", "nvidia": "NVIDIA DALI", "onnxruntime": "ONNX Runtime"}
-
-
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'fastcal' has no attribute {name!r}")
     try:
         return getattr(import_module(_MODULES[name]), name)
     except ModuleNotFoundError as error:
-        package = _EXTRAS.get((error.name or "").partition(".")[0])
-        if package is None:
-            raise
-        from fastcal.errors import FastcalError
+        from fastcal.errors import missing
 
-        raise FastcalError(f"{name} needs {package}, which is not installed: pip install 'fastcal[cpu]'") from error
+        raise missing(name, error) from error
 
 
 def __dir__() -> list[str]:

@@ -11,38 +11,20 @@ from fastcal.errors import FastcalError
 from fastcal.feed.feed import Batch, Feed
 from fastcal.files import check_writable, write_atomically
 from fastcal.model import Model
+from fastcal.network import Logger, parse, start_builder, tactic_bits, trt
 
-import tensorrt as trt  # isort: skip
+#: Who can calibrate.
+CALIBRATIONS = ("fastcal", "tensorrt")
 
 _log = logging.getLogger("fastcal")
-
-#: What TensorRT says goes to a logger of its own, so that an application can show or hide it.
-_tensorrt_log = logging.getLogger("fastcal.tensorrt")
-
-
-class _Logger(trt.ILogger):  # type: ignore[misc]
-    """Hands TensorRT's messages to `logging`, and keeps its errors for ours."""
-
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.errors: list[str] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        """Called by TensorRT."""
-        levels = {trt.ILogger.VERBOSE: 5, trt.ILogger.INFO: logging.DEBUG, trt.ILogger.WARNING: logging.WARNING}
-        if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-            self.errors.append(message)
-        _tensorrt_log.log(levels.get(severity, logging.ERROR), "TensorRT: %s", message)
-
-    def reasons(self) -> str:
-        """TensorRT's last errors, in one line."""
-        return " ".join("; ".join(self.errors[-2:]).split()) or "no reason given"
 
 
 def build_engine(
     model: str | os.PathLike[str] | Model,
     calibrator: FeedCalibrator | Feed | Iterable[Batch],
     *,
+    calibration: str = "fastcal",
+    tf32: bool = False,
     fp16: bool = True,
     min_batch: int | None = None,
     opt_batch: int | None = None,
@@ -52,13 +34,16 @@ def build_engine(
     optimization_level: int | None = None,
     tactic_sources: int | Iterable[str] | None = None,
 ) -> bytes:
-    """Build an INT8 engine with TensorRT, which calibrates it on the way.
+    """Build an INT8 engine with TensorRT from a model and calibration images.
 
     TensorRT's messages go to the logger "fastcal.tensorrt".
 
     Args:
         model: The ONNX file.
         calibrator: One of fastcal's calibrators, or a feed or batches for an `EntropyCalibrator2`.
+        calibration: Who calibrates: "fastcal", at the speed of the data, or "tensorrt", in its builder on one CPU core.
+            The scales are the same.
+        tf32: Whether fastcal's calibration may use TF32: see `fastcal.calibrate`.
         fp16: Whether TensorRT may also run layers in FP16 where that is faster.
         min_batch: Where the model's batch is dynamic: the smallest batch the engine runs, by default 1.
         opt_batch: The batch the engine is tuned for, by default the calibrator's as far as the others allow it.
@@ -79,21 +64,25 @@ def build_engine(
     model = Model.of(model)
     if not isinstance(calibrator, FeedCalibrator):
         calibrator = EntropyCalibrator2(calibrator, model=model)
+    if calibration not in CALIBRATIONS:
+        raise FastcalError(f"there is no calibration {calibration!r}; choose {' or '.join(CALIBRATIONS)}")
     batches = _batch_range(model, min_batch, opt_batch, max_batch, calibrator.feed.batch_size)
     _check_range("workspace", workspace, 1)
     _check_range("optimization_level", optimization_level, 0, 5)
-    tactics = _tactic_bits(tactic_sources)
+    tactics = tactic_bits(tactic_sources)
     if timing_cache is not None:
         check_writable(timing_cache, 1)
-    logger = _Logger()
-    builder = _start_builder(logger)
-    network = _parse(builder, model, logger)
+    logger = Logger()
+    builder = start_builder(logger)
+    network = parse(builder, model, logger)
     config = _configure(builder, fp16, workspace, optimization_level, tactics)
     _add_profiles(builder, network, config, batches, calibrator.feed.batch_size)
     config.int8_calibrator = calibrator
     calibrator.check_network(network, config)
     timings = None if timing_cache is None else _load_timings(config, timing_cache)
     with calibrator:
+        if calibration == "fastcal":
+            calibrator.calibrate(network, tf32=tf32, tactic_sources=tactics)
         engine = builder.build_serialized_network(network, config)
     del timings  # TensorRT needed it until now
     if engine is None:
@@ -128,38 +117,6 @@ def _check_range(name: str, value: int | None, least: int, most: int | None = No
     if value is not None and (value < least or (most is not None and value > most)):
         allowed = f"at least {least}" if most is None else f"from {least} to {most}"
         raise FastcalError(f"{name} is {value}; it must be {allowed}")
-
-
-def _tactic_bits(sources: int | Iterable[str] | None) -> int | None:
-    if sources is None or isinstance(sources, int):
-        return sources
-    known = trt.TacticSource.__members__
-    bits = 0
-    for name in sources:
-        if name not in known:
-            raise FastcalError(f"there is no tactic source {name!r}; TensorRT {trt.__version__} has {', '.join(known)}")
-        bits |= 1 << int(known[name])
-    return bits
-
-
-def _start_builder(logger: _Logger) -> Any:
-    try:
-        return trt.Builder(logger)
-    except TypeError as error:  # how the bindings say that TensorRT made none
-        raise FastcalError(
-            f"TensorRT cannot start here ({logger.reasons()}): it needs an NVIDIA GPU and a driver that fits; fastcal "
-            "calibrate needs neither"
-        ) from error
-
-
-def _parse(builder: Any, model: Model, logger: _Logger) -> Any:
-    explicit_batch = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)  # TensorRT 10 knows no other
-    network = builder.create_network(0 if explicit_batch is None else 1 << int(explicit_batch))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(model.path)):
-        errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise FastcalError(f"TensorRT cannot parse {model.path}: {'; '.join(errors)}".replace("\n", " "))
-    return network
 
 
 def _configure(

@@ -27,6 +27,9 @@ CALIBRATION_NAMES = {
 #: The algorithms `fastcal.calibrate` knows. "percentile" is TensorRT's Legacy calibration with regression cutoff 1.
 ALGORITHMS = (*CALIBRATION_NAMES, "percentile")
 
+#: What `fastcal.calibrate` can run a network with; "auto" is TensorRT where it, CuPy and a GPU are, else ONNX Runtime.
+ENGINES = ("auto", "tensorrt", "onnxruntime")
+
 
 @dataclass
 class CalibrationCache:
@@ -119,6 +122,14 @@ class CalibrationCache:
         except OSError as error:
             raise FastcalError(f"cannot read calibration cache {path}: {error.strerror}") from error
         return cls.from_bytes(data, origin=str(path))
+
+
+def check_algorithm(algorithm: str, quantile: float) -> None:
+    """Raise FastcalError unless the algorithm is known and the quantile in (0, 1]."""
+    if algorithm not in ALGORITHMS:
+        raise FastcalError(f"there is no algorithm {algorithm!r}; choose one of {', '.join(ALGORITHMS)}")
+    if not 0 < quantile <= 1:
+        raise FastcalError(f"quantile {quantile} is not in (0, 1]; 0.9999 clips one value in ten thousand")
 
 
 def largest_size(names: Iterable[str]) -> int:

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from fastcal.cache import CalibrationCache, check_tensorrt_version, largest_size
+from fastcal.cache import CalibrationCache, check_algorithm, check_tensorrt_version, largest_size
 from fastcal.errors import FastcalError
+from fastcal.feed.device import wait_until_filled
 from fastcal.feed.feed import ArrayFeed, Batch, Feed
 from fastcal.files import check_writable
 from fastcal.model import Model, format_shape
 from fastcal.progress import Progress
-from fastcal.record import Record, usable_cache
+from fastcal.record import Record, precision, usable_cache
 
 try:
     import tensorrt as trt
@@ -106,6 +107,8 @@ class FeedCalibrator:
         self._ended = False  # whether all batches have been handed out
         self._finished = False  # whether TensorRT has had its cache written
         self._made_from: Record | None = None
+        self._ready: bytes | None = None  # a finished cache to hand over
+        self._tf32 = False  # whether fastcal observes in TF32; TensorRT does so in FP32
         self._left = 0.0
 
     # What TensorRT calls.
@@ -142,25 +145,20 @@ class FeedCalibrator:
         """
         if self._finished:
             self.rewind()  # another build
-        if self._cache is None or self._ended or self._error is not None:
+        if self._ready is not None:
+            return self._ready
+        if self._ended or self._error is not None:
             return None
-        self._made_from = None  # files may have changed since an earlier build
         try:
-            data, reason = usable_cache(self._cache, self._header(), self._record())
-            if data is None:
-                _log.info("calibrating: %s is not used, %s", self._cache, reason)
-                check_writable(self._cache, largest_size(self._model.activations if self._model else ()))
-            else:
-                _log.info("%s is used: it was made from the same model, samples and settings", self._cache)
+            return self._usable()
         except BaseException as error:
             self._fail(error)
             return None
-        return data
 
     def write_calibration_cache(self, cache: Any) -> None:
         """Keep what TensorRT found, with a record of what it was made from; after an error, keep nothing."""
         self._finished = True
-        if self._cache is None:
+        if self._cache is None or self._ready is not None:
             return
         try:
             if self._error is not None:
@@ -179,8 +177,50 @@ class FeedCalibrator:
         self._end_pass()
         self._error = None
         self._ended = self._finished = False
-        self._made_from = None
+        self._made_from = self._ready = None
+        self._tf32 = False
         self.stats = CalibratorStats()
+
+    def calibrate(self, network: Any, *, tf32: bool = False, **options: Any) -> None:
+        """Calibrate now with `fastcal.calibrate`, so that TensorRT is handed a finished cache and asks for no batch.
+
+        Belongs inside `with calibrator:`, before the build. Does nothing where the cache on the disk is still true, or
+        where only TensorRT knows how: Legacy calibration with a regression cutoff below 1.
+
+        Args:
+            network: The `INetworkDefinition` that will be built, or its ONNX file.
+            tf32: Whether TensorRT may observe the network in TF32: faster, and an amax differs by about 1e-3.
+            **options: `optimization_level` and `tactic_sources`, as `fastcal.calibrate` takes them.
+
+        Raises:
+            FastcalError: TensorRT cannot run the network with every tensor visible, or the batches do not fit it; or
+                what the feed raises.
+        """
+        settings = self._settings()
+        if settings["algorithm"] == "percentile" and settings.get("regression_cutoff") != 1:
+            _log.info(
+                "TensorRT calibrates itself: Legacy calibration is a plain percentile with regression cutoff 1 only"
+            )
+            return
+        self._tf32 = tf32
+        if self._usable() is not None:
+            return
+        from fastcal.observe.calibration import calibrate
+
+        cache = calibrate(
+            network,
+            self.feed,
+            algorithm=settings["algorithm"],
+            quantile=settings.get("quantile", 1.0),
+            engine="tensorrt",
+            tensorrt_version=trt.__version__,
+            progress=self._progress,
+            tf32=tf32,
+            **options,
+        ).to_bytes()
+        if self._cache is not None:
+            self._record().save(self._cache, cache)
+        self._ready = cache
 
     def check(self) -> None:
         """Raise what went wrong in the last calibration, if something did."""
@@ -220,6 +260,19 @@ class FeedCalibrator:
         self._end_pass()
 
     # The rest.
+
+    def _usable(self) -> bytes | None:
+        """The cache on the disk if it is what this calibration would make; else None, if it can be written."""
+        if self._cache is None:
+            return None
+        self._made_from = None  # files may have changed since an earlier build
+        data, reason = usable_cache(self._cache, self._header(), self._record())
+        if data is None:
+            _log.info("calibrating: %s is not used, %s", self._cache, reason)
+            check_writable(self._cache, largest_size(self._model.activations if self._model else ()))
+        else:
+            _log.info("%s is used: it was made from the same model, samples and settings", self._cache)
+        return data
 
     def _next_addresses(self, names: Sequence[str]) -> list[int] | None:
         if self._batches is None:
@@ -264,6 +317,8 @@ class FeedCalibrator:
         if hasattr(array, "__cuda_array_interface__"):
             if array.__cuda_array_interface__.get("strides") is not None:
                 raise FastcalError(f"input {name!r} is not contiguous in memory; TensorRT reads it as if it were")
+            if self.feed.gpu is None:  # else the feed has waited
+                wait_until_filled(array)
             return array
         import cupy
 
@@ -308,7 +363,8 @@ class FeedCalibrator:
     def _record(self) -> Record:
         """What this calibration is made from, found out once a calibration: it looks at every sample's file."""
         if self._made_from is None:
-            self._made_from = Record.of(self.feed, self._model, **self._settings())
+            settings = self._settings() | {"precision": precision(self._tf32)}
+            self._made_from = Record.of(self.feed, self._model, **settings)
         return self._made_from
 
     def _settings(self) -> dict[str, Any]:
@@ -383,8 +439,7 @@ class LegacyCalibrator(FeedCalibrator, trt.IInt8LegacyCalibrator):  # type: igno
         **options: Any,
     ) -> None:
         super().__init__(feed, **options)
-        if not 0 < quantile <= 1:
-            raise FastcalError(f"quantile {quantile} is not in (0, 1]; 0.9999 clips one value in ten thousand")
+        check_algorithm("percentile", quantile)
         self._quantile = quantile
         self._cutoff = regression_cutoff
 
@@ -467,8 +522,7 @@ def make_calibrator(algorithm: str, feed: Feed, *, quantile: float = 0.9999, **o
     Raises:
         FastcalError: The algorithm is unknown, or the quantile not in (0, 1].
     """
-    if algorithm not in _CLASSES:
-        raise FastcalError(f"there is no algorithm {algorithm!r}; choose one of {', '.join(_CLASSES)}")
+    check_algorithm(algorithm, quantile)
     if algorithm == "percentile":
         options["quantile"] = quantile
     return _CLASSES[algorithm](feed, **options)

@@ -25,7 +25,7 @@ from rich.spinner import Spinner
 
 import fastcal
 from fastcal import interrupt
-from fastcal.cache import ALGORITHMS, largest_size
+from fastcal.cache import ALGORITHMS, ENGINES, largest_size
 from fastcal.errors import FastcalError
 from fastcal.files import check_writable, write_atomically
 
@@ -87,6 +87,11 @@ class CalibrationOptions:
         str, typer.Option(help="wrap: complete the last batch with the first images; drop: leave it out.")
     ] = "wrap"
     threads: Annotated[int | None, typer.Option(help="Threads to use.", show_default="one per core")] = None
+    tf32: Annotated[bool, typer.Option("--tf32", help="On a GPU: run the network in TF32, which is faster.")] = False
+    tactic_sources: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Where TensorRT takes kernels from, e.g. JIT_CONVOLUTIONS,CUDNN."),
+    ] = None
 
     def feed(self, network: Model) -> fastcal.ImageFeed:
         """The images as batches for the model."""
@@ -103,11 +108,19 @@ class CalibrationOptions:
             threads=self.threads,
         )
 
+    def for_tensorrt(self) -> dict[str, Any]:
+        """What `calibrate` and `build_engine` are told for TensorRT."""
+        tactic_sources = None if self.tactic_sources is None else self.tactic_sources.split(",")
+        return {"tf32": self.tf32, "tactic_sources": tactic_sources}
+
 
 @dataclass
 class EngineOptions:
     """How TensorRT builds: what `build_engine` takes, as the command line has it."""
 
+    calibration: Annotated[
+        str, typer.Option(help="Who calibrates: fastcal, or tensorrt in its builder, which takes long.")
+    ] = "fastcal"
     fp16: Annotated[bool, typer.Option(help="Let TensorRT run layers in FP16 where that is faster.")] = True
     min_batch: Annotated[
         int | None,
@@ -133,16 +146,11 @@ class EngineOptions:
         int | None,
         typer.Option(help="0 (fastest build) to 5 (fastest engine).", show_default="TensorRT's, 3"),
     ] = None
-    tactic_sources: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Where TensorRT takes kernels from, e.g. JIT_CONVOLUTIONS,CUDNN."),
-    ] = None
 
     def keywords(self) -> dict[str, Any]:
         """The arguments of `build_engine`."""
         workspace = None if self.workspace is None else self.workspace * 2**20
-        tactic_sources = None if self.tactic_sources is None else self.tactic_sources.split(",")
-        return vars(self) | {"workspace": workspace, "tactic_sources": tactic_sources}
+        return vars(self) | {"workspace": workspace}
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -174,6 +182,9 @@ def calibrate(
     *,
     output: Annotated[str, typer.Option("--output", "-o", metavar="CACHE", help="Where to write the cache.")],
     options: CalibrationOptions,
+    engine: Annotated[
+        str, typer.Option(help=f"What runs the network: {', '.join(ENGINES)} (TensorRT where it and a GPU are).")
+    ] = "auto",
     tensorrt: Annotated[
         str | None,
         typer.Option(help="Version that will read the cache.", show_default="the one installed, else 10.16.1"),
@@ -187,15 +198,17 @@ def calibrate(
         _check_outputs(network, {"cache": output})
         check_writable(output, largest_size(network.activations))
         feed = options.feed(network)
-        with feed, _progress_bar(console) as progress:
+        with feed, _progress_bar(console, "preparing the network", "picking the scales") as progress:
             cache = fastcal.calibrate(
                 network,
                 feed,
                 algorithm=options.algorithm,
                 quantile=options.quantile,
+                engine=engine,
                 tensorrt_version=tensorrt,
                 threads=options.threads,
                 progress=progress,
+                **options.for_tensorrt(),
             )
         cache.save(output)
         _print_summary(cache, feed, progress.last, output)
@@ -212,7 +225,7 @@ def build(
     ] = None,
     engine_options: EngineOptions,
 ) -> None:
-    """Build an INT8 engine from a model and images, calibrated inside TensorRT's builder."""
+    """Build an INT8 engine with TensorRT, from a model and images to calibrate with."""
     with _terminal() as console:
         from fastcal.build import build_engine
         from fastcal.calibrators import make_calibrator
@@ -225,12 +238,12 @@ def build(
         if cache is not None and not os.path.exists(cache):  # one that is there may be used, and need not be written
             check_writable(cache, largest_size(network.activations))
         feed = options.feed(network)
-        with feed, _progress_bar(console, "TensorRT is {}building") as progress:
+        with feed, _progress_bar(console, "preparing TensorRT", "TensorRT is building") as progress:
             calibrator = make_calibrator(
                 options.algorithm, feed, quantile=options.quantile, cache=cache, model=network, progress=progress
             )
             started = time.perf_counter()
-            engine = build_engine(network, calibrator, **engine_options.keywords())
+            engine = build_engine(network, calibrator, **engine_options.keywords(), **options.for_tensorrt())
             seconds = time.perf_counter() - started
         write_atomically(output, engine)
         made = f"{output}, {decimal(len(engine))}, built in {seconds:.0f} s"
@@ -270,24 +283,20 @@ def _preprocess(name: str, size: str | None) -> fastcal.Preprocess:
 
 
 class _Display(Progress):
-    """A progress bar; given a text, a spinner with it in the bar's place before the first and after the last batch.
+    """A progress bar, and a spinner with a text in its place before the first and after the last batch."""
 
-    A pair of braces in the text is where it says that scales are being picked.
-    """
-
-    def __init__(self, *columns: ProgressColumn, text: str | None, **options: Any) -> None:
-        self._text = text
+    def __init__(self, *columns: ProgressColumn, before: str, after: str, **options: Any) -> None:
+        self._before, self._after = before, after
         self._spinner = Spinner("dots")
         super().__init__(*columns, **options)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """What rich shows at the moment."""
         task = self.tasks[0] if self.tasks else None
-        if self._text is None or task is None or 0 < task.completed < (task.total or 0):
+        if task is None or 0 < task.completed < (task.total or 0):
             yield from super().get_renderables()
         else:
-            stage = self._text.format("picking the scales and " if task.completed else "")
-            self._spinner.update(text=f"{stage}, {task.elapsed or 0:.0f} s")
+            self._spinner.update(text=f"{self._after if task.completed else self._before}, {task.elapsed or 0:.0f} s")
             yield self._spinner
 
 
@@ -311,8 +320,8 @@ class _Bar:
 
 
 @contextlib.contextmanager
-def _progress_bar(console: Console, around: str | None = None) -> Iterator[_Bar]:
-    """A progress bar for batches; `around`, where given, is what is said before and after them."""
+def _progress_bar(console: Console, before: str, after: str) -> Iterator[_Bar]:
+    """A progress bar for batches; the two texts say what is done before and after them."""
     columns = [
         TextColumn("calibrating"),
         BarColumn(),
@@ -321,7 +330,9 @@ def _progress_bar(console: Console, around: str | None = None) -> Iterator[_Bar]
         TimeRemainingColumn(),
         TextColumn("left"),
     ]
-    with _Display(*columns, text=around, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with _Display(
+        *columns, before=before, after=after, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         yield _Bar(bar)
 
 
@@ -347,14 +358,15 @@ def _print_build_summary(
 ) -> None:
     stats = calibrator.stats
     rows = {"images": "none: the scales are those of the cache"}
-    if stats.batches:
-        first, worst = stats.waited_first * 1e3, stats.waited_worst * 1e3
+    if progress.batches:
         rows = {
-            "images": f"{len(feed.paths)} in {stats.batches} batches of {feed.batch_size}",
+            "images": f"{len(feed.paths)} in {progress.batches} batches of {feed.batch_size}",
             "prepared": f"{feed.preprocess}",
             "speed": f"{_rate(progress)}, {_waiting(progress)}",
-            "get_batch": f"{first:.1f} ms for the first batch, {worst:.2f} ms at most for the others",
         }
+    if stats.batches:
+        first, worst = stats.waited_first * 1e3, stats.waited_worst * 1e3
+        rows["get_batch"] = f"{first:.1f} ms for the first batch, {worst:.2f} ms at most for the others"
     _print_rows(**rows, engine=engine, **({} if cache is None else {"cache": cache}))
 
 

@@ -56,6 +56,11 @@ class Record:
         write_atomically(record_path(cache_path), text.encode() + b"\n")
 
 
+def precision(tf32: bool) -> str:
+    """What a record says of the precision in which the network was observed."""
+    return "TF32" if tf32 else "FP32"
+
+
 def record_path(cache_path: str | os.PathLike[str]) -> Path:
     """Where the record of a cache lies: beside it, with ".json" added to its name."""
     return Path(f"{os.fspath(cache_path)}.json")

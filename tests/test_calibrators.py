@@ -21,7 +21,8 @@ class OnDevice:
     def __init__(self, address, shape=(4, 3, 8, 8), strides=None):
         self.shape, self.dtype = shape, np.dtype("f4")
         self.__cuda_array_interface__ = {
-            "data": (address, False), "shape": shape, "typestr": "<f4", "version": 3, "strides": strides}
+            "data": (address, False), "shape": shape, "typestr": "<f4", "version": 3, "strides": strides,
+            "stream": None}  # nothing to wait for
 
 class Numbered(fastcal.Feed):
     "Batches whose addresses tell which batch and which input it is."

@@ -139,8 +139,9 @@ def test_scales_of_squeezenet_are_those_from_resident_batches(trt, builder, tact
     assert scales.keys() == expected.keys()
     differ = [key for key, scale in scales.items() if scale != pytest.approx(expected[key], rel=1e-6)]
     # TensorRT picks the kernels it calibrates with by timing them, so its activations differ by rounding from build to
-    # build, and where the divergence has a flat minimum another bin wins. MinMax has no such choice.
-    assert len(differ) <= (0 if name == "MinMaxCalibrator" else 2), differ
+    # build, and where the divergence has a flat minimum another bin wins: of six pairs of builds from the same resident
+    # batches, up to 4 tensors differed for Entropy2 and 1 for Entropy and Legacy. MinMax has no such choice.
+    assert len(differ) <= (0 if name == "MinMaxCalibrator" else 4), differ
 
 
 def test_arrays_on_the_cpu_are_copied_to_the_gpu(trt, builder, tactics, tmp_path):
@@ -252,6 +253,28 @@ def test_a_builder_that_stops_after_one_batch(feed, tmp_path):
     assert list(tmp_path.iterdir()) == []
     del calibrator
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastcal")]
+
+
+def test_arrays_of_others_are_waited_for():
+    import cupy
+
+    # The copy takes long and is only enqueued; what is handed out must be what it leaves.
+    source, target = cupy.ones(1 << 28, cupy.float32), cupy.zeros(1 << 28, cupy.float32)
+
+    class Foreign:
+        shape, dtype = (1 << 28,), np.dtype(np.float32)
+        __cuda_array_interface__ = {**target.__cuda_array_interface__, "version": 2}  # noqa: RUF012
+
+    del Foreign.__cuda_array_interface__["stream"]
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream.null:
+        for _ in range(20):
+            cupy.copyto(target, source)
+        ended = cupy.cuda.Event()
+        ended.record()
+    calibrator = fastcal.EntropyCalibrator2(ArrayFeed([{"input": Foreign}]))
+    assert calibrator.get_batch(["input"]) == [target.data.ptr]
+    assert ended.done
 
 
 def test_torch_tensors_or_others_with_the_cuda_array_interface_are_read_where_they_are():

@@ -28,6 +28,18 @@ def images(tmp_path):
     return folder
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_tensorrt_runs_the_network(run_fastcal, tmp_path):
+    options = ("--tactic-sources", "EDGE_MASK_CONVOLUTIONS,JIT_CONVOLUTIONS")
+    for output, more in (("1.cache", ()), ("2.cache", ("--tf32",))):
+        done = run_fastcal("calibrate", MODEL, DIGITS / "images", "-o", tmp_path / output, *options, *more)
+        assert done.returncode == 0, done.stderr
+    fp32, tf32 = (fastcal.CalibrationCache.load(tmp_path / name).scales for name in ("1.cache", "2.cache"))
+    assert [name for name in fp32 if name.startswith("(Unnamed Layer*")]
+    assert fp32.keys() == tf32.keys()
+    assert fp32 != tf32
+
+
 def test_it_writes_the_cache_and_says_what_it_did(run_fastcal, tmp_path, images):
     output = tmp_path / "digits.cache"
     done = run_fastcal("calibrate", MODEL, images, "-o", output, "--batch-size", "8", "--tensorrt", "8.6.1")
@@ -210,10 +222,21 @@ def test_commands_that_calibrate_share_their_options():
     commands = typer.main.get_command(app).commands
     calibrate, build = ({option.name: option for option in commands[name].params} for name in ("calibrate", "build"))
     shared = calibrate.keys() & build.keys() - {"output", "help"}
-    assert set(calibrate) - shared == {"output", "tensorrt"}
+    assert set(calibrate) - shared == {"output", "engine", "tensorrt"}
     for name in shared:
         for what in ("opts", "help", "default", "required", "show_default", "metavar"):
             assert getattr(calibrate[name], what) == getattr(build[name], what), name
+
+
+def test_an_engine_that_cannot_be_had(run_fastcal, tmp_path, images):
+    for engine, message in (
+        ("tensorrt", r"engine tensorrt: .*; engine onnxruntime works here"),
+        ("trt", "there is no engine 'trt'; choose one of auto, tensorrt, onnxruntime"),
+    ):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        done = run_fastcal("calibrate", MODEL, images, "-o", "x.cache", "--engine", engine, env=environment)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.match(f"error: {message}", done.stderr.splitlines()[-1])
 
 
 @pytest.mark.skipif(bool(fastcal.cache.installed_tensorrt_version()), reason="TensorRT is installed here")
@@ -252,7 +275,8 @@ def test_progress_is_shown_on_a_terminal(tmp_path):
     import pty
 
     main, terminal = pty.openpty()
-    command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, DIGITS / "images", "-o", "x.cache"]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, sorted((DIGITS / "images").rglob("*.jpg")) * 20)))
+    command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, "list.txt", "-o", "x.cache"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=terminal, env={**os.environ, "COLUMNS": "150"}
     )
@@ -268,7 +292,7 @@ def test_progress_is_shown_on_a_terminal(tmp_path):
         shown += chunk
     assert process.wait(60) == 0
     text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode()
-    assert re.search(r"calibrating .* \d/8 batches, \d+ images/s, \d+% of the time waiting for data, .* left", text)
+    assert re.search(r"calibrating .* \d+/160 batches, \d+ images/s, \d+% of the time waiting for data, .* left", text)
 
 
 def test_ctrl_c_ends_what_does_not_listen(tmp_path):

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import fastcal
+from conftest import DIGITS
 
 
 def test_importing_it_imports_none_of_what_it_can_do_without():
@@ -29,18 +30,19 @@ import sys
 sys.modules[sys.argv[1]] = None
 import fastcal
 try:
-    getattr(fastcal, sys.argv[2])
+    eval("fastcal." + sys.argv[2])
 except fastcal.FastcalError as error:
     print(error)
 """
+    run = f"calibrate({str(DIGITS / 'digits.onnx')!r}, [], engine='onnxruntime', tensorrt_version='10.3.0')"
     for module, name, text in (
         ("nvidia.dali", "ImageFeed", "ImageFeed needs NVIDIA DALI, which is not installed: pip install 'fastcal[cpu]'"),
         (
             "onnxruntime",
-            "calibrate",
-            "calibrate needs ONNX Runtime, which is not installed: pip install 'fastcal[cpu]'",
+            run,
+            "engine onnxruntime needs ONNX Runtime, which is not installed: pip install 'fastcal[cpu]'",
         ),
-        ("numba", "calibrate", "calibrate needs numba, which is not installed: pip install 'fastcal[cpu]'"),
+        ("numba", run, "engine onnxruntime needs numba, which is not installed: pip install 'fastcal[cpu]'"),
     ):
         command = [sys.executable, "-c", program, module, name]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == text

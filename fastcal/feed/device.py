@@ -48,3 +48,16 @@ def to_host(array: Any) -> Any:
 
         return cupy.asnumpy(array)
     return array
+
+
+def wait_until_filled(array: Any) -> None:
+    """Wait for what another library still does to its array on a GPU, as far as the array tells.
+
+    The CUDA array interface names the stream to wait for (from its version 3 on); where it names none, as PyTorch's
+    does not, that is CUDA's default stream, which PyTorch works on unless told otherwise.
+    """
+    stream = array.__cuda_array_interface__.get("stream", 1)
+    if stream is not None:
+        import cupy
+
+        cupy.cuda.ExternalStream(stream).synchronize()  # 1 is CUDA's own handle of its default stream

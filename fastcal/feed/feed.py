@@ -25,10 +25,12 @@ class Feed(ABC):
         batch_size: Samples in a batch.
         anonymous: Whether its batches hold one array that was given no name and goes to whatever single input a
             network has.
+        gpu: The number of the GPU that the batches lie on; None for host memory.
     """
 
     batch_size: int
     anonymous: bool = False
+    gpu: int | None = None
 
     @abstractmethod
     def __len__(self) -> int:

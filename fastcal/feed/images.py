@@ -63,6 +63,7 @@ class ImageFeed(Feed):
         preprocess: The preprocessing.
         batch_size: Images in a batch.
         input_name: The name of the batches' one array.
+        gpu: The number of the GPU that the batches lie on; None for host memory.
 
     Raises:
         FastcalError: There are no images at `data`, or an argument is not one of the above, or contradicts the model.
@@ -114,9 +115,9 @@ class ImageFeed(Feed):
         self._seed = seed if shuffle else None
         self._length = self._count_batches(last_batch)
         self._depth = depth
-        self._gpu = resolve(device)
+        self.gpu = resolve(device)
         cores = len(os.sched_getaffinity(0))
-        self._threads = threads or (cores if self._gpu is None else min(cores, 8))
+        self._threads = threads or (cores if self.gpu is None else min(cores, 8))
         self._prefetch_queue_depth = prefetch_queue_depth
         self._hw_decoder_load = hw_decoder_load
         self._constants = {name: np.asarray(values) for name, values in (constants or {}).items()}
@@ -193,12 +194,12 @@ class ImageFeed(Feed):
 
     def _allocate(self) -> None:
         shapes = {self.input_name: (self.batch_size, *self.preprocess.shape)}
-        if self._gpu is None:
+        if self.gpu is None:
             self._buffers = [Buffer(shapes, self._constants) for _ in range(self._depth)]
             return
         import cupy
 
-        device = cupy.cuda.Device(self._gpu)
+        device = cupy.cuda.Device(self.gpu)
         with device:
             self._stream = cupy.cuda.Stream(non_blocking=True)
             constants = {name: cupy.asarray(values) for name, values in self._constants.items()}
@@ -224,12 +225,12 @@ class ImageFeed(Feed):
     def _start_pipeline(self) -> ImagePipeline:
         # On the CPU one run at a time: the ring already works ahead, and runs under way would have to end before the
         # feed can stop. On a GPU the decoding of one batch and the resizing of the last overlap.
-        ahead = 1 if self._gpu is None else min(self._prefetch_queue_depth, len(self))
+        ahead = 1 if self.gpu is None else min(self._prefetch_queue_depth, len(self))
         return ImagePipeline(
             self.preprocess,
             most=self._most_in_a_run,
             threads=self._threads,
-            gpu=self._gpu,
+            gpu=self.gpu,
             ahead=ahead,
             hw_decoder_load=self._hw_decoder_load,
         )
@@ -241,7 +242,7 @@ class ImageFeed(Feed):
 
     @property
     def _most_in_a_run(self) -> int:
-        return self.batch_size if self._gpu is not None else min(self.batch_size, _IMAGES_PER_THREAD * self._threads)
+        return self.batch_size if self.gpu is not None else min(self.batch_size, _IMAGES_PER_THREAD * self._threads)
 
     def _split_into_runs(self) -> Iterator[list[str]]:
         """The images of a pass, in the parts that the pipeline prepares at once, none of them in two batches.
@@ -254,7 +255,7 @@ class ImageFeed(Feed):
             encoded = 0
             for number in range(first, first + self.batch_size):
                 path = self.paths[number % len(self.paths)]
-                if self._gpu is None:
+                if self.gpu is None:
                     size = _size(path)
                     large = len(run) >= self._threads and encoded + size > _BYTES_PER_THREAD * self._threads
                     if large or len(run) == self._most_in_a_run:

@@ -3,18 +3,26 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sized
-from contextlib import closing
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import closing, contextmanager
+from importlib.util import find_spec
+from typing import Any, Protocol
 
-from fastcal.cache import DEFAULT_TENSORRT_VERSION, CalibrationCache, check_tensorrt_version, installed_tensorrt_version
-from fastcal.errors import FastcalError
+from fastcal.cache import (
+    DEFAULT_TENSORRT_VERSION,
+    ENGINES,
+    CalibrationCache,
+    check_algorithm,
+    check_tensorrt_version,
+    installed_tensorrt_version,
+)
+from fastcal.errors import FastcalError, missing
+from fastcal.feed.device import resolve
 from fastcal.model import Model
-from fastcal.observe.histogram import Histogram, Histograms
-from fastcal.observe.runner import OnnxRuntimeRunner
-from fastcal.observe.scales import check_algorithm, pick_scales
+from fastcal.observe.histogram import Histogram
+from fastcal.observe.scales import pick_scales
 from fastcal.progress import Progress
-from fastcal.record import Record
+from fastcal.record import Record, precision
 
 #: The cutoff at which TensorRT's Legacy calibration is a plain percentile.
 _NO_REGRESSION = 1.0
@@ -22,31 +30,55 @@ _NO_REGRESSION = 1.0
 _log = logging.getLogger("fastcal")
 
 
+class _Observer(Protocol):
+    """Runs a network over batches and keeps the histograms of its tensors."""
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Tensors that take another's scale: name to the other's name."""
+
+    def observe(self, batch: Mapping[str, Any], *, anonymous: bool = False) -> None:
+        """Run one batch and count its tensors."""
+
+    def histograms(self) -> Mapping[str, Histogram]:
+        """The histograms so far, by tensor name."""
+
+
 def calibrate(
-    model: str | os.PathLike[str] | Model,
+    model: Any,
     feed: Iterable[Mapping[str, Any]],
     *,
     algorithm: str = "entropy2",
     quantile: float = 0.9999,
+    engine: str = "auto",
+    tf32: bool = False,
+    optimization_level: int = 0,
+    tactic_sources: int | Iterable[str] | None = None,
     tensorrt_version: str | None = None,
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CalibrationCache:
     """Pick the INT8 scales of a network's tensors, those that TensorRT's own calibration would pick.
 
-    Runs the ONNX model with ONNX Runtime on the CPU, in float32, with every activation visible; one batch is in memory
-    at a time. The scales equal TensorRT's to the last bit where the activations do. Tensors that TensorRT's parser adds
-    under names of its own (constants, the parts of a Gemm) are not in the cache.
+    Runs the network in float32 with every tensor visible, with TensorRT on a GPU or with ONNX Runtime on the CPU; one
+    batch is in memory at a time. The scales equal TensorRT's to the last bit where the tensors' values do. With
+    TensorRT the cache holds every tensor that TensorRT asks for; with ONNX Runtime not those that TensorRT's parser
+    adds under names of its own (constants, the parts of a Gemm).
 
     Args:
-        model: The ONNX file.
+        model: The ONNX file; for TensorRT, a `tensorrt.INetworkDefinition` will do too.
         feed: Batches: dicts of arrays by input name, e.g. an `ImageFeed`. The first dimension counts samples.
         algorithm: "entropy2" (TensorRT's recommendation for convolutional networks), "entropy", "minmax" or
             "percentile".
         quantile: For "percentile", the share of values that is not clipped.
+        engine: What runs the network: "tensorrt", "onnxruntime", or "auto": TensorRT where it, CuPy and a GPU are.
+        tf32: For TensorRT: allow it to round factors to TF32, which is faster. An amax then differs by about 1e-3.
+        optimization_level: For TensorRT: 0 (the engine is built fastest) to 5 (it runs fastest).
+        tactic_sources: For TensorRT: names of `tensorrt.TacticSource`, or their bits; by default its own.
         tensorrt_version: The TensorRT that will read the cache, e.g. "10.3.0". By default the one installed here, else
             10.16.1.
-        threads: How many threads run the network and count; by default one per core that this process may use.
+        threads: For ONNX Runtime: how many threads run the network and count; by default one per core that this
+            process may use.
         progress: Called after every batch.
 
     Returns:
@@ -56,26 +88,71 @@ def calibrate(
         FastcalError: The model cannot be loaded or run, or the batches do not fit it; or what the feed raises.
     """
     check_algorithm(algorithm, quantile)
+    engine = _choose(engine, model)
     version = _tensorrt_version(tensorrt_version)
-    model = Model.of(model)
-    settings = {"quantile": quantile, "regression_cutoff": _NO_REGRESSION} if algorithm == "percentile" else {}
-    record = Record.of(feed, model, algorithm=algorithm, **settings)
+    network = Model.of(model) if isinstance(model, str | os.PathLike | Model) else model
+    settings: dict[str, Any] = {"algorithm": algorithm, "precision": precision(tf32 and engine == "tensorrt")}
+    if algorithm == "percentile":
+        settings |= {"quantile": quantile, "regression_cutoff": _NO_REGRESSION}
+    record = Record.of(feed, network if isinstance(network, Model) else None, **settings)
     with (
-        OnnxRuntimeRunner(model, threads) as runner,
-        Histograms(threads) as histograms,
+        _on_tensorrt(network, feed, tf32, optimization_level, tactic_sources)
+        if engine == "tensorrt"
+        else _on_onnxruntime(network, threads) as observer,
         closing(_timed(feed, progress)) as batches,
     ):
-        for batch in batches:
-            arrays = model.match(batch, anonymous=getattr(feed, "anonymous", False))
-            histograms.update_all(runner.run(arrays))
+        observed = 0
+        for observed, batch in enumerate(batches, 1):  # noqa: B007 - used below
+            observer.observe(batch, anonymous=getattr(feed, "anonymous", False))
+        histograms = observer.histograms() if observed else {}
     if not histograms:
         raise FastcalError("the feed gave no batches; a calibration needs at least one")
     _warn_of_nonfinite(histograms)
     scales = pick_scales(histograms, algorithm, quantile)
-    scales |= {name: scales[source] for name, source in model.sources.items() if name in scales and source in scales}
+    scales |= {name: scales[source] for name, source in observer.sources.items() if {name, source} <= scales.keys()}
     if algorithm == "percentile":
         return CalibrationCache(scales, algorithm, None, quantile=quantile, cutoff=_NO_REGRESSION, record=record)
     return CalibrationCache(scales, algorithm, version, record=record)
+
+
+def _choose(engine: str, model: Any) -> str:
+    """The engine to use; "auto" takes what is there."""
+    if engine not in ENGINES:
+        raise FastcalError(f"there is no engine {engine!r}; choose one of {', '.join(ENGINES)}")
+    if engine != "auto":
+        return engine
+    is_file = isinstance(model, str | os.PathLike | Model)
+    there = find_spec("tensorrt") is not None and resolve("auto") is not None
+    return "tensorrt" if there or not is_file else "onnxruntime"
+
+
+@contextmanager
+def _on_onnxruntime(model: Model, threads: int | None) -> Iterator[_Observer]:
+    try:
+        from fastcal.observe import count  # noqa: F401 - compiled or loaded now, not with the first batch
+        from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver
+    except ModuleNotFoundError as error:
+        raise missing("engine onnxruntime", error) from error
+    with OnnxRuntimeObserver(model, threads) as observer:
+        yield observer
+
+
+@contextmanager
+def _on_tensorrt(network: Any, feed: Any, tf32: bool, level: int, tactic_sources: Any) -> Iterator[_Observer]:
+    gpu = getattr(feed, "gpu", None)
+    try:
+        gpu = resolve("cuda") if gpu is None else gpu
+    except FastcalError as error:
+        raise FastcalError(f"engine tensorrt: {error}; engine onnxruntime works here") from error
+    import cupy
+
+    from fastcal.observe.with_tensorrt import TensorRTObserver
+
+    with (
+        cupy.cuda.Device(gpu),
+        TensorRTObserver(network, tf32=tf32, optimization_level=level, tactic_sources=tactic_sources) as observer,
+    ):
+        yield observer
 
 
 def _tensorrt_version(asked: str | None) -> str:

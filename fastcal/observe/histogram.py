@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcal.observe import count
-
 #: How many bins a histogram has.
 BINS = 2048
 
@@ -50,6 +48,8 @@ class Histogram:
 
     def update(self, values: npt.NDArray[np.floating[Any]]) -> None:
         """Count one batch of `values`, of any shape; other types than float32 are converted to it."""
+        from fastcal.observe import count  # compiled with numba, which is not needed where a GPU counts
+
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if not flat.size:
             return

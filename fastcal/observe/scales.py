@@ -1,16 +1,17 @@
 """Scales from histograms, picked as TensorRT picks them.
 
 The rules were measured on TensorRT 8.6.0 by giving it known inputs and reading the scales it wrote; they reproduce
-those to the last bit. Every function here takes arrays of one library, NumPy or CuPy, handed over as `xp`.
+those to the last bit.
 """
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from fastcal.cache import ALGORITHMS
-from fastcal.errors import FastcalError
+from fastcal.cache import check_algorithm
 from fastcal.observe.histogram import BINS, Histogram
 
 #: INT8's largest value: a scale is amax (or the threshold) over this.
@@ -22,14 +23,6 @@ LEVELS = 128
 # Divergences closer than this are equal: prefix sums leave rounding noise of about 1e-13, and among equal candidates
 # the choice is by rule, not by noise.
 _TIE = 1e-10
-
-
-def check_algorithm(algorithm: str, quantile: float) -> None:
-    """Raise FastcalError unless the algorithm is known and the quantile in (0, 1]."""
-    if algorithm not in ALGORITHMS:
-        raise FastcalError(f"there is no algorithm {algorithm!r}; choose one of {', '.join(ALGORITHMS)}")
-    if not 0 < quantile <= 1:
-        raise FastcalError(f"quantile {quantile} is not in (0, 1]; 0.9999 clips one value in ten thousand")
 
 
 def pick_scales(histograms: Mapping[str, Histogram], algorithm: str, quantile: float = 0.9999) -> dict[str, float]:
@@ -47,7 +40,9 @@ def pick_scales(histograms: Mapping[str, Histogram], algorithm: str, quantile: f
         FastcalError: The algorithm is unknown or the quantile not in (0, 1].
     """
     check_algorithm(algorithm, quantile)
-    return {name: _scale(histogram, algorithm, quantile) for name, histogram in histograms.items()}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "fastcal-scales") as pool:
+        scales = pool.map(lambda histogram: _scale(histogram, algorithm, quantile), histograms.values())
+        return dict(zip(histograms, scales, strict=True))
 
 
 def _scale(histogram: Histogram, algorithm: str, quantile: float) -> float:
@@ -57,31 +52,31 @@ def _scale(histogram: Histogram, algorithm: str, quantile: float) -> float:
         return 0.0
     counts, widths = histogram.counts[None], np.array([histogram.width], np.float32)
     if algorithm == "percentile":
-        return float(percentile_scales(counts, widths, quantile, np)[0])
-    return float(entropy_scales(counts, widths, np)[0])
+        return float(percentile_scales(counts, widths, quantile)[0])
+    return float(entropy_scales(counts, widths)[0])
 
 
-def percentile_scales(counts: Any, widths: Any, quantile: float, xp: Any) -> Any:
+def percentile_scales(counts: Any, widths: Any, quantile: float) -> Any:
     """Scales that clip the largest values: TensorRT's Legacy calibration with regression cutoff 1.
 
-    The threshold is the upper end of the first bin at which the cumulative count, bin 0 included, reaches
-    quantile * total.
+    The threshold is the upper end of the first bin at which the cumulative count, bin 0 included, exceeds
+    quantile * total (or is the total, for a quantile of 1).
 
     Args:
         counts: int64 array of shape (tensors, 2048).
         widths: Bin widths, float32 array of shape (tensors,).
         quantile: The share of values below the threshold, in (0, 1].
-        xp: The arrays' module, `numpy` or `cupy`.
 
     Returns:
         float32 array of shape (tensors,).
     """
-    cumulative = xp.cumsum(counts, axis=1)
-    bins = 1 + xp.argmax(cumulative >= quantile * cumulative[:, -1:], axis=1)
-    return (bins.astype(xp.float32) * widths) / INT8_MAX
+    cumulative = np.cumsum(counts, axis=1)
+    total = cumulative[:, -1:]
+    bins = 1 + np.argmax((cumulative > quantile * total) | (cumulative == total), axis=1)
+    return (bins.astype(np.float32) * widths) / INT8_MAX
 
 
-def entropy_scales(counts: Any, widths: Any, xp: Any) -> Any:
+def entropy_scales(counts: Any, widths: Any) -> Any:
     """Scales whose INT8 histogram diverges least from the float one: TensorRT's Entropy and Entropy2 calibration.
 
     Of the candidates i = 128 to 2048 (the number of bins below the threshold) the one with the smallest divergence
@@ -90,18 +85,17 @@ def entropy_scales(counts: Any, widths: Any, xp: Any) -> Any:
     Args:
         counts: int64 array of shape (tensors, 2048).
         widths: Bin widths, float32 array of shape (tensors,).
-        xp: The arrays' module, `numpy` or `cupy`.
 
     Returns:
         float32 array of shape (tensors,).
     """
-    divergence = divergences(counts, xp)
+    divergence = divergences(counts)
     equal = divergence <= divergence.min(axis=1, keepdims=True) + _TIE
-    best = BINS - xp.argmax(equal[:, ::-1], axis=1)
-    return ((best + 0.5).astype(xp.float32) * widths) / INT8_MAX
+    best = BINS - np.argmax(equal[:, ::-1], axis=1)
+    return ((best + 0.5).astype(np.float32) * widths) / INT8_MAX
 
 
-def divergences(counts: Any, xp: Any) -> Any:
+def divergences(counts: Any) -> Any:
     """The Kullback-Leibler divergence KL(P || Q) of every candidate threshold.
 
     For a candidate i, with bin 1's count also in bin 0, in place of its own:
@@ -115,39 +109,38 @@ def divergences(counts: Any, xp: Any) -> Any:
 
     Args:
         counts: int64 array of shape (tensors, 2048).
-        xp: The array's module, `numpy` or `cupy`.
 
     Returns:
         float64 array of shape (tensors, 1921), for i = 128 to 2048; infinite where fewer than two bins of P are
         non-empty, or where bin i-1 is empty in Q but not in P.
     """
-    counts = counts.astype(xp.float64)
+    counts = counts.astype(np.float64)
     counts[:, 0] = counts[:, 1]
-    candidates = xp.arange(LEVELS, BINS + 1)
-    edges = -(-xp.arange(LEVELS + 1) * candidates[:, None] // LEVELS)
+    candidates = np.arange(LEVELS, BINS + 1)
+    edges = -(-np.arange(LEVELS + 1) * candidates[:, None] // LEVELS)
 
-    sums = _prefix_sums(counts, xp)
-    nonempty = _prefix_sums((counts > 0).astype(xp.float64), xp)
-    terms = _x_log_x(counts, xp)
+    sums = _prefix_sums(counts)
+    nonempty = _prefix_sums((counts > 0).astype(np.float64))
+    terms = _x_log_x(counts)
     total, inside, last = sums[:, -1:], sums[:, candidates], counts[:, candidates - 1]
     beyond = total - inside
 
-    group_sums = xp.diff(sums[:, edges], axis=2)
-    group_bins = xp.diff(nonempty[:, edges], axis=2)
-    log_q = xp.log(xp.where(group_sums > 0, group_sums, 1.0) / xp.maximum(group_bins, 1.0))
+    group_sums = np.diff(sums[:, edges], axis=2)
+    group_bins = np.diff(nonempty[:, edges], axis=2)
+    log_q = np.log(np.where(group_sums > 0, group_sums, 1.0) / np.maximum(group_bins, 1.0))
 
-    p_log_p = _prefix_sums(terms, xp)[:, candidates] - terms[:, candidates - 1] + _x_log_x(last + beyond, xp)
+    p_log_p = _prefix_sums(terms)[:, candidates] - terms[:, candidates - 1] + _x_log_x(last + beyond)
     p_log_q = (group_sums * log_q).sum(axis=2) + beyond * log_q[:, :, -1]
-    some, all_of_it = xp.maximum(inside, 1.0), xp.maximum(total, 1.0)
-    divergence = (p_log_p - p_log_q) / all_of_it - xp.log(all_of_it) + xp.log(some)
+    some, all_of_it = np.maximum(inside, 1.0), np.maximum(total, 1.0)
+    divergence = (p_log_p - p_log_q) / all_of_it - np.log(all_of_it) + np.log(some)
     impossible = (nonempty[:, candidates] < 2) | ((last == 0) & (beyond > 0))
-    return xp.where(impossible, xp.inf, divergence)
+    return np.where(impossible, np.inf, divergence)
 
 
-def _prefix_sums(values: Any, xp: Any) -> Any:
+def _prefix_sums(values: Any) -> Any:
     """Sums of the first 0, 1, ... values along the last axis: one more than there are values."""
-    return xp.concatenate([xp.zeros_like(values[:, :1]), xp.cumsum(values, axis=1)], axis=1)
+    return np.concatenate([np.zeros_like(values[:, :1]), np.cumsum(values, axis=1)], axis=1)
 
 
-def _x_log_x(values: Any, xp: Any) -> Any:
-    return values * xp.log(xp.where(values > 0, values, 1.0))
+def _x_log_x(values: Any) -> Any:
+    return values * np.log(np.where(values > 0, values, 1.0))

@@ -97,3 +97,19 @@ def test_an_image_that_turns_bad_halfway_is_named(photographs, tmp_path, kind):
 def test_a_device_that_is_not_there(photographs):
     with pytest.raises(FastcalError, match="no device cuda:99: CUDA sees"):
         ImageFeed(photographs, device="cuda:99")
+
+
+def test_a_gpu_that_is_not_the_first(photographs):
+    import cupy
+
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two GPUs")
+    found = []
+    for number in (0, 1):
+        with ImageFeed(
+            photographs, preprocess=Preprocess(size=(64, 64)), batch_size=2, device=f"cuda:{number}"
+        ) as feed:
+            assert {batch["input"].device.id for batch in feed} == {number}
+            found.append([batch["input"].get() for batch in feed])
+    assert np.array_equal(*found)
+    assert cupy.cuda.runtime.getDevice() == 0

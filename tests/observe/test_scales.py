@@ -47,6 +47,36 @@ def test_scales_are_tensorrts_to_the_last_bit(case):
     assert as_written == {setting: case["scale"][setting] for setting in picked}
 
 
+SMALL = json.loads((Path(__file__).parent.parent / "data" / "tensorrt_small_tensors.json").read_text())
+
+
+@pytest.mark.parametrize("case", SMALL["cases"], ids=lambda case: f"{case['algorithm']}-{case['batches']}")
+def test_scales_of_tensors_of_few_elements(case):
+    histograms = {}
+    for tensor in range(160):
+        histogram = histograms[tensor] = Histogram()
+        for number in range(case["batches"]):
+            names = {
+                "np": np,
+                "r": np.random.default_rng([7, tensor, number]),
+                "n": SMALL["sizes"][tensor % 16],
+                "b": number,
+            }
+            histogram.update(np.float32(eval(SMALL["kinds"][tensor // 16], names)))
+    scales = pick_scales(histograms, case["algorithm"], quantile=0.9999)
+    as_written = [struct.pack(">f", scale).hex().lstrip("0") or "0" for scale in scales.values()]
+    differ = [tensor for tensor, scale in enumerate(case["scale"].split()) if as_written[tensor] != scale]
+    # Of tensor 15's four candidates of equal divergence TensorRT takes the last but one: what it sees is its rounding.
+    assert differ == ([15] if (case["algorithm"], case["batches"]) == ("entropy2", 3) else [])
+
+
+def test_a_quantile_of_1_clips_nothing():
+    histogram = Histogram()
+    histogram.update(np.float32([0.25, 1, 8]))
+    histogram.update(np.float32([0.5]))
+    assert pick_scales({"x": histogram}, "percentile", quantile=1) == {"x": float(np.float32(8) / 127)}
+
+
 def divergence_by_definition(counts, i):
     """KL(P || Q) bin by bin."""
     counts = counts.astype(float)
@@ -72,7 +102,7 @@ def test_divergences_follow_the_definition(kind):
     counts = counts * (random.random(counts.shape) < kept)
     if kind == "one":
         counts[:, 700] = 5
-    found = divergences(counts, np)
+    found = divergences(counts)
     assert found.shape == (3, 1921)
     for row, values in zip(counts, found, strict=True):
         for i in (128, 129, 255, 256, 701, 1000, 2047, 2048):
@@ -84,14 +114,14 @@ def test_among_equal_candidates_the_largest_wins():
     # and the divergence 0, whatever rounding makes of it.
     counts = np.zeros((50, 2048), np.int64)
     counts[:, 2:122] = np.random.default_rng(0).integers(1, 10**9, (50, 60)).repeat(2, axis=1)
-    scales = entropy_scales(counts, np.ones(50, np.float32), np)
+    scales = entropy_scales(counts, np.ones(50, np.float32))
     assert set(scales) == {np.float32(256.5) / np.float32(127)}
 
 
 def test_all_elements_in_bin_0_leave_the_range_as_it_is():
     counts = np.zeros((1, 2048), np.int64)
     counts[0, 0] = 100
-    (scale,) = entropy_scales(counts, np.float32([1.0]), np)
+    (scale,) = entropy_scales(counts, np.float32([1.0]))
     assert scale == np.float32(2048.5) / np.float32(127)
 
 

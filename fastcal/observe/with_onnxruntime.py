@@ -1,4 +1,4 @@
-"""A network run by ONNX Runtime on the CPU with every activation visible."""
+"""A network observed on the CPU: run by ONNX Runtime with every activation visible, counted on all cores."""
 
 import os
 from collections.abc import Mapping
@@ -13,9 +13,57 @@ import onnxruntime
 
 from fastcal.errors import FastcalError
 from fastcal.feed.device import to_host
-from fastcal.model import Model
+from fastcal.model import Model, match_batch
+from fastcal.observe.histogram import Histogram, Histograms
 
 _FLOAT = ("tensor(float)", "tensor(float16)", "tensor(double)")
+
+
+class OnnxRuntimeObserver:
+    """Runs batches through a model on the CPU and keeps the histograms of its activations; a context manager.
+
+    Args:
+        model: The model.
+        threads: How many threads run the network and count; by default one per core that this process may use.
+
+    Attributes:
+        sources: Tensors that take another's scale: name to the other's name.
+
+    Raises:
+        FastcalError: ONNX Runtime does not take the model.
+    """
+
+    def __init__(self, model: Model, threads: int | None = None) -> None:
+        self._model = model
+        self.sources = model.sources
+        self._runner = OnnxRuntimeRunner(model, threads)
+        self._histograms = Histograms(threads)
+
+    def observe(self, batch: Mapping[str, Any], *, anonymous: bool = False) -> None:
+        """Run one batch and count its activations.
+
+        Args:
+            batch: Arrays by input name.
+            anonymous: Whether the batch's one array was given no name and so goes to the model's one input.
+
+        Raises:
+            FastcalError: The batch does not fit the model, or ONNX Runtime fails on it.
+        """
+        arrays = match_batch(self._model.inputs, str(self._model.path), batch, anonymous)
+        self._histograms.update_all(self._runner.run(arrays))
+
+    def histograms(self) -> Mapping[str, Histogram]:
+        """The histograms of all batches so far, by tensor name."""
+        return self._histograms
+
+    def __enter__(self) -> "OnnxRuntimeObserver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._runner, self._histograms:
+            pass
 
 
 class OnnxRuntimeRunner:

@@ -1,0 +1,309 @@
+"""A network observed on a GPU: run by TensorRT in FP32 with every tensor an output, counted where the tensors are."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import cupy
+import numpy as np
+
+from fastcal.errors import FastcalError
+from fastcal.feed.device import wait_until_filled
+from fastcal.model import Model, ModelInput, format_shape, match_batch
+from fastcal.network import Logger, parse, start_builder, tactic_bits, trt
+from fastcal.observe.device_histogram import DeviceHistograms
+from fastcal.observe.histogram import Histogram
+
+_log = logging.getLogger("fastcal")
+
+#: The share of the GPU's free memory that the tensors of one pass may take; the rest is for TensorRT and the feed.
+_MEMORY_SHARE = 0.7
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class TensorRTObserver:
+    """Runs batches through a network on CuPy's current GPU and keeps the histograms of all its float tensors.
+
+    A context manager: within it, CuPy's current stream is the one that reads the batches, so that a feed fills no
+    buffer that is still read.
+
+    The tensors carry the names that they have in TensorRT's own calibration caches, those that its parser adds among
+    them. The network runs in FP32 as TensorRT calibrates, without fusing away any tensor. A batch's arrays are read
+    where they are if they lie on the GPU.
+
+    An engine is built when the first batch comes, and again when one of other shapes does.
+
+    Args:
+        network: An ONNX model, or an `INetworkDefinition`, which is left as it was.
+        tf32: Whether TensorRT may round the factors of convolutions and matrix products to TF32: faster, and amax
+            differs from FP32's by about 1e-3.
+        optimization_level: 0 (built fastest) to 5 (runs fastest).
+        memory: How many bytes all observed tensors of a batch may take; by default 70 % of what is free on the GPU.
+            Where they take more, the network runs several times over each batch and shows some of them each time.
+        tactic_sources: Names of `tensorrt.TacticSource`, or their bits; by default TensorRT's own.
+
+    Attributes:
+        inputs: The network's inputs.
+        sources: Tensors that take another's scale: name to the other's name.
+    """
+
+    def __init__(
+        self,
+        network: Model | Any,
+        *,
+        tf32: bool = False,
+        optimization_level: int = 0,
+        memory: int | None = None,
+        tactic_sources: int | Iterable[str] | None = None,
+    ) -> None:
+        self._logger = Logger()
+        self._builder = start_builder(self._logger)
+        self._network = parse(self._builder, network, self._logger) if isinstance(network, Model) else network
+        self._label = str(network.path) if isinstance(network, Model) else f"network {self._network.name!r}"
+        self._tf32 = tf32
+        self._level = optimization_level
+        self._memory = memory
+        self._tactic_sources = tactic_bits(tactic_sources)
+        self.inputs = tuple(_input(value) for value in _inputs(self._network))
+        self.sources = _pooled(self._network)
+        inputs = [value for value in _inputs(self._network) if _is_float(value)]
+        self._observed = [*inputs, *_computed(self._network)]
+        self._engines: dict[Shapes, list[_Engine]] = {}
+        self._uploads: dict[str, Any] = {}
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._ends = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
+        constants = {name: cupy.asarray(values) for name, values in _constants(self._network).items()}
+        self._histograms = DeviceHistograms([*(value.name for value in self._observed), *constants])
+        self._histograms.update_all(constants)
+        cupy.cuda.get_current_stream().synchronize()
+
+    def observe(self, batch: Mapping[str, Any], *, anonymous: bool = False) -> None:
+        """Run one batch and count its tensors; returns when the batch before is done.
+
+        Args:
+            batch: Arrays by input name, on the GPU or in host memory.
+            anonymous: Whether the batch's one array was given no name and so goes to the network's one input.
+
+        Raises:
+            FastcalError: The batch does not fit the network, or TensorRT cannot run it.
+        """
+        batch = match_batch(self.inputs, self._label, batch, anonymous)
+        arrays = {value.name: self._on_device(value, batch[value.name]) for value in self.inputs}
+        shapes = tuple((name, tuple(array.shape)) for name, array in arrays.items())
+        if shapes not in self._engines:
+            self._stream.synchronize()
+            self._engines.clear()
+            self._engines[shapes] = list(self._build(dict(shapes)))
+        shown = {name: array for name, array in arrays.items() if array.dtype == np.float32}
+        for engine in self._engines[shapes]:
+            self._histograms.update_all(shown | engine.run(arrays, self._stream))
+            shown = {}
+        self._ends.reverse()
+        self._ends[0].record(self._stream)
+        self._ends[1].synchronize()
+
+    def histograms(self) -> dict[str, Histogram]:
+        """The histograms of all batches so far, by tensor name."""
+        return self._histograms.fetch()
+
+    def __enter__(self) -> "TensorRTObserver":
+        cupy.cuda.Device().synchronize()  # arrays that are there already are complete
+        self._stream.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stream.synchronize()
+        self._stream.__exit__(kind, error, traceback)
+        self._engines.clear()
+        cupy.get_default_memory_pool().free_all_blocks()  # TensorRT, which may build next, has memory of its own
+
+    def _on_device(self, value: ModelInput, array: Any) -> Any:
+        if hasattr(array, "__cuda_array_interface__"):
+            if not isinstance(array, cupy.ndarray):  # those of CuPy are made on the current stream, or were before
+                wait_until_filled(array)
+            return cupy.ascontiguousarray(cupy.asarray(array), value.dtype)
+        array = np.ascontiguousarray(array, value.dtype)
+        kept = self._uploads.get(value.name)
+        if kept is None or kept.shape != array.shape:
+            kept = self._uploads[value.name] = cupy.empty(array.shape, array.dtype)
+        kept.set(array)  # in the stream's order: after the batch before was read
+        return kept
+
+    def _build(self, shapes: Mapping[str, tuple[int, ...]]) -> "Iterator[_Engine]":
+        """One engine per group of tensors that fit the memory together."""
+        with _fixed(self._network, shapes):
+            computed = self._observed[sum(_is_float(value) for value in _inputs(self._network)) :]
+            sizes = [_bytes(value) for value in computed]
+            memory = self._memory or int(_MEMORY_SHARE * cupy.cuda.runtime.memGetInfo()[0])
+            groups = _groups(computed, sizes, memory)
+            if len(groups) > 1:
+                _log.warning(
+                    "the tensors of a batch take %.1f GiB, %.1f GiB may be used: the network runs %d times over each "
+                    "batch; a smaller batch size is faster",
+                    sum(sizes) / 2**30, memory / 2**30, len(groups),
+                )  # fmt: skip
+            for group in groups:
+                with _outputs(self._network, group):
+                    yield _Engine(self._serialize(), [value.name for value in group], self._logger)
+
+    def _serialize(self) -> Any:
+        config = self._builder.create_builder_config()
+        config.builder_optimization_level = self._level
+        if not self._tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if self._tactic_sources is not None:
+            config.set_tactic_sources(self._tactic_sources)
+        plan = self._builder.build_serialized_network(self._network, config)
+        if plan is None:
+            raise FastcalError(
+                f"TensorRT cannot build {self._label} with every tensor visible: "
+                f"{self._logger.reasons()}; use engine='onnxruntime'"
+            )
+        return plan
+
+
+class _Engine:
+    """An engine, and the arrays that it writes some of the network's tensors to."""
+
+    def __init__(self, plan: Any, names: Sequence[str], logger: Logger) -> None:
+        self._runtime = trt.Runtime(logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise FastcalError(f"TensorRT cannot run the network: {logger.reasons()}; use a smaller batch size")
+        self._logger = logger
+        self._shown: dict[str, Any] = {}
+        self._inputs: list[str] = []
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+                self._inputs.append(name)
+                continue
+            array = cupy.empty(
+                tuple(self._engine.get_tensor_shape(name)), trt.nptype(self._engine.get_tensor_dtype(name))
+            )
+            self._context.set_tensor_address(name, array.data.ptr)
+            self._shown[name] = array
+        self._names = [name for name in names if name in self._shown]
+
+    def run(self, arrays: Mapping[str, Any], stream: Any) -> dict[str, Any]:
+        """Enqueue one batch; the tensors by name as float32 arrays, there when the stream has come so far."""
+        for name in self._inputs:
+            self._context.set_tensor_address(name, arrays[name].data.ptr)
+        if not self._context.execute_async_v3(stream.ptr):
+            raise FastcalError(f"TensorRT cannot run the network: {self._logger.reasons()}")
+        return {name: self._shown[name].astype(np.float32, copy=False) for name in self._names}
+
+
+def _inputs(network: Any) -> list[Any]:
+    return [network.get_input(index) for index in range(network.num_inputs)]
+
+
+def _input(value: Any) -> ModelInput:
+    shape = tuple(None if size == -1 else size for size in value.shape)
+    return ModelInput(value.name, shape, np.dtype(trt.nptype(value.dtype)))
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(index) for index in range(network.num_layers))
+
+
+def _is_float(value: Any) -> bool:
+    return value.dtype in (trt.float32, trt.float16)
+
+
+def _computed(network: Any) -> list[Any]:
+    """The float tensors that layers compute, in the network's order."""
+    values = (
+        layer.get_output(index)
+        for layer in _layers(network)
+        if layer.type != trt.LayerType.CONSTANT
+        for index in range(layer.num_outputs)
+    )
+    return [value for value in values if value is not None and _is_float(value)]
+
+
+def _constants(network: Any) -> dict[str, Any]:
+    """The values of the float constants, by the names of their tensors: TensorRT gives them scales too."""
+    constants = {}
+    for layer in _layers(network):
+        if layer.type == trt.LayerType.CONSTANT and _is_float(layer.get_output(0)):
+            layer.__class__ = trt.IConstantLayer
+            constants[layer.get_output(0).name] = np.asarray(layer.weights, np.float32)
+    return constants
+
+
+def _pooled(network: Any) -> dict[str, str]:
+    """The outputs of pooling layers, which take their inputs' scales: see `Model.sources`."""
+    sources: dict[str, str] = {}
+    for layer in _layers(network):
+        if layer.type == trt.LayerType.POOLING:
+            source = layer.get_input(0).name
+            sources[layer.get_output(0).name] = sources.get(source, source)
+    return sources
+
+
+def _bytes(value: Any) -> int:
+    shape = tuple(value.shape)
+    if min(shape, default=0) < 0:
+        raise FastcalError(
+            f"the shape of tensor {value.name!r} is {format_shape(tuple(s if s >= 0 else None for s in shape))} even "
+            "for inputs of fixed shapes: it depends on the data; use engine='onnxruntime'"
+        )
+    itemsize: int = np.dtype(trt.nptype(value.dtype)).itemsize
+    return int(math.prod(shape) * itemsize)
+
+
+def _groups(values: Sequence[Any], sizes: Sequence[int], memory: int) -> list[list[Any]]:
+    """The values in order, in as few groups as fit the memory each."""
+    groups: list[list[Any]] = [[]]
+    taken = 0
+    for value, size in zip(values, sizes, strict=True):
+        if size > memory:
+            raise FastcalError(
+                f"tensor {value.name!r} of a batch takes {size / 2**30:.1f} GiB and {memory / 2**30:.1f} GiB of the "
+                "GPU's memory may be used; use a smaller batch size"
+            )
+        if taken + size > memory:
+            groups.append([])
+            taken = 0
+        groups[-1].append(value)
+        taken += size
+    return groups
+
+
+@contextmanager
+def _fixed(network: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """The network's inputs with these shapes."""
+    inputs = _inputs(network)
+    before = [tuple(value.shape) for value in inputs]
+    for value in inputs:
+        value.shape = shapes[value.name]
+    try:
+        yield
+    finally:
+        for value, shape in zip(inputs, before, strict=True):
+            value.shape = shape
+
+
+@contextmanager
+def _outputs(network: Any, values: Sequence[Any]) -> Iterator[None]:
+    """The network with these tensors as its outputs."""
+    before = [network.get_output(index) for index in range(network.num_outputs)]
+    for value in before:
+        network.unmark_output(value)
+    for value in values:
+        network.mark_output(value)
+    try:
+        yield
+    finally:
+        for value in values:
+            network.unmark_output(value)
+        for value in before:
+            network.mark_output(value)

@@ -1,0 +1,192 @@
+"""A network observed by TensorRT: its own calibration's scales, without its calibration."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastcal
+from conftest import DIGITS
+from fastcal import FastcalError, ImageFeed
+from fastcal.cache import CalibrationCache
+
+pytestmark = pytest.mark.gpu
+
+SQUEEZENET = Path(__file__).parents[3] / "shared" / "facts" / "squeezenet1_1.onnx"
+DATA = Path(__file__).parent.parent / "data"
+
+
+@pytest.fixture(scope="module")
+def trt():
+    import tensorrt
+
+    return tensorrt
+
+
+@pytest.fixture(scope="module")
+def tactics(trt):
+    """What runs without cuBLAS and cuDNN."""
+    return 1 << int(trt.TacticSource.EDGE_MASK_CONVOLUTIONS) | 1 << int(trt.TacticSource.JIT_CONVOLUTIONS)
+
+
+@pytest.fixture
+def calibrate(tactics):
+    def calibrate(*arguments, **options):
+        return fastcal.calibrate(*arguments, engine="tensorrt", tactic_sources=tactics, **options)
+
+    return calibrate
+
+
+def squeezenet_batches():
+    for batch in range(4):
+        yield {"input": np.random.default_rng([99, batch]).standard_normal((4, 3, 224, 224), dtype=np.float32)}
+
+
+@pytest.mark.skipif(not SQUEEZENET.exists(), reason=f"no {SQUEEZENET.name}")
+@pytest.mark.parametrize(("algorithm", "most", "tolerance"), [("minmax", 0, 1e-6), ("entropy2", 4, 1e-5)])
+def test_squeezenet_has_tensorrts_scales(calibrate, algorithm, most, tolerance):
+    theirs = CalibrationCache.load(DATA / f"squeezenet1_1.{algorithm}.cache").scales
+    ours = calibrate(SQUEEZENET, list(squeezenet_batches()), algorithm=algorithm).scales
+    assert ours.keys() == theirs.keys()
+    assert len([name for name in ours if ours[name] != pytest.approx(theirs[name], rel=tolerance)]) <= most
+
+
+class Handed:
+    """Makes a calibrator that hands TensorRT a cache, and counts how often it asks for a batch."""
+
+    def __new__(cls, trt, cache):
+        class Calibrator(trt.IInt8EntropyCalibrator2):
+            asked = 0
+
+            def __init__(self):
+                trt.IInt8EntropyCalibrator2.__init__(self)
+
+            def get_batch_size(self):
+                return 64
+
+            def get_batch(self, names):
+                self.asked += 1
+
+            def read_calibration_cache(self):
+                return cache
+
+            def write_calibration_cache(self, cache):
+                pass
+
+        return Calibrator()
+
+
+def test_the_builder_takes_the_cache_without_a_batch_or_a_missing_scale(trt, calibrate, tactics, caplog):
+    from fastcal.network import Logger, parse
+
+    with ImageFeed(DIGITS / "images", model=DIGITS / "digits.onnx", batch_size=64, device="cuda") as feed:
+        cache = calibrate(DIGITS / "digits.onnx", feed)
+    builder = trt.Builder(logger := Logger())
+    network = parse(builder, fastcal.model.Model(DIGITS / "digits.onnx"), logger)
+    network.get_input(0).shape = (64, *tuple(network.get_input(0).shape)[1:])
+    config = builder.create_builder_config()
+    config.set_flag(trt.BuilderFlag.INT8)
+    config.builder_optimization_level = 0
+    config.set_tactic_sources(tactics)
+    config.int8_calibrator = calibrator = Handed(trt, cache.to_bytes())
+    with caplog.at_level(logging.WARNING, "fastcal"):
+        assert builder.build_serialized_network(network, config) is not None
+    assert calibrator.asked == 0
+    assert not [record for record in caplog.records if "scale" in record.getMessage().lower()]
+
+
+GRAPH = "f (float[N, 2, 8, 8] x) => (float[N, 2, 8, 8] y) <float[1] k = {2.0}> { r = Relu(x) y = Mul(r, k) }"
+
+
+def test_the_feeds_arrays_are_read_where_they_are_and_results_do_not_depend_on_where(onnx_file, calibrate):
+    import cupy
+
+    random = np.random.default_rng(0)
+    batches = [{"x": random.standard_normal((3, 2, 8, 8), dtype="f4")} for _ in range(3)]
+    path = onnx_file(GRAPH)
+    on_device = [{"x": cupy.asarray(batch["x"])} for batch in batches]
+    ours = calibrate(path, batches, algorithm="minmax").scales
+    assert ours == calibrate(path, on_device, algorithm="minmax").scales
+    amax = max(float(abs(batch["x"]).max()) for batch in batches)
+    top = max(float(batch["x"].max()) for batch in batches)
+    assert {name: ours[name] * 127 for name in "xry"} == pytest.approx({"x": amax, "r": top, "y": 2 * top})
+    assert sorted(scale * 127 for name, scale in ours.items() if name not in "xry") == pytest.approx([2, 2])
+
+
+def test_batches_of_different_sizes(onnx_file, calibrate):
+    batches = [{"x": np.full((size, 2, 8, 8), size, "f4")} for size in (2, 5, 2)]
+    cache = calibrate(onnx_file(GRAPH), batches, algorithm="percentile", quantile=0.5)
+    # 4 of 9 samples are 2, the rest 5; the range is 2, then 4, then 8: the bin of 5 ends at 5 + 1/256
+    assert cache.scales["x"] == pytest.approx((5 + 8 / 2048) / 127)
+
+
+def test_tensors_that_do_not_fit_the_memory_are_seen_in_several_passes(onnx_file, tactics, caplog):
+    from fastcal.model import Model
+    from fastcal.observe.with_tensorrt import TensorRTObserver
+
+    batch = {"x": np.random.default_rng(0).standard_normal((4, 2, 8, 8), dtype="f4")}
+    found = []
+    for memory in (None, 2500):
+        with (
+            caplog.at_level(logging.WARNING, "fastcal"),
+            TensorRTObserver(Model(onnx_file(GRAPH)), memory=memory, tactic_sources=tactics) as observer,
+        ):
+            observer.observe(batch)
+            found.append({name: histogram.counts.tolist() for name, histogram in observer.histograms().items()})
+    assert found[0] == found[1]
+    assert [record.getMessage() for record in caplog.records if "runs 2 times" in record.getMessage()]
+    with (
+        pytest.raises(FastcalError, match=r"'r' of a batch takes .* smaller batch size"),
+        TensorRTObserver(Model(onnx_file(GRAPH)), memory=100, tactic_sources=tactics) as observer,
+    ):
+        observer.observe(batch)
+
+
+def test_a_network_definition_is_left_as_it_was(trt, calibrate):
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
+    x = network.add_input("x", trt.float32, (-1, 4))
+    relu = network.add_activation(x, trt.ActivationType.RELU).get_output(0)
+    relu.name = "relu"
+    sigmoid = network.add_activation(relu, trt.ActivationType.SIGMOID).get_output(0)
+    sigmoid.name = "sigmoid"
+    network.mark_output(sigmoid)
+    cache = calibrate(network, [{"x": np.float32([[-4, 3, 0, 1]])}], algorithm="minmax")
+    assert {name: round(scale * 127, 3) for name, scale in cache.scales.items()} == {
+        "x": 4, "relu": 3, "sigmoid": 0.953,
+    }  # fmt: skip
+    assert [network.get_output(index).name for index in range(network.num_outputs)] == ["sigmoid"]
+    assert tuple(network.get_input(0).shape) == (-1, 4)
+
+
+def test_a_gpu_that_is_not_the_first(calibrate):
+    import cupy
+
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two GPUs")
+    caches = []
+    for number in (0, 1):
+        with ImageFeed(DIGITS / "images", model=DIGITS / "digits.onnx", batch_size=64, device=f"cuda:{number}") as feed:
+            caches.append(calibrate(DIGITS / "digits.onnx", feed, algorithm="minmax").scales)
+    assert caches[0] == pytest.approx(caches[1], rel=1e-6)
+    assert cupy.cuda.runtime.getDevice() == 0
+
+
+def test_auto_takes_tensorrt_where_it_is(onnx_file, monkeypatch):
+    monkeypatch.setattr("fastcal.observe.with_tensorrt.TensorRTObserver", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fastcal.calibrate(onnx_file(GRAPH), [{"x": np.ones((1, 2, 8, 8), "f4")}])
+
+
+def test_a_model_that_tensorrt_cannot_parse_is_named(onnx_file, calibrate):
+    path = onnx_file("f (float[N, 4] x) => (float[N, 4] y) { y = NoSuchOperator(x) }")
+    with pytest.raises(FastcalError, match=r"TensorRT cannot parse .*model.onnx: .*NoSuchOperator"):
+        calibrate(path, [{"x": np.ones((1, 4), "f4")}])
+
+
+def test_nan_is_reported_by_tensor(onnx_file, calibrate, caplog):
+    path = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Sqrt(x) }")
+    with caplog.at_level(logging.WARNING, "fastcal"):
+        calibrate(path, [{"x": np.float32([[-1, 4, 9]])}], algorithm="minmax")
+    assert "y (1 NaN, 0 Inf)" in caplog.text
