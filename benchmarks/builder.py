@@ -11,6 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cupy
@@ -27,73 +28,94 @@ BATCH_SIZE = 8
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
-def load(path):
+def load(path, side):
     """One image as torchvision prepares it."""
     image = Image.open(path).convert("RGB")
-    scale = 256 / min(image.size)
+    scale = int(side / 0.875) / min(image.size)
     image = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BILINEAR)
-    left, top = (image.width - 224) // 2, (image.height - 224) // 2
-    pixels = np.asarray(image.crop((left, top, left + 224, top + 224)), np.float32) / 255
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
     return ((pixels - MEAN) / STD).transpose(2, 0, 1)
 
 
-def pil_batches(paths):
+def pil_batches(paths, side):
     for start in range(0, len(paths), BATCH_SIZE):
-        yield np.stack([load(path) for path in paths[start : start + BATCH_SIZE]])
+        yield np.stack([load(path, side) for path in paths[start : start + BATCH_SIZE]])
 
 
-class Resident(trt.IInt8EntropyCalibrator2):
+def resident(paths, side, base):
     """Batches that lie on the GPU already."""
 
-    def __init__(self, paths):
-        trt.IInt8EntropyCalibrator2.__init__(self)
-        self.batches = iter([cupy.asarray(batch) for batch in pil_batches(paths)])
+    class Resident(base):
+        def __init__(self):
+            base.__init__(self)
+            self.batches = iter([cupy.asarray(batch) for batch in pil_batches(paths, side)])
 
-    def get_batch_size(self):
-        return BATCH_SIZE
+        def get_batch_size(self):
+            return BATCH_SIZE
 
-    def get_batch(self, names):
-        self.held = next(self.batches, None)
-        return None if self.held is None else [self.held.data.ptr]
+        def get_batch(self, names):
+            self.held = next(self.batches, None)
+            return None if self.held is None else [self.held.data.ptr]
 
-    def read_calibration_cache(self):
-        return None
+        def read_calibration_cache(self):
+            return None
 
-    def write_calibration_cache(self, cache):
-        pass
+        def write_calibration_cache(self, cache):
+            pass
+
+    return Resident()
 
 
-class Sample(Resident):
+def sample(paths, side, base):
     """What samples and tutorials do."""
 
-    def __init__(self, paths):
-        trt.IInt8EntropyCalibrator2.__init__(self)
-        self.batches = pil_batches(paths)
-        self.held = cupy.empty((BATCH_SIZE, 3, 224, 224), cupy.float32)
+    class Sample(base):
+        def __init__(self):
+            base.__init__(self)
+            self.batches = pil_batches(paths, side)
+            self.held = cupy.empty((BATCH_SIZE, 3, side, side), cupy.float32)
 
-    def get_batch(self, names):
-        batch = next(self.batches, None)
-        if batch is None:
+        def get_batch_size(self):
+            return BATCH_SIZE
+
+        def get_batch(self, names):
+            batch = next(self.batches, None)
+            if batch is None:
+                return None
+            self.held.set(batch)
+            return [self.held.data.ptr]
+
+        def read_calibration_cache(self):
             return None
-        self.held.set(batch)
-        return [self.held.data.ptr]
+
+        def write_calibration_cache(self, cache):
+            pass
+
+    return Sample()
 
 
-def polygraphy(paths):
+def polygraphy(paths, side, base):
     from polygraphy.backend.trt import Calibrator
 
     class Loader:
         def __iter__(self):
-            return ({"input": batch} for batch in pil_batches(paths))
+            return ({"input": batch} for batch in pil_batches(paths, side))
 
-    return Calibrator(Loader(), BaseClass=trt.IInt8EntropyCalibrator2)
-
-
-def with_fastcal(paths):
-    return fastcal.EntropyCalibrator2(fastcal.ImageFeed(paths, batch_size=BATCH_SIZE, device="cuda"))
+    return Calibrator(Loader(), BaseClass=base)
 
 
-WAYS = {"resident": Resident, "fastcal": with_fastcal, "polygraphy": polygraphy, "sample": Sample}
+def with_fastcal(paths, side, base):
+    ours = {
+        trt.IInt8EntropyCalibrator2: fastcal.EntropyCalibrator2,
+        trt.IInt8MinMaxCalibrator: fastcal.MinMaxCalibrator,
+    }
+    preprocess = replace(fastcal.Preprocess.preset("imagenet"), size=(side, side))
+    return ours[base](fastcal.ImageFeed(paths, preprocess=preprocess, batch_size=BATCH_SIZE, device="cuda"))
+
+
+WAYS = {"resident": resident, "fastcal": with_fastcal, "polygraphy": polygraphy, "sample": sample}
+ALGORITHMS = {"entropy2": trt.IInt8EntropyCalibrator2, "minmax": trt.IInt8MinMaxCalibrator}
 
 
 def timed(calibrator):
@@ -114,7 +136,7 @@ def timed(calibrator):
     return inside, between
 
 
-def build(calibrator, model):
+def build(calibrator, model, side):
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
@@ -125,7 +147,7 @@ def build(calibrator, model):
     sources = trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS
     config.set_tactic_sources(sum(1 << int(source) for source in sources))
     profile = builder.create_optimization_profile()
-    profile.set_shape("input", *[(BATCH_SIZE, 3, 224, 224)] * 3)
+    profile.set_shape("input", *[(BATCH_SIZE, 3, side, side)] * 3)
     config.add_optimization_profile(profile)
     config.set_calibration_profile(profile)
     config.int8_calibrator = calibrator
@@ -136,23 +158,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photographs", help="a folder of JPEG files to make the images from")
     parser.add_argument("--size", default="500x400", help="width x height of the images")
+    parser.add_argument("--side", type=int, default=224, help="the network's input; a smaller one is a faster network")
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--algorithm", default="entropy2", choices=list(ALGORITHMS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     arguments = parser.parse_args()
     size = tuple(int(side) for side in arguments.size.split("x"))
     measured = {way: [] for way in arguments.ways}
     with tempfile.TemporaryDirectory() as folder:
         model = str(Path(folder) / "resnet50.onnx")
-        onnx.save(resnet50(), model)
+        onnx.save(resnet50(arguments.side), model)
         images = write_photographs(Path(folder) / "images", arguments.batches * BATCH_SIZE, size, arguments.photographs)
         paths = sorted(str(path) for path in images.iterdir())
         for _ in range(arguments.runs):
             for way in arguments.ways:
-                calibrator = WAYS[way](paths)
+                calibrator = WAYS[way](paths, arguments.side, ALGORITHMS[arguments.algorithm])
                 inside, between = timed(calibrator)
                 start = time.perf_counter()
-                build(calibrator, model)
+                build(calibrator, model, arguments.side)
                 later = inside[1:-1]
                 measured[way].append(
                     (
@@ -160,16 +184,19 @@ def main():
                         statistics.median(later),
                         max(later),
                         sum(later) / sum(between),
+                        statistics.median(between),
                         time.perf_counter() - start,
                     )
                 )
                 print(way, [f"{value:.4f}" for value in measured[way][-1]], flush=True)
-    print("| | first get_batch | later, median | later, worst | of the time in the builder | whole build |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print(
+        "| | first get_batch | later, median | later, worst | of the time in the builder | builder, per batch | build |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for way, runs in measured.items():
-        first, middle, worst, share, whole = (statistics.median(values) for values in zip(*runs, strict=True))
+        first, middle, worst, share, batch, whole = (statistics.median(values) for values in zip(*runs, strict=True))
         milliseconds = f"{first * 1e3:.1f} ms | {middle * 1e3:.2f} ms | {worst * 1e3:.2f} ms"
-        print(f"| {way} | {milliseconds} | {share:.2%} | {whole:.1f} s |")
+        print(f"| {way} | {milliseconds} | {share:.2%} | {batch * 1e3:.0f} ms | {whole:.1f} s |")
 
 
 if __name__ == "__main__":

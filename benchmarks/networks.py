@@ -36,8 +36,8 @@ class Builder:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
 
 
-def resnet50() -> onnx.ModelProto:
-    """ResNet-50 for 224x224 images, batch normalization folded into the convolutions."""
+def resnet50(size: int = 224) -> onnx.ModelProto:
+    """ResNet-50 for square images, batch normalization folded into the convolutions."""
     net = Builder()
     x = net.add("Relu", net.conv("input", 3, 64, 7, stride=2, pad=3))
     x = net.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
@@ -52,7 +52,7 @@ def resnet50() -> onnx.ModelProto:
             x = net.add("Relu", net.add("Add", y, shortcut))
             channels = 4 * width
     x = net.conv(net.add("GlobalAveragePool", x), channels, 1000, 1)
-    return net.model(x, 1000, 224)
+    return net.model(x, 1000, size)
 
 
 def squeezenet() -> onnx.ModelProto:
