@@ -41,7 +41,7 @@ class _Observer(Protocol):
         """Run one batch and count its tensors."""
 
     def histograms(self) -> Mapping[str, Histogram]:
-        """The histograms so far, by tensor name."""
+        """The histograms so far, by tensor name; none before the first batch."""
 
 
 def calibrate(
@@ -95,16 +95,14 @@ def calibrate(
     if algorithm == "percentile":
         settings |= {"quantile": quantile, "regression_cutoff": _NO_REGRESSION}
     record = Record.of(feed, network if isinstance(network, Model) else None, **settings)
-    with (
-        _on_tensorrt(network, feed, tf32, optimization_level, tactic_sources)
-        if engine == "tensorrt"
-        else _on_onnxruntime(network, threads) as observer,
-        closing(_timed(feed, progress)) as batches,
-    ):
-        observed = 0
-        for observed, batch in enumerate(batches, 1):  # noqa: B007 - used below
+    if engine == "tensorrt":
+        observing = _on_tensorrt(network, feed, tf32, optimization_level, tactic_sources)
+    else:
+        observing = _on_onnxruntime(network, threads)
+    with observing as observer, closing(_timed(feed, progress)) as batches:
+        for batch in batches:
             observer.observe(batch, anonymous=getattr(feed, "anonymous", False))
-        histograms = observer.histograms() if observed else {}
+        histograms = observer.histograms()
     if not histograms:
         raise FastcalError("the feed gave no batches; a calibration needs at least one")
     _warn_of_nonfinite(histograms)
@@ -127,7 +125,9 @@ def _choose(engine: str, model: Any) -> str:
 
 
 @contextmanager
-def _on_onnxruntime(model: Model, threads: int | None) -> Iterator[_Observer]:
+def _on_onnxruntime(model: Model | Any, threads: int | None) -> Iterator[_Observer]:
+    if not isinstance(model, Model):
+        raise FastcalError(f"engine onnxruntime runs ONNX files, not a {type(model).__name__}; use engine tensorrt")
     try:
         from fastcal.observe import count  # noqa: F401 - compiled or loaded now, not with the first batch
         from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver

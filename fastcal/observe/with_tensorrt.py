@@ -107,8 +107,8 @@ class TensorRTObserver:
         self._ends[1].synchronize()
 
     def histograms(self) -> dict[str, Histogram]:
-        """The histograms of all batches so far, by tensor name."""
-        return self._histograms.fetch()
+        """The histograms of all batches so far, by tensor name; none before the first."""
+        return self._histograms.fetch() if self._engines else {}
 
     def __enter__(self) -> "TensorRTObserver":
         cupy.cuda.Device().synchronize()  # arrays that are there already are complete

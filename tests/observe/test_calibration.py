@@ -146,6 +146,11 @@ def test_batches_that_do_not_fit_are_shown_beside_the_model(onnx_file, name, sha
         calibrate(onnx_file(FIXED), fastcal.ArrayFeed([{name: np.zeros(shape, "f4")}]))
 
 
+def test_what_is_no_file_is_no_model():
+    with pytest.raises(fastcal.FastcalError, match="engine onnxruntime runs ONNX files, not a dict"):
+        calibrate({}, [{"x": np.ones((1, 2), "f4")}])
+
+
 def test_no_batches_at_all(onnx_file):
     with pytest.raises(fastcal.FastcalError, match="no batches"):
         calibrate(onnx_file(SCALED), iter([]))
