@@ -27,6 +27,7 @@ import fastcal
 from fastcal import interrupt
 from fastcal.cache import ALGORITHMS, ENGINES, largest_size
 from fastcal.errors import FastcalError
+from fastcal.feed.preprocess import PRESETS
 from fastcal.files import check_writable, write_atomically
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class CalibrationOptions:
     algorithm: Annotated[str, typer.Option(help=f"How scales are picked: {', '.join(ALGORITHMS)}.")] = "entropy2"
     quantile: Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")] = 0.9999
     preprocess: Annotated[
-        str, typer.Option(help="What the network was trained with: imagenet, yolo, unit (0..1) or raw (0..255).")
+        str,
+        typer.Option(help=f"What the network was trained with: {', '.join(PRESETS)}, or a file that describes it."),
     ] = "imagenet"
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Size to prepare images in, where the model's is dynamic.")
@@ -273,7 +275,8 @@ def _check_outputs(network: Model, outputs: Mapping[str, str | None]) -> None:
 
 
 def _preprocess(name: str, size: str | None) -> fastcal.Preprocess:
-    preprocess = fastcal.Preprocess.preset(name)
+    is_file = name not in PRESETS and os.path.splitext(name)[1] in (".toml", ".json")
+    preprocess = fastcal.Preprocess.load(name) if is_file else fastcal.Preprocess.preset(name)
     if size is None:
         return preprocess
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", size)

@@ -60,6 +60,13 @@ def test_it_writes_the_cache_and_says_what_it_did(run_fastcal, tmp_path, images)
     assert fastcal.calibrate(MODEL, feed, algorithm="entropy2").scales == cache.scales
 
 
+def test_preprocessing_from_a_file(run_fastcal, tmp_path, images):
+    (tmp_path / "p.toml").write_text('preset = "unit"\ninterpolation = "bicubic"\n')
+    done = run_fastcal("calibrate", MODEL, images, "-o", tmp_path / "x", "--preprocess", tmp_path / "p.toml")
+    assert done.returncode == 0, done.stderr
+    assert "stretch to 32x32, bicubic, RGB, (x * 0.00392157 - 0) / 1, NCHW" in done.stdout
+
+
 def test_python_and_command_line_agree_on_defaults(run_fastcal, tmp_path, images):
     outputs = tmp_path / "1.cache", tmp_path / "2.cache"
     options = "--algorithm percentile --quantile 0.99 --preprocess unit --shuffle --seed 3 --limit 20 --last-batch drop"
@@ -103,7 +110,7 @@ def remove_all_images(tmp_path, images):
         (break_nothing, {"data": "nowhere"}, r"no such file or folder: nowhere; name a folder"),
         (remove_all_images, {}, r"images is empty; name a folder with"),
         (truncate_an_image, {}, r"images/\d+.jpg cannot be decoded: damaged, or no image DALI knows; replace"),
-        (break_nothing, {"--preprocess": "imagnet"}, r"no preset 'imagnet'; choose one of imagenet, yolo, unit, raw"),
+        (break_nothing, {"--preprocess": "imagnet"}, r"no preset 'imagnet'; choose one of imagenet, clip, "),
         (break_nothing, {"--algorithm": "mse"}, r"no algorithm 'mse'; choose one of entropy2, entropy, minmax, perc"),
         (break_nothing, {"--quantile": "2", "--algorithm": "percentile"}, r"quantile 2.0 is not in \(0, 1\]"),
         (break_nothing, {"--size": "big"}, r"--size big is not a size; write height x width"),

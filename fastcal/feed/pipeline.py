@@ -19,6 +19,12 @@ _END_OF_PNG = (0x60, 0x82)
 #: Moves a half below a half for any number of pixels, and no other number of pixels to another.
 _LITTLE = 1e-5
 
+_INTERPOLATIONS = {
+    "nearest": types.INTERP_NN,
+    "bilinear": types.INTERP_LINEAR,
+    "bicubic": types.INTERP_CUBIC,
+    "lanczos": types.INTERP_LANCZOS3,
+}
 _DECODED = {"RGB": types.RGB, "BGR": types.BGR, "GRAY": types.GRAY}
 
 
@@ -147,7 +153,7 @@ def _prepare(encoded: Any, preprocess: Preprocess, decoder: Mapping[str, Any]) -
     images = fn.resize(
         images,
         size=size,
-        interp_type=types.INTERP_LINEAR,
+        interp_type=_INTERPOLATIONS[preprocess.interpolation],
         antialias=preprocess.antialias,
     )
     count = preprocess.channel_count
@@ -186,7 +192,7 @@ def _geometry(shape: Any, preprocess: Preprocess) -> tuple[Any, Any]:
         return list(target), (0.0, 0.0)
     size = shape[:2]
     if preprocess.resize == "crop":
-        covered = [int(side / preprocess.crop_fraction) for side in target]
+        covered = preprocess.covered
         if covered[0] == covered[1]:
             new = size * covered[0] // fn.reductions.min(size)
         else:

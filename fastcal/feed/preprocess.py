@@ -1,12 +1,18 @@
 """What the network expects of an image: size, colours, values, layout."""
 
+import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastcal.errors import FastcalError
 
 CHANNELS = ("RGB", "BGR", "GRAY")
 LAYOUTS = ("NCHW", "NHWC")
 RESIZES = ("stretch", "crop", "letterbox")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+# A share that was made from two numbers of pixels gives the larger back in spite of its rounding.
+_SLACK = 1e-6
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class Preprocess:
         crop_fraction: For "crop", the share of each side that stays. 0.875 resizes the shorter side to 256 for 224, as
             torchvision and timm do.
         fill: For "letterbox", the padding's pixel value, 0 to 255.
-        antialias: Whether the (bilinear) filter widens when it shrinks, as PIL's does and OpenCV's does not.
+        interpolation: "nearest", "bilinear", "bicubic" or "lanczos", PIL's filters of these names.
+        antialias: Whether the filter widens when it shrinks an image, as PIL's do and OpenCV's do not.
         channels: "RGB", "BGR" or "GRAY" (one channel: ITU-R 601 luma, as PIL's "L").
         scale: Factor on pixel values 0 to 255.
         mean: Per channel, in the order of `channels`, subtracted after scaling; one value stands for all channels.
@@ -38,6 +45,7 @@ class Preprocess:
     resize: str = "stretch"
     crop_fraction: float = 0.875
     fill: int = 114
+    interpolation: str = "bilinear"
     antialias: bool = True
     channels: str = "RGB"
     scale: float = 1.0
@@ -48,6 +56,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         for name, value, known in (
             ("resize", self.resize, RESIZES),
+            ("interpolation", self.interpolation, INTERPOLATIONS),
             ("channels", self.channels, CHANNELS),
             ("layout", self.layout, LAYOUTS),
         ):
@@ -75,8 +84,10 @@ class Preprocess:
 
         Args:
             name: "imagenet" (torchvision's classifiers: shorter side to 256, centre 224, ImageNet's mean and standard
-                deviation), "yolo" (Ultralytics: letterbox to 640, 0..1), "unit" (stretched to 224, 0..1) or "raw"
-                (stretched to 224, 0..255).
+                deviation), "clip" (bicubic, shorter side to 224, centre 224, CLIP's mean and standard deviation), "tf"
+                (stretched to 224, -1..1, as Keras's mode of that name), "caffe" (stretched to 224, BGR less
+                ImageNet's mean, likewise), "yolo" (Ultralytics: letterbox to 640, 0..1), "unit" (stretched to 224,
+                0..1) or "raw" (stretched to 224, 0..255).
 
         Raises:
             FastcalError: There is no such preset.
@@ -85,15 +96,49 @@ class Preprocess:
             raise FastcalError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Preprocess":
+        """The preprocessing that a file describes.
+
+        Args:
+            path: TOML or JSON with this class's attributes (and `preset` for the others), Hugging Face's
+                `preprocessor_config.json`, or timm's `config.json`.
+
+        Raises:
+            FastcalError: The file cannot be read, or asks for what this class does not do.
+        """
+        from fastcal.feed.preprocess_files import load
+
+        return load(path)
+
+    @classmethod
+    def from_torchvision(cls, transforms: Any) -> "Preprocess":
+        """The preprocessing of torchvision's weights.
+
+        Args:
+            transforms: What `weights.transforms()` returns, e.g. of `ResNet50_Weights.DEFAULT`.
+
+        Raises:
+            FastcalError: It is no preprocessing for image classification.
+        """
+        from fastcal.feed.preprocess_files import from_torchvision
+
+        return from_torchvision(transforms)
+
+    @property
+    def covered(self) -> tuple[int, int]:
+        """For "crop": the height and width that the image is resized to cover, rounded down as timm does."""
+        height, width = (int(side / self.crop_fraction + _SLACK) for side in self.size)
+        return height, width
+
     def __str__(self) -> str:
         height, width = self.size
         resize = {"crop": f"crop {self.crop_fraction:g}", "letterbox": f"letterbox {self.fill}"}.get(
             self.resize, self.resize
         )
-        return (
-            f"{resize} to {height}x{width}, {self.channels}, (x * {self.scale:.6g} - {_values(self.mean)}) / "
-            f"{_values(self.std)}, {self.layout}"
-        )
+        interpolation = "" if self.interpolation == "bilinear" else f"{self.interpolation}, "
+        values = f"(x * {self.scale:.6g} - {_values(self.mean)}) / {_values(self.std)}"
+        return f"{resize} to {height}x{width}, {interpolation}{self.channels}, {values}, {self.layout}"
 
     @property
     def channel_count(self) -> int:
@@ -131,9 +176,19 @@ def _values(values: tuple[float, ...]) -> str:
     return f"{values[0]:g}" if len(values) == 1 else "[" + ", ".join(f"{value:g}" for value in values) + "]"
 
 
-#: The presets by name.
+#: The presets by name. The means of "clip" are those of OpenAI's CLIP, those of "tf" and "caffe" Keras's.
 PRESETS = {
     "imagenet": Preprocess(resize="crop", scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+    "clip": Preprocess(
+        resize="crop",
+        crop_fraction=1.0,
+        interpolation="bicubic",
+        scale=1 / 255,
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+    ),
+    "tf": Preprocess(scale=1 / 127.5, mean=(1.0,)),
+    "caffe": Preprocess(channels="BGR", mean=(103.939, 116.779, 123.68)),
     "yolo": Preprocess(size=(640, 640), resize="letterbox", antialias=False, scale=1 / 255),
     "unit": Preprocess(scale=1 / 255),
     "raw": Preprocess(),

@@ -23,15 +23,15 @@ def all_of(feed):
         return [batch["input"].copy() for batch in feed]
 
 
-def crop(image, size=(224, 224)):
+def crop(image, size=(224, 224), fraction=0.875, filter=Image.Resampling.BILINEAR):
     """Resize(size / 0.875) and CenterCrop(size) as torchvision's source has them; for other than squares, as timm's."""
-    short = [int(side / 0.875) for side in size]
+    short = [int(side / fraction) for side in size]
     width, height = image.size
     if short[0] / height >= short[1] / width:
         new = (int(short[0] * width / height), short[0])
     else:
         new = (short[1], int(short[1] * height / width))
-    image = image.resize(new, Image.Resampling.BILINEAR)
+    image = image.resize(new, filter)
     left, top = round((new[0] - size[1]) / 2), round((new[1] - size[0]) / 2)
     return np.asarray(image.crop((left, top, left + size[1], top + size[0])), np.float32)
 
@@ -59,14 +59,25 @@ def letterbox(image, size=(640, 640)):
     return out
 
 
-def stretch(image, size=(224, 224)):
-    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR), np.float32)
+def stretch(image, size=(224, 224), filter=Image.Resampling.BILINEAR):
+    return np.asarray(image.resize(size[::-1], filter), np.float32)
+
+
+def clip(image):
+    return crop(image, fraction=1, filter=Image.Resampling.BICUBIC)
+
+
+def stretch_to_bgr(image):
+    return stretch(image)[..., ::-1]
 
 
 @pytest.mark.parametrize(
     ("preset", "reference", "scale", "mean", "std"),
     [
         ("imagenet", crop, 1 / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ("clip", clip, 1 / 255, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+        ("tf", stretch, 1 / 127.5, 1, 1),
+        ("caffe", stretch_to_bgr, 1, [103.939, 116.779, 123.68], 1),
         ("yolo", letterbox, 1 / 255, 0, 1),
         ("unit", stretch, 1 / 255, 0, 1),
         ("raw", stretch, 1, 0, 1),
@@ -79,6 +90,20 @@ def test_presets_are_what_the_trainers_do(photographs, preset, reference, scale,
         difference = np.abs(pixels - reference(open_upright(path)))
         assert difference.mean() < 0.5
         assert np.percentile(difference, 99.9) <= 2.01
+
+
+@pytest.mark.parametrize("reference", [crop, stretch])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_interpolations_are_pils(photographs, reference, interpolation):
+    preprocess = Preprocess(size=(100, 100), resize=reference.__name__, interpolation=interpolation)
+    feed = ImageFeed(photographs, preprocess=preprocess, batch_size=1)
+    for path, batch in zip(feed.paths, all_of(feed), strict=True):
+        filter = Image.Resampling[interpolation.upper()]
+        difference = np.abs(batch[0].transpose(1, 2, 0) - reference(open_upright(path), (100, 100), filter=filter))
+        assert difference.mean() < 1
+        # A pixel's centre that falls between two others goes to the one or the other: PIL adds its steps up in floating
+        # point, so that is its rounding's choice.
+        assert np.percentile(difference, 99 if interpolation == "nearest" else 99.9) <= 8
 
 
 @pytest.mark.parametrize("size", [(64, 100), (100, 64), (65, 33), (65, 65)])

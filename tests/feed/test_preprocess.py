@@ -1,3 +1,6 @@
+import json
+from dataclasses import asdict, replace
+
 import pytest
 
 from fastcal.errors import FastcalError
@@ -9,6 +12,7 @@ from fastcal.feed.preprocess import Preprocess
     [
         ({"resize": "squash"}, "no resize 'squash'; choose one of stretch, crop, letterbox"),
         ({"channels": "RGBA"}, "no channels 'RGBA'; choose one of RGB, BGR, GRAY"),
+        ({"interpolation": "cubic"}, "no interpolation 'cubic'; choose one of nearest, bilinear, bicubic, lanczos"),
         ({"layout": "CHW"}, "no layout 'CHW'; choose one of NCHW, NHWC"),
         ({"size": (0, 5)}, r"size \(0, 5\)"),
         ({"size": (5,)}, r"size \(5,\)"),
@@ -24,8 +28,98 @@ def test_wrong_values_are_named(values, message):
         Preprocess(**values)
 
 
+IMAGENET = Preprocess.preset("imagenet")
+MEAN, STD = list(IMAGENET.mean), list(IMAGENET.std)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.toml", 'preset = "imagenet"\nsize = [96, 128]\n', replace(IMAGENET, size=(96, 128))),
+        ("p.toml", 'resize = "letterbox"\nsize = 64\nmean = 0.5', Preprocess((64, 64), "letterbox", mean=(0.5,))),
+        ("p.json", json.dumps(asdict(IMAGENET)), IMAGENET),
+        (  # a ViT of Hugging Face
+            "preprocessor_config.json",
+            json.dumps({"do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255, "resample": 2,
+                        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 384, "width": 384}}),
+            Preprocess((384, 384), scale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3),
+        ),
+        (  # its CLIP
+            "preprocessor_config.json",
+            json.dumps({"crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "resample": 3,
+                        "image_mean": list(Preprocess.preset("clip").mean), "size": {"shortest_edge": 224},
+                        "image_std": list(Preprocess.preset("clip").std), "rescale_factor": 1 / 255}),
+            Preprocess.preset("clip"),
+        ),
+        (  # its ResNet, which is a ConvNeXT's
+            "preprocessor_config.json",
+            json.dumps({"crop_pct": 0.875, "do_normalize": True, "image_mean": MEAN, "image_std": STD, "resample": 3,
+                        "size": {"shortest_edge": 224}}),
+            replace(IMAGENET, interpolation="bicubic"),
+        ),
+        (
+            "preprocessor_config.json",
+            json.dumps({"crop_pct": 0.875, "image_mean": MEAN, "image_std": STD, "size": {"shortest_edge": 384}}),
+            replace(IMAGENET, size=(384, 384), resize="stretch", crop_fraction=0.875),
+        ),
+        (  # a model of timm
+            "config.json",
+            json.dumps({"architecture": "x", "pretrained_cfg": {"input_size": [3, 288, 288], "interpolation": "bicubic",
+                        "crop_pct": 0.95, "crop_mode": "center", "mean": MEAN, "std": STD}}),
+            replace(IMAGENET, size=(288, 288), interpolation="bicubic", crop_fraction=0.95),
+        ),
+    ],
+)  # fmt: skip
+def test_files_that_describe_it(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text)
+    assert Preprocess.load(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.toml", "size = [", r"p.toml describes no preprocessing: .*; see fastcal.Preprocess"),
+        ("p.json", "[1, 2]", r"p.json: it holds no table of names and values"),
+        ("p.json", '{"sise": 3}', r"p.json: there is no 'sise'; choose from preset, antialias, channels, "),
+        ("p.json", '{"preset": "imagnet"}', r"p.json: there is no preset 'imagnet'"),
+        ("p.json", '{"size": "large"}', r"p.json describes no preprocessing: "),
+        ("p.json", '{"input_size": [3, 8, 8]}', r"p.json describes no preprocessing: 'mean' is missing"),
+        ("p.json", '{"image_mean": [0], "image_std": [1], "resample": 5}', r"p.json: there is no interpolation 'PIL "),
+        ("p.json", '{"input_size": [3, 8, 8], "crop_mode": "border"}', r"p.json: crop_mode 'border' is not supported"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(FastcalError, match=message):
+        Preprocess.load(tmp_path / name)
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(FastcalError, match=r"cannot read no.toml: No such file"):
+        Preprocess.load("no.toml")
+
+
+def test_torchvisions_transforms():
+    models = pytest.importorskip("torchvision.models")
+    assert Preprocess.from_torchvision(models.ResNet50_Weights.IMAGENET1K_V1.transforms()) == IMAGENET
+    version_2 = Preprocess.from_torchvision(models.ResNet50_Weights.IMAGENET1K_V2.transforms())
+    assert version_2.covered == (232, 232)
+
+
+def test_what_is_not_torchvisions():
+    with pytest.raises(FastcalError, match="dict is no torchvision preprocessing for image classification"):
+        Preprocess.from_torchvision({})
+
+
+def test_pixels_that_are_covered_do_not_suffer_from_rounding():
+    for covered in range(225, 600):
+        assert Preprocess(resize="crop", crop_fraction=224 / covered).covered == (covered, covered)
+
+
 def test_an_unknown_preset_is_named():
-    with pytest.raises(FastcalError, match="no preset 'imagnet'; choose one of imagenet, yolo, unit, raw"):
+    with pytest.raises(
+        FastcalError, match="no preset 'imagnet'; choose one of imagenet, clip, tf, caffe, yolo, unit, raw"
+    ):
         Preprocess.preset("imagnet")
 
 
