@@ -66,7 +66,10 @@ class CalibrationOptions:
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The ONNX model.")]
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="A folder of images, or a list file with one image path a line.")
+        str,
+        typer.Argument(
+            metavar="DATA", help="A folder of images, a pattern, or a list file with one image path a line."
+        ),
     ]
     algorithm: Annotated[str, typer.Option(help=f"How scales are picked: {', '.join(ALGORITHMS)}.")] = "entropy2"
     quantile: Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")] = 0.9999
@@ -84,6 +87,9 @@ class CalibrationOptions:
     input_name: Annotated[str | None, typer.Option(help="The input that takes the images.")] = None
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Shuffle the images before --limit.")] = False
     seed: Annotated[int, typer.Option(help="Decides the shuffled order.")] = 0
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Take images by turns from each class, a folder of DATA, before --limit.")
+    ] = False
     limit: Annotated[int | None, typer.Option(help="Use this many images at most.")] = None
     last_batch: Annotated[
         str, typer.Option(help="wrap: complete the last batch with the first images; drop: leave it out.")
@@ -105,6 +111,7 @@ class CalibrationOptions:
             input_name=self.input_name,
             shuffle=self.shuffle,
             seed=self.seed,
+            balance=self.balance,
             limit=self.limit,
             last_batch=self.last_batch,
             threads=self.threads,

@@ -1,8 +1,11 @@
 """Which samples there are and in which order."""
 
+import glob
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,8 @@ def list_images(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
 
     Args:
         data: A folder (searched with its folders, sorted by path; hidden files are left out), a list file (one path a
-            line, relative to the file, in its order), one image, or a sequence of paths (in its order).
+            line, relative to the file, in its order), one image, a pattern as the shell has them ("train/**/*.jpg",
+            sorted by path), or a sequence of paths (in its order).
 
     Raises:
         FastcalError: There is no such path, or no image in it.
@@ -32,6 +36,8 @@ def list_images(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
     path = Path(data)
     if path.is_dir():
         return _in_folder(path)
+    if not path.exists() and glob.has_magic(str(path)):
+        return _matching(str(path))
     if not path.exists():
         raise FastcalError(f"no such file or folder: {path}; name a folder of images or a list file")
     if path.suffix.lower() in EXTENSIONS:
@@ -39,12 +45,31 @@ def list_images(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
     return _in_list_file(path)
 
 
-def order(paths: list[str], *, shuffle: bool, seed: int, limit: int | None) -> list[str]:
-    """`paths` shuffled by the seed (the same on every machine), then cut to the first `limit`."""
+def order(paths: list[str], *, shuffle: bool, seed: int, balance: bool, limit: int | None) -> list[str]:
+    """`paths` shuffled by the seed (the same on every machine), taken from the classes by turns, cut to `limit`.
+
+    Raises:
+        FastcalError: There is one class only to balance.
+    """
     if shuffle:
         # RandomState's streams are frozen by NumPy's compatibility policy, default_rng's are not.
         paths = [paths[index] for index in np.random.RandomState(seed).permutation(len(paths))]
+    if balance:
+        paths = _by_turns(paths)
     return paths[:limit]
+
+
+def _by_turns(paths: list[str]) -> list[str]:
+    """One path of each class, then the next of each; a class is a folder in the folder that all have in common."""
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    classes: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        below, _, rest = os.path.relpath(path, root).partition(os.sep)
+        classes[below if rest else ""].append(path)
+    if len(classes) == 1:
+        raise FastcalError(f"the images in {root} are of one class; balancing needs a folder of folders, one per class")
+    turns = zip_longest(*(classes[name] for name in sorted(classes)))
+    return [path for path in chain.from_iterable(turns) if path is not None]
 
 
 def _in_folder(folder: Path) -> list[str]:
@@ -67,6 +92,15 @@ def _in_folder(folder: Path) -> list[str]:
     if others:
         _log.info("%s: left out %d files that are not images", folder, others)
     return sorted(found)
+
+
+def _matching(pattern: str) -> list[str]:
+    found = sorted(
+        path for path in glob.iglob(pattern, recursive=True) if os.path.splitext(path)[1].lower() in EXTENSIONS
+    )
+    if not found:
+        raise FastcalError(f"no image matches {pattern}; images are {', '.join(sorted(EXTENSIONS))} files")
+    return found
 
 
 def _in_list_file(path: Path) -> list[str]:

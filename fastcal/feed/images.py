@@ -37,7 +37,7 @@ class ImageFeed(Feed):
 
     Args:
         data: A folder (searched with its folders, sorted by path), a list file (one path a line, relative to the
-            file), one image, or a sequence of paths.
+            file), one image, a pattern ("train/**/*.jpg"), or a sequence of paths.
         preprocess: The name of a preset ("imagenet", "yolo", "unit", "raw") or a `Preprocess`.
         model: An ONNX file whose image input gives size, layout, number of channels, batch size and input name. The
             preprocessing's own size is used where the model's is dynamic.
@@ -45,6 +45,7 @@ class ImageFeed(Feed):
         input_name: The network's input; by default the model's, else whatever single input a network has.
         shuffle: Whether to shuffle the images, before `limit`.
         seed: Decides the shuffled order.
+        balance: Whether to take the images by turns from each class, a folder in the data's folder, before `limit`.
         limit: Use this many images at most.
         last_batch: "wrap" completes the last batch with the first images, "drop" leaves it out.
         constants: Further inputs that are the same in every batch: arrays by input name.
@@ -79,6 +80,7 @@ class ImageFeed(Feed):
         input_name: str | None = None,
         shuffle: bool = False,
         seed: int = 0,
+        balance: bool = False,
         limit: int | None = None,
         last_batch: str = "wrap",
         constants: Mapping[str, Any] | None = None,
@@ -111,7 +113,7 @@ class ImageFeed(Feed):
         self.input_name = input_name or "input"
         self.preprocess = preprocess
         self.batch_size = batch_size or BATCH_SIZE
-        self.paths = dataset.order(dataset.list_images(data), shuffle=shuffle, seed=seed, limit=limit)
+        self.paths = dataset.order(dataset.list_images(data), shuffle=shuffle, seed=seed, balance=balance, limit=limit)
         self._seed = seed if shuffle else None
         self._length = self._count_batches(last_batch)
         self._depth = depth

@@ -53,12 +53,37 @@ def test_names_that_are_not_utf_8(tmp_path):
     assert [os.fsencode(path) for path in list_images(tmp_path)] == [name]
 
 
+def test_a_pattern(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert list_images("a/**/*") == ["a/c.d/deep.webp", "a/z.png", "a/é ü.jpeg"]
+    assert list_images("*.[jJ]*") == ["b.JPG"]
+    (folder / "[x].png").write_bytes(b"x")
+    assert list_images("[x].png") == ["[x].png"]
+
+
+def test_classes_by_turns():
+    paths = [f"/data/{name}" for name in ("cat/1", "cat/2", "cat/3", "dog/1", "fish/deep/1", "fish/deep/2")]
+    turns = ["cat/1", "dog/1", "fish/deep/1", "cat/2", "fish/deep/2", "cat/3"]
+    assert order(paths, shuffle=False, seed=0, balance=True, limit=5) == [f"/data/{name}" for name in turns[:5]]
+    shuffled = order(paths, shuffle=True, seed=1, balance=True, limit=3)
+    assert sorted(path.split("/")[2] for path in shuffled) == ["cat", "dog", "fish"]
+    assert shuffled == order(paths, shuffle=True, seed=1, balance=True, limit=3)
+
+
+def test_one_class_is_not_balanced(folder):
+    with pytest.raises(
+        FastcalError, match=r"the images in .*c.d are of one class; balancing needs a folder of folders"
+    ):
+        order(list_images(folder / "a" / "c.d"), shuffle=False, seed=0, balance=True, limit=None)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ("missing", r"no such file or folder: .*missing"),
         ("empty", r"empty is empty; name a folder with .bmp, .*"),
         ("texts", r"texts has 1 files, none of them an image"),
+        ("*.gif", r"no image matches .*\*.gif; images are .bmp, "),
         ("nothing.txt", r"list file .*nothing.txt is empty"),
         ("wrong.txt", r"wrong.txt, entry 2: no such file: .*gone.jpg"),
         ("binary.bin", r"cannot read list file .*binary.bin: .*one image path a line"),
@@ -81,19 +106,19 @@ def test_no_paths():
 
 
 def test_order_without_shuffling():
-    assert order(["a", "b", "c"], shuffle=False, seed=3, limit=2) == ["a", "b"]
-    assert order(["a", "b", "c"], shuffle=False, seed=3, limit=None) == ["a", "b", "c"]
+    assert order(["a", "b", "c"], shuffle=False, seed=3, balance=False, limit=2) == ["a", "b"]
+    assert order(["a", "b", "c"], shuffle=False, seed=3, balance=False, limit=None) == ["a", "b", "c"]
 
 
 def test_the_seed_decides_the_shuffled_order():
     paths = [f"{number:02}" for number in range(30)]
-    shuffled = order(paths, shuffle=True, seed=1, limit=None)
+    shuffled = order(paths, shuffle=True, seed=1, balance=False, limit=None)
     assert sorted(shuffled) == paths != shuffled
-    assert order(paths, shuffle=True, seed=1, limit=5) == shuffled[:5]
-    assert order(paths, shuffle=True, seed=2, limit=None) != shuffled
+    assert order(paths, shuffle=True, seed=1, balance=False, limit=5) == shuffled[:5]
+    assert order(paths, shuffle=True, seed=2, balance=False, limit=None) != shuffled
     program = (
         "from fastcal.feed.dataset import order;"
-        "print(order([f'{number:02}' for number in range(30)], shuffle=True, seed=1, limit=None))"
+        "print(order([f'{number:02}' for number in range(30)], shuffle=True, seed=1, balance=False, limit=None))"
     )
     again = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert again.stdout.strip() == str(shuffled)
