@@ -61,7 +61,7 @@ def order(paths: list[str], *, shuffle: bool, seed: int, balance: bool, limit: i
 
 def _by_turns(paths: list[str]) -> list[str]:
     """One path of each class, then the next of each; a class is a folder in the folder that all have in common."""
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    root = os.path.commonpath({os.path.dirname(path) for path in paths})
     classes: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         below, _, rest = os.path.relpath(path, root).partition(os.sep)

@@ -149,9 +149,8 @@ class ImageFeed(Feed):
     def describe(self) -> dict[str, Any]:
         """The images in order, by path below their common folder, size and time; and what is done to them."""
         digest = hashlib.sha256()
-        paths = [os.path.abspath(path) for path in self.paths]
-        root = os.path.commonpath([os.path.dirname(path) for path in paths])
-        for path in paths:
+        root = os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in self.paths})
+        for path in map(os.path.abspath, self.paths):
             try:
                 status = os.stat(path)
             except OSError as error:
