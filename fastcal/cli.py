@@ -194,6 +194,10 @@ def calibrate(
     engine: Annotated[
         str, typer.Option(help=f"What runs the network: {', '.join(ENGINES)} (TensorRT where it and a GPU are).")
     ] = "auto",
+    until_stable: Annotated[
+        float | None,
+        typer.Option(metavar="PERCENT", help="Stop when no scale moves by more than this any longer."),
+    ] = None,
     tensorrt: Annotated[
         str | None,
         typer.Option(help="Version that will read the cache.", show_default="the one installed, else 10.16.1"),
@@ -216,6 +220,7 @@ def calibrate(
                 engine=engine,
                 tensorrt_version=tensorrt,
                 threads=options.threads,
+                until_stable=until_stable,
                 progress=progress,
                 **options.for_tensorrt(),
             )
@@ -353,7 +358,7 @@ def _print_summary(
     widest = max(nonzero, key=lambda name: cache.scales[name], default=None)
     narrowest = min(nonzero, key=lambda name: cache.scales[name], default=None)
     _print_rows(
-        images=f"{len(feed.paths)} in {progress.batches} batches of {feed.batch_size}",
+        images=f"{min(len(feed.paths), progress.images)} in {progress.batches} batches of {feed.batch_size}",
         prepared=f"{feed.preprocess}",
         speed=f"{_rate(progress)}, {_waiting(progress)}",
         tensors=f"{len(cache.scales)}, scales by {cache.algorithm}",

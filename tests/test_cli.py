@@ -60,6 +60,15 @@ def test_it_writes_the_cache_and_says_what_it_did(run_fastcal, tmp_path, images)
     assert fastcal.calibrate(MODEL, feed, algorithm="entropy2").scales == cache.scales
 
 
+def test_it_stops_when_the_scales_are_stable(run_fastcal, tmp_path):
+    words = ("-o", tmp_path / "x", "--algorithm", "minmax", "--batch-size", 8, "--until-stable", 20)
+    done = run_fastcal("calibrate", MODEL, DIGITS / "images", *words)
+    assert done.returncode == 0, done.stderr
+    images = int(re.search(r"stable after (\d+) images: no scale moved by more than 20 % in", done.stderr)[1])
+    assert 32 <= images < 256
+    assert f"images     {images} in {images // 8} batches of 8" in done.stdout
+
+
 def test_preprocessing_from_a_file(run_fastcal, tmp_path, images):
     (tmp_path / "p.toml").write_text('preset = "unit"\ninterpolation = "bicubic"\n')
     done = run_fastcal("calibrate", MODEL, images, "-o", tmp_path / "x", "--preprocess", tmp_path / "p.toml")
@@ -229,7 +238,7 @@ def test_commands_that_calibrate_share_their_options():
     commands = typer.main.get_command(app).commands
     calibrate, build = ({option.name: option for option in commands[name].params} for name in ("calibrate", "build"))
     shared = calibrate.keys() & build.keys() - {"output", "help"}
-    assert set(calibrate) - shared == {"output", "engine", "tensorrt"}
+    assert set(calibrate) - shared == {"output", "engine", "tensorrt", "until_stable"}
     for name in shared:
         for what in ("opts", "help", "default", "required", "show_default", "metavar"):
             assert getattr(calibrate[name], what) == getattr(build[name], what), name

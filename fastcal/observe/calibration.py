@@ -1,6 +1,7 @@
 """`calibrate`: batches through the network, histograms of what is seen there, scales, cache."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
@@ -56,6 +57,7 @@ def calibrate(
     tactic_sources: int | Iterable[str] | None = None,
     tensorrt_version: str | None = None,
     threads: int | None = None,
+    until_stable: float | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CalibrationCache:
     """Pick the INT8 scales of a network's tensors, those that TensorRT's own calibration would pick.
@@ -79,6 +81,8 @@ def calibrate(
             10.16.1.
         threads: For ONNX Runtime: how many threads run the network and count; by default one per core that this
             process may use.
+        until_stable: Stop when no scale has moved by more than so many percent in the last three looks at them; each
+            look comes after a tenth more images than the one before. By default all batches are used.
         progress: Called after every batch.
 
     Returns:
@@ -88,20 +92,26 @@ def calibrate(
         FastcalError: The model cannot be loaded or run, or the batches do not fit it; or what the feed raises.
     """
     check_algorithm(algorithm, quantile)
+    if until_stable is not None and not until_stable > 0:
+        raise FastcalError(f"until_stable is {until_stable}; it is a percentage above 0, 1 for instance")
     engine = _choose(engine, model)
     version = _tensorrt_version(tensorrt_version)
     network = Model.of(model) if isinstance(model, str | os.PathLike | Model) else model
     settings: dict[str, Any] = {"algorithm": algorithm, "precision": precision(tf32 and engine == "tensorrt")}
     if algorithm == "percentile":
         settings |= {"quantile": quantile, "regression_cutoff": _NO_REGRESSION}
+    if until_stable is not None:
+        settings["until_stable"] = until_stable
     record = Record.of(feed, network if isinstance(network, Model) else None, **settings)
     if engine == "tensorrt":
         observing = _on_tensorrt(network, feed, tf32, optimization_level, tactic_sources)
     else:
         observing = _on_onnxruntime(network, threads)
-    with observing as observer, closing(_timed(feed, progress)) as batches:
-        for batch in batches:
-            observer.observe(batch, anonymous=getattr(feed, "anonymous", False))
+    with observing as observer:
+        looks = _Looks(observer, algorithm, quantile, until_stable)
+        with closing(_timed(feed, progress, looks.are_stable)) as batches:
+            for batch in batches:
+                observer.observe(batch, anonymous=getattr(feed, "anonymous", False))
         histograms = observer.histograms()
     if not histograms:
         raise FastcalError("the feed gave no batches; a calibration needs at least one")
@@ -111,6 +121,50 @@ def calibrate(
     if algorithm == "percentile":
         return CalibrationCache(scales, algorithm, None, quantile=quantile, cutoff=_NO_REGRESSION, record=record)
     return CalibrationCache(scales, algorithm, version, record=record)
+
+
+class _Looks:
+    """Looks at the scales on the way, ever more images apart, and tells when they move no more.
+
+    Args:
+        observer: What has the histograms.
+        algorithm: How scales are picked.
+        quantile: For "percentile".
+        percent: By how much a scale may move from look to look; None never looks.
+    """
+
+    #: So many looks in a row without movement.
+    _in_a_row = 3
+
+    def __init__(self, observer: _Observer, algorithm: str, quantile: float, percent: float | None) -> None:
+        self._observer = observer
+        self._pick = algorithm, quantile
+        self._percent = percent
+        self._next = 0
+        self._scales: Mapping[str, float] = {}
+        self._still = 0
+
+    def are_stable(self, images: int) -> bool:
+        """Whether to stop after so many images."""
+        if self._percent is None or images < self._next:
+            return False
+        self._next = images + images // 10
+        before, self._scales = self._scales, pick_scales(self._observer.histograms(), *self._pick)
+        moved = max((_percent_moved(before.get(name, 0.0), scale) for name, scale in self._scales.items()), default=0)
+        self._still = self._still + 1 if moved <= self._percent else 0
+        if self._still < self._in_a_row:
+            return False
+        _log.info(
+            "stable after %d images: no scale moved by more than %g %% in the last %d looks",
+            images, self._percent, self._in_a_row,
+        )  # fmt: skip
+        return True
+
+
+def _percent_moved(before: float, now: float) -> float:
+    if before == now:
+        return 0.0
+    return math.inf if before == 0 else 100 * abs(now / before - 1)
 
 
 def _choose(engine: str, model: Any) -> str:
@@ -166,9 +220,12 @@ def _tensorrt_version(asked: str | None) -> str:
 
 
 def _timed(
-    feed: Iterable[Mapping[str, Any]], progress: Callable[[Progress], None] | None
+    feed: Iterable[Mapping[str, Any]], progress: Callable[[Progress], None] | None, enough: Callable[[int], bool]
 ) -> Generator[Mapping[str, Any], None, None]:
-    """The feed's batches, and a report after each has been used; ends the feed's pass when closed."""
+    """The feed's batches until there were enough images, and a report after each has been used.
+
+    Ends the feed's pass when closed.
+    """
     state = Progress(total=len(feed) if isinstance(feed, Sized) else None)
     start = time.perf_counter()
     batches = iter(feed)
@@ -185,6 +242,8 @@ def _timed(
             state.seconds = time.perf_counter() - start
             if progress is not None:
                 progress(state)
+            if enough(state.images):
+                return
     finally:
         if hasattr(batches, "close"):
             batches.close()

@@ -146,6 +146,41 @@ def test_batches_that_do_not_fit_are_shown_beside_the_model(onnx_file, name, sha
         calibrate(onnx_file(FIXED), fastcal.ArrayFeed([{name: np.zeros(shape, "f4")}]))
 
 
+def test_it_stops_when_no_scale_moves_any_longer(onnx_file, caplog):
+    asked = []
+
+    def batches(values):
+        for value in values:
+            asked.append(value)
+            yield {"x": np.full((10, 2), value, "f4")}
+
+    def run(values, percent):
+        asked.clear()
+        return calibrate(onnx_file(SCALED), batches(values), algorithm="minmax", until_stable=percent)
+
+    with caplog.at_level(logging.INFO, "fastcal"):
+        cache = run([1, 1, 2, 2, 2, 2, 2, 9], 1)
+    assert len(asked) == 6  # moved at the third, and not at the three after it
+    assert cache.scales["y"] == float(np.float32(4) / 127)
+    assert "stable after 60 images" in caplog.text
+    assert run([1, 1.02, 1.04, 1.06, 1.08], 1).scales["x"] == float(np.float32(1.08) / 127)
+    assert len(asked) == 5
+    run([1, 1.02, 1.04, 1.06, 1.08], 5)
+    assert len(asked) == 4
+    run([0] * 9, 1)
+    assert len(asked) == 3
+    # Looks come after 10, 20, ... 110 images; then after 130, 150: 2 at the eleventh batch is seen at once and
+    # three looks later, after 170 images, it ends.
+    run([*range(1, 12)] + [11] * 20, 1)
+    assert len(asked) == 17
+
+
+@pytest.mark.parametrize("percent", [0, -1, float("nan")])
+def test_no_percentage(onnx_file, percent):
+    with pytest.raises(fastcal.FastcalError, match=r"until_stable is .*; it is a percentage above 0"):
+        calibrate(onnx_file(SCALED), [{"x": np.ones((1, 2), "f4")}], until_stable=percent)
+
+
 def test_what_is_no_file_is_no_model():
     with pytest.raises(fastcal.FastcalError, match="engine onnxruntime runs ONNX files, not a dict"):
         calibrate({}, [{"x": np.ones((1, 2), "f4")}])
