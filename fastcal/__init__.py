@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastcal.feed.preprocess import Preprocess
     from fastcal.observe.calibration import calibrate
     from fastcal.progress import Progress
+    from fastcal.qdq import quantize
 
 __all__ = [
     "ArrayFeed",
@@ -42,6 +43,7 @@ __all__ = [
     "Progress",
     "build_engine",
     "calibrate",
+    "quantize",
 ]
 
 _MODULES = {
@@ -59,6 +61,7 @@ _MODULES = {
     "Progress": "fastcal.progress",
     "build_engine": "fastcal.build",
     "calibrate": "fastcal.observe.calibration",
+    "quantize": "fastcal.qdq",
 }
 
 

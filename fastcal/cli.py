@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,12 +26,14 @@ from rich.spinner import Spinner
 
 import fastcal
 from fastcal import interrupt
-from fastcal.cache import ALGORITHMS, ENGINES, largest_size
+from fastcal.cache import ALGORITHMS, DEFAULT_TENSORRT_VERSION, ENGINES, largest_size
 from fastcal.errors import FastcalError
 from fastcal.feed.preprocess import PRESETS
 from fastcal.files import check_writable, write_atomically
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from fastcal.calibrators import FeedCalibrator
     from fastcal.model import Model
 
@@ -39,6 +42,13 @@ FAILED = 2
 
 #: How many of TensorRT's warnings are shown; it may have one for every layer.
 _MOST_WARNINGS = 5
+
+EngineOption = Annotated[
+    str, typer.Option(help=f"What runs the network: {', '.join(ENGINES)} (TensorRT where it and a GPU are).")
+]
+UntilStableOption = Annotated[
+    float | None, typer.Option(metavar="PERCENT", help="Stop when no scale moves by more than this any longer.")
+]
 
 app = typer.Typer(
     help="INT8 calibration for TensorRT at the speed of the data.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -124,6 +134,39 @@ class CalibrationOptions:
 
 
 @dataclass
+class QuantizeOptions(CalibrationOptions):
+    """What `quantize` asks for: what a calibration does, and a cache will do for the images."""
+
+    data: Annotated[
+        str, typer.Argument(metavar="CACHE|DATA", help="A calibration cache, or images as calibrate takes them.")
+    ]
+    engine: EngineOption = "auto"
+    until_stable: UntilStableOption = None
+
+    def has_cache(self) -> bool:
+        """Whether the second argument is a calibration cache.
+
+        Raises:
+            FastcalError: It is a damaged one, or one that is given together with options for a calibration.
+        """
+        path = Path(self.data)
+        if not path.is_file():
+            return False
+        content = path.read_bytes()
+        try:
+            fastcal.CalibrationCache.from_bytes(content, self.data)
+        except FastcalError:
+            if content.startswith(b"TRT-"):
+                raise
+            return False
+        given = [field for field in fields(self)[2:] if getattr(self, field.name) != field.default]
+        if given:
+            option = "--" + given[0].name.replace("_", "-")
+            raise FastcalError(f"{self.data} is a calibration cache, and {option} is for images; leave one of them out")
+        return True
+
+
+@dataclass
 class EngineOptions:
     """How TensorRT builds: what `build_engine` takes, as the command line has it."""
 
@@ -191,13 +234,8 @@ def calibrate(
     *,
     output: Annotated[str, typer.Option("--output", "-o", metavar="CACHE", help="Where to write the cache.")],
     options: CalibrationOptions,
-    engine: Annotated[
-        str, typer.Option(help=f"What runs the network: {', '.join(ENGINES)} (TensorRT where it and a GPU are).")
-    ] = "auto",
-    until_stable: Annotated[
-        float | None,
-        typer.Option(metavar="PERCENT", help="Stop when no scale moves by more than this any longer."),
-    ] = None,
+    engine: EngineOption = "auto",
+    until_stable: UntilStableOption = None,
     tensorrt: Annotated[
         str | None,
         typer.Option(help="Version that will read the cache.", show_default="the one installed, else 10.16.1"),
@@ -211,21 +249,84 @@ def calibrate(
         _check_outputs(network, {"cache": output})
         check_writable(output, largest_size(network.activations))
         feed = options.feed(network)
-        with feed, _progress_bar(console, "preparing the network", "picking the scales") as progress:
-            cache = fastcal.calibrate(
-                network,
-                feed,
-                algorithm=options.algorithm,
-                quantile=options.quantile,
-                engine=engine,
-                tensorrt_version=tensorrt,
-                threads=options.threads,
-                until_stable=until_stable,
-                progress=progress,
-                **options.for_tensorrt(),
-            )
+        cache, progress = _calibrate(
+            console, network, feed, options, engine=engine, until_stable=until_stable, tensorrt_version=tensorrt
+        )
         cache.save(output)
-        _print_summary(cache, feed, progress.last, output)
+        _print_summary(cache, feed, progress, cache=f"{output}, {cache.header}")
+
+
+@app.command()
+@_with_options
+def quantize(
+    *,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="MODEL", help="Where to write the quantized model.")],
+    options: QuantizeOptions,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|TYPE", help="A layer, or type of layer, to keep in float; may be repeated."),
+    ] = None,
+) -> None:
+    """Write the model with QuantizeLinear and DequantizeLinear layers, which TensorRT 11 needs for INT8."""
+    with _terminal() as console:
+        from fastcal.model import Model
+        from fastcal.qdq import check_quantizable
+
+        network = Model(options.model)
+        check_quantizable(network, exclude or ())
+        has_cache = options.has_cache()
+        _check_outputs(network, {"calibration cache": options.data if has_cache else None, "quantized model": output})
+        check_writable(output, network.path.stat().st_size)
+        if has_cache:
+            quantized = fastcal.quantize(network, options.data, exclude=exclude or ())
+            _write_model(quantized, output)
+            _print_rows(scales=options.data, **_quantized_rows(quantized, output))
+        else:
+            feed = options.feed(network)
+            # Any version: the cache is not written, and the TensorRT installed here may be one that reads none.
+            version = DEFAULT_TENSORRT_VERSION
+            cache, progress = _calibrate(
+                console, network, feed, options,
+                engine=options.engine, until_stable=options.until_stable, tensorrt_version=version,
+            )  # fmt: skip
+            quantized = fastcal.quantize(network, cache, exclude=exclude or ())
+            _write_model(quantized, output)
+            _print_summary(cache, feed, progress, **_quantized_rows(quantized, output))
+
+
+def _calibrate(
+    console: Console, network: Model, feed: fastcal.ImageFeed, options: CalibrationOptions, **more: Any
+) -> tuple[fastcal.CalibrationCache, fastcal.Progress]:
+    """Calibrate with a progress bar; returns the cache and how far it came."""
+    with feed, _progress_bar(console, "preparing the network", "picking the scales") as progress:
+        cache = fastcal.calibrate(
+            network,
+            feed,
+            algorithm=options.algorithm,
+            quantile=options.quantile,
+            threads=options.threads,
+            progress=progress,
+            **options.for_tensorrt(),
+            **more,
+        )
+    return cache, progress.last
+
+
+def _write_model(model: ModelProto, output: str) -> None:
+    from google.protobuf.message import EncodeError
+
+    try:
+        data = model.SerializeToString()
+    except (EncodeError, ValueError) as error:
+        raise FastcalError(f"cannot write {output}: it is over 2 GB; fastcal.quantize in Python returns it") from error
+    write_atomically(output, data)
+
+
+def _quantized_rows(model: ModelProto, output: str) -> dict[str, str]:
+    from fastcal.qdq import WEIGHTED, count_quantized
+
+    quantized, layers = count_quantized(model)
+    return {"INT8": f"{quantized} of {layers} {', '.join(WEIGHTED)}", "model": output}
 
 
 @app.command()
@@ -352,7 +453,7 @@ def _progress_bar(console: Console, before: str, after: str) -> Iterator[_Bar]:
 
 
 def _print_summary(
-    cache: fastcal.CalibrationCache, feed: fastcal.ImageFeed, progress: fastcal.Progress, output: str
+    cache: fastcal.CalibrationCache, feed: fastcal.ImageFeed, progress: fastcal.Progress, /, **written: str
 ) -> None:
     nonzero = [name for name in cache.scales if cache.scales[name]]
     widest = max(nonzero, key=lambda name: cache.scales[name], default=None)
@@ -364,7 +465,7 @@ def _print_summary(
         tensors=f"{len(cache.scales)}, scales by {cache.algorithm}",
         widest=f"{cache.scales[widest]:.6g} for {widest}" if widest else "all scales are 0",
         narrowest=f"{cache.scales[narrowest]:.6g} for {narrowest}" if narrowest else "all scales are 0",
-        cache=f"{output}, {cache.header}",
+        **written,
     )
 
 

@@ -1,0 +1,404 @@
+"""Models with Q/DQ pairs: where the pairs are, what they hold, and how much the output suffers."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper
+
+import fastcal
+from conftest import DIGITS
+from fastcal.qdq import count_quantized
+
+SQUEEZENET = Path(__file__).parents[2] / "shared" / "facts" / "squeezenet1_1.onnx"
+needs_squeezenet = pytest.mark.skipif(not SQUEEZENET.exists(), reason=f"no {SQUEEZENET.name}")
+
+#: Two blocks as ResNet has them, the first with a convolution in its shortcut; Inception's pooling; a classifier.
+RESIDUAL = """f (float[N, 3, 16, 16] image) => (float[N, 5] y) {
+  [stem] c0 = Conv<pads = [1, 1, 1, 1]>(image, w0)
+  n0 = BatchNormalization(c0, scale, shift, mean, variance)
+  r0 = Relu(n0)
+  p0 = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(r0)
+  [down] short = Conv(p0, w_short, b)
+  [a1] c1 = Conv<pads = [1, 1, 1, 1]>(p0, w1)
+  n1 = BatchNormalization(c1, scale, shift, mean, variance)
+  r1 = Relu(n1)
+  [a2] c2 = Conv<pads = [1, 1, 1, 1]>(r1, w2, b)
+  n2 = BatchNormalization(c2, scale, shift, mean, variance)
+  [add1] s1 = Add(short, n2)
+  x1 = Relu(s1)
+  [b1] c3 = Conv<pads = [1, 1, 1, 1]>(x1, w1)
+  r3 = Relu(c3)
+  [b2] c4 = Conv<pads = [1, 1, 1, 1]>(r3, w2, b)
+  [add2] s2 = Add(c4, x1)
+  x2 = Relu(s2)
+  [branch] c5 = Conv(x2, w_short)
+  [pool] p5 = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x2)
+  both = Concat<axis = 1>(c5, p5)
+  [up] t = ConvTranspose<strides = [2, 2]>(both, w_up, b)
+  [gap] g = GlobalAveragePool(t)
+  v = Flatten(g)
+  [dense] d = Gemm<transB = 1, beta = 0.5>(v, w_dense, b)
+  e = Sigmoid(d)
+  [last] m = MatMul(e, w_last)
+  y = Add(m, b_last)
+}"""
+
+#: What the layers of RESIDUAL read in INT8: all that has a pair.
+RESIDUAL_PAIRS = {
+    "stem": ["image"],
+    "down": ["p0"],
+    "a1": ["p0"],
+    "a2": ["r1"],
+    "add1": ["short"],
+    "b1": ["x1"],
+    "b2": ["r3"],
+    "add2": ["x1"],
+    "branch": ["x2"],
+    "pool": ["x2"],
+    "up": ["both"],
+    "gap": ["t"],
+    "dense": ["v"],
+    "last": ["e"],
+}
+
+
+@pytest.fixture
+def residual(onnx_file):
+    random = np.random.default_rng(5)
+    weights = {
+        "w0": (8, 3, 3, 3), "w1": (8, 8, 3, 3), "w2": (8, 8, 3, 3), "w_short": (8, 8, 1, 1), "w_up": (16, 8, 2, 2),
+        "w_dense": (8, 8), "w_last": (8, 5), "b": (8,), "b_last": (5,), "scale": (8,), "shift": (8,), "mean": (8,),
+    }  # fmt: skip
+    values = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in weights.items()}
+    values |= {name: array / np.float32(np.prod(array.shape[1:]) ** 0.5) for name, array in values.items()}
+    return onnx_file(RESIDUAL, values | {"variance": random.uniform(0.5, 2, 8).astype("f4")}, "residual.onnx")
+
+
+def residual_batches():
+    for seed in range(3):
+        yield {"image": np.random.default_rng(seed).standard_normal((4, 3, 16, 16), dtype=np.float32)}
+
+
+def squeezenet_batches():
+    for batch in range(4):
+        yield {"input": np.random.default_rng([99, batch]).standard_normal((4, 3, 224, 224), dtype=np.float32)}
+
+
+def digits_batches(folder="images", size=32):
+    with fastcal.ImageFeed(DIGITS / folder, model=DIGITS / "digits.onnx", batch_size=size) as feed:
+        return [{name: np.array(array) for name, array in batch.items()} for batch in feed]
+
+
+def calibrate(model, batches, algorithm="minmax"):
+    return fastcal.calibrate(
+        model, fastcal.ArrayFeed(list(batches)), algorithm=algorithm, engine="onnxruntime", tensorrt_version="10.16.1"
+    )
+
+
+def run(model, batches):
+    data = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(None, batch)[0] for batch in batches])
+
+
+class Pairs:
+    """The Q/DQ pairs of a model by the name of what leaves them."""
+
+    def __init__(self, model):
+        self.nodes = {node.name: node for node in model.graph.node}
+        self.values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        producers = {name: node for node in model.graph.node for name in node.output}
+        self.all = {}
+        for node in model.graph.node:
+            if node.op_type == "DequantizeLinear":
+                quantize = producers[node.input[0]]
+                assert quantize.op_type == "QuantizeLinear"
+                assert quantize.input[1:] == node.input[1:]
+                assert quantize.attribute == node.attribute
+                self.all[node.output[0]] = (quantize.input[0], *[self.values[name] for name in node.input[1:]])
+
+    def read_by(self, node):
+        """What a node reads through pairs."""
+        return [self.all[name][0] for name in node.input if name in self.all]
+
+
+def channels_first(node, weights):
+    """Weights with the output channels along the first axis, as ONNX defines the operators."""
+    transposed = any(value.name == "transB" and value.i for value in node.attribute)
+    if node.op_type == "Conv" or transposed:
+        return weights
+    return weights.swapaxes(0, 1)
+
+
+def check_pairs(path, model, cache):
+    """What holds of every quantized model: what the pairs hold, and that every weighted layer has them."""
+    onnx.checker.check_model(model, full_check=True)
+    before = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    pairs = Pairs(model)
+    for name, scale, zero_point in pairs.all.values():
+        assert scale.dtype == np.float32
+        assert zero_point.dtype == np.int8
+        assert zero_point.shape == scale.shape
+        assert not zero_point.any()
+        if name not in before:
+            assert scale.shape == ()
+            assert scale.tobytes() == np.float32(cache.scales[name]).tobytes()
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            assert node.input[0] in pairs.all
+            name, scale, _ = pairs.all[node.input[1]]
+            amax = np.array([np.abs(channel).max() for channel in channels_first(node, before[name])])
+            assert scale.tolist() == (amax.astype(np.float64) / 127).astype(np.float32).tolist()
+            assert not set(node.input[2:]) & pairs.all.keys()
+        elif node.op_type not in ("Add", "AveragePool", "GlobalAveragePool", "DequantizeLinear"):
+            assert not set(node.input) & pairs.all.keys()
+    return pairs
+
+
+def test_pairs_of_the_digits():
+    path = DIGITS / "digits.onnx"
+    cache = calibrate(path, digits_batches(), "entropy2")
+    pairs = check_pairs(path, fastcal.quantize(path, cache), cache)
+    assert {name: pairs.read_by(pairs.nodes[name]) for name in ("/3/Add", "/5/Add", "/6/AveragePool")} == {
+        "/3/Add": ["/3/shortcut/Conv_output_0"],
+        "/5/Add": ["/5/shortcut/Conv_output_0"],
+        "/6/AveragePool": ["/5/Relu_1_output_0"],
+    }
+
+
+def test_pairs_of_a_residual_network(residual):
+    cache = calibrate(residual, residual_batches())
+    model = fastcal.quantize(residual, cache)
+    pairs = check_pairs(residual, model, cache)
+    weights = {tensor.name for tensor in onnx.load(residual).graph.initializer}
+    read = {name: [each for each in pairs.read_by(node) if each not in weights] for name, node in pairs.nodes.items()}
+    assert {name: inputs for name, inputs in read.items() if inputs and name in RESIDUAL_PAIRS} == RESIDUAL_PAIRS
+    activations = {name for name, *_ in pairs.all.values()} - weights
+    assert activations == {name for inputs in RESIDUAL_PAIRS.values() for name in inputs}
+    batches = list(residual_batches())
+    assert sqnr(run(residual, batches), run(model, batches)) > 25
+    assert count_quantized(model) == (10, 10)
+
+
+@needs_squeezenet
+def test_pairs_of_squeezenet():
+    cache = calibrate(SQUEEZENET, squeezenet_batches())
+    pairs = check_pairs(SQUEEZENET, fastcal.quantize(SQUEEZENET, cache), cache)
+    # The average of the last layer is what the network gives: nothing is quantized there.
+    assert not [node for node in pairs.nodes.values() if node.op_type == "GlobalAveragePool" and pairs.read_by(node)]
+
+
+def sqnr(reference, quantized):
+    """Signal to quantization noise in dB."""
+    noise = np.square(reference.astype(np.float64) - quantized).sum()
+    return 10 * np.log10(np.square(reference.astype(np.float64)).sum() / noise)
+
+
+#: What ONNX Runtime's quantizer is told for symmetric INT8, and what else for pairs as TensorRT wants them.
+SYMMETRIC = {"ActivationSymmetric": True, "WeightSymmetric": True}
+LAYERS = ["Conv", "Gemm", "MatMul"]
+FOR_TENSORRT = SYMMETRIC | {"QuantizeBias": False, "OpTypesToExcludeOutputQuantization": LAYERS}
+
+
+def quantize_with_onnxruntime(path, batches, method, output, layers, options):
+    from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
+
+    class Reader:
+        def __init__(self):
+            self.batches = iter(batches)
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    quantize_static(
+        path, output, Reader(), per_channel=True, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod[method], op_types_to_quantize=layers, extra_options=options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "algorithm"), [("MinMax", "minmax"), ("Entropy", "entropy")])
+@pytest.mark.parametrize(("layers", "options"), [(None, SYMMETRIC), (LAYERS, FOR_TENSORRT)], ids=["all", "tensorrt"])
+@pytest.mark.parametrize("network", ["digits", pytest.param("squeezenet", marks=needs_squeezenet)])
+def test_the_output_suffers_no_more_than_with_onnxruntimes_quantizer(
+    tmp_path, network, layers, options, method, algorithm
+):
+    path = DIGITS / "digits.onnx" if network == "digits" else SQUEEZENET
+    batches = digits_batches() if network == "digits" else list(squeezenet_batches())
+    tested = digits_batches("test", 45) if network == "digits" else batches
+    quantize_with_onnxruntime(path, batches, method, tmp_path / "theirs.onnx", layers, options)
+    reference = run(path, tested)
+    ours = sqnr(reference, run(fastcal.quantize(path, calibrate(path, batches, algorithm)), tested))
+    theirs = sqnr(reference, run(tmp_path / "theirs.onnx", tested))
+    print(f"{network} {method}: {ours:.2f} dB, ONNX Runtime's quantizer {theirs:.2f} dB")
+    assert ours > theirs - 0.5
+
+
+@pytest.mark.parametrize(
+    ("exclude", "in_float"),
+    [
+        (["add2", "pool"], {"add2", "pool"}),
+        (["b2"], {"b2", "add2"}),  # the Add has no convolution in INT8 to be fused into
+        (["a1", "Gemm"], {"a1", "dense", "gap"}),  # an average is not quantized for what reads it in float
+        (["Conv"], {"stem", "down", "a1", "a2", "b1", "b2", "branch", "add1", "add2", "pool"}),
+    ],
+)
+def test_what_is_excluded_stays_in_float(residual, exclude, in_float):
+    pairs = Pairs(fastcal.quantize(residual, calibrate(residual, residual_batches()), exclude=exclude))
+    assert {name for name in RESIDUAL_PAIRS if not pairs.read_by(pairs.nodes[name])} == in_float
+
+
+@pytest.mark.parametrize(("scale", "reason"), [(0.0, "the scale of r1 is 0"), (None, "no scale for r1")])
+def test_a_layer_without_a_scale_stays_in_float(residual, caplog, scale, reason):
+    cache = calibrate(residual, residual_batches())
+    cache.scales.pop("r1")
+    if scale is not None:
+        cache.scales["r1"] = scale
+    model = fastcal.quantize(residual, cache)
+    pairs = Pairs(model)
+    assert pairs.read_by(pairs.nodes["a2"]) == []
+    assert pairs.read_by(pairs.nodes["add1"]) == ["n2"]  # the Add goes into the convolution that is quantized
+    assert pairs.read_by(pairs.nodes["b1"]) == ["x1", "w1"]
+    assert count_quantized(model) == (9, 10)
+    assert caplog.record_tuples == [("fastcal", logging.WARNING, f"1 layers stay in float: a2 ({reason})")]
+
+
+def test_weights_that_are_computed_or_in_other_types(onnx_file, caplog):
+    path = onnx_file(
+        "f (float[N, 2, 4, 4] x, float[2, 2, 1, 1] k) => (float[N, 2, 4, 4] z, float16[N, 2, 4, 4] h) {"
+        "  one = Identity(w) [kept] y = Conv(x, one) [computed] z = Conv(y, k)"
+        "  x16 = Cast<to = 10>(x) [half] h = Conv(x16, w16) }",
+        {"w": np.ones((2, 2, 1, 1), "f4"), "w16": np.ones((2, 2, 1, 1), "f2")},
+    )
+    cache = fastcal.CalibrationCache({"x": 0.5, "y": 0.5, "x16": 0.5})
+    pairs = Pairs(fastcal.quantize(path, cache))
+    assert {name: pairs.read_by(pairs.nodes[name]) for name in ("kept", "computed", "half")} == {
+        "kept": ["x", "one"],
+        "computed": [],
+        "half": [],
+    }
+    assert "computed (its weights k are computed), half (x16 is float16)" in caplog.text
+
+
+def test_a_transposed_weight_a_dead_channel_and_both_sides_of_a_product(onnx_file):
+    weights = np.float32([[1, 0, -4], [2, 0, 3]])
+    path = onnx_file(
+        "f (float[N, 2] x, float[3, N] z) => (float[3, 3] p, float[N, 2] q) {"
+        "  [first] y = MatMul(x, w) [both] p = MatMul(z, y) wt = Transpose<perm = [1, 0]>(w) [second] q = MatMul(y, wt)"
+        "}",
+        {"w": weights},
+    )
+    model = fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5, "y": 0.25, "z": 0.125}))
+    onnx.checker.check_model(model, full_check=True)
+    pairs = Pairs(model)
+    scales = {name: [pairs.all[each][1].tolist() for each in pairs.nodes[name].input] for name in ("first", "both")}
+    assert scales["first"] == [0.5, [np.float32(2) / np.float32(127), 1, np.float32(4) / np.float32(127)]]
+    assert scales["both"] == [0.125, 0.25]
+    assert pairs.all[pairs.nodes["second"].input[1]][1].tolist() == (np.float32([4, 3]) / np.float32(127)).tolist()
+    x = np.float32([[0.5, -1.5], [3, 1]])
+    (session,) = [onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])]
+    _, q = session.run(None, {"x": x, "z": np.ones((3, 2), "f4")})
+    assert q == pytest.approx(x @ weights @ weights.T, abs=2)
+
+
+def test_external_weights_come_with_the_model(residual):
+    cache = calibrate(residual, residual_batches())
+    want = fastcal.quantize(residual, cache)
+    onnx.save(onnx.load(residual), residual, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    got = fastcal.quantize(residual, fastcal.CalibrationCache(cache.scales))
+    batches = list(residual_batches())
+    assert run(got, batches).tobytes() == run(want, batches).tobytes()
+    (residual.parent / "weights.bin").unlink()
+    with pytest.raises(fastcal.FastcalError, match=r"cannot load .*residual.onnx: .*weights.bin.*; keep its external"):
+        fastcal.quantize(residual, fastcal.CalibrationCache(cache.scales))
+
+
+def test_models_that_cannot_be_quantized(residual, onnx_file, tmp_path):
+    cache = calibrate(residual, residual_batches())
+    onnx.save(fastcal.quantize(residual, cache), tmp_path / "twice.onnx")
+    old = onnx.load(residual)
+    old.opset_import[0].version = 12
+    onnx.save(old, tmp_path / "old.onnx")
+    lone = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
+    for path, message in (
+        (tmp_path / "twice.onnx", r"twice.onnx has QuantizeLinear or DequantizeLinear already; quantize the float"),
+        (tmp_path / "old.onnx", r"old.onnx is of opset 12, a scale per channel needs 13; export the network with ops"),
+        (lone, r"model.onnx has no layer to quantize$"),
+    ):
+        with pytest.raises(fastcal.FastcalError, match=message):
+            fastcal.quantize(path, fastcal.CalibrationCache(cache.scales))
+    for name, near in (("stm", "stem"), ("Gem", "Gemm"), ("Softmax", "Conv")):
+        with pytest.raises(fastcal.FastcalError, match=rf"no layer and no type of layer '{name}' to exclude; .*{near}"):
+            fastcal.quantize(residual, cache, exclude=["Relu", name])
+
+
+def test_caches_of_another_model(residual, tmp_path):
+    cache = calibrate(residual, residual_batches())
+    names = dict.fromkeys(["image", "conv1", "conv2"], 0.1)
+    with pytest.raises(fastcal.FastcalError, match=r"scales for 1 of the 9 tensors .*residual.onnx read: it is anoth"):
+        fastcal.quantize(residual, fastcal.CalibrationCache(names))
+    cache.save(tmp_path / "x.cache")
+    other = onnx.load(residual)
+    other.doc_string = "trained anew"
+    onnx.save(other, tmp_path / "other.onnx")
+    assert fastcal.quantize(residual, tmp_path / "x.cache") == fastcal.quantize(residual, cache)
+    with pytest.raises(fastcal.FastcalError, match=r"^the cache was calibrated with another model than .*; calibrate"):
+        fastcal.quantize(tmp_path / "other.onnx", cache)
+    with pytest.raises(fastcal.FastcalError, match=r"x.cache was calibrated with .* or remove .*x.cache.json if"):
+        fastcal.quantize(tmp_path / "other.onnx", tmp_path / "x.cache")
+    (tmp_path / "x.cache.json").unlink()
+    fastcal.quantize(tmp_path / "other.onnx", tmp_path / "x.cache")
+
+
+def test_the_command_takes_a_cache_or_images(run_fastcal, tmp_path):
+    model, images = DIGITS / "digits.onnx", DIGITS / "images"
+    assert run_fastcal("calibrate", model, images, "-o", tmp_path / "x.cache", "--algorithm", "minmax").returncode == 0
+    done = run_fastcal("quantize", model, tmp_path / "x.cache", "-o", tmp_path / "1.onnx", "--exclude", "Gemm")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        f"scales     {tmp_path / 'x.cache'}",
+        "INT8       7 of 8 Conv, ConvTranspose, Gemm, MatMul",
+        f"model      {tmp_path / '1.onnx'}",
+    ]
+    options = ("--exclude", "/8/Gemm", "--algorithm", "minmax")
+    done = run_fastcal("quantize", model, images, "-o", tmp_path / "2.onnx", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == "images     256 in 8 batches of 32"
+    want = fastcal.quantize(model, tmp_path / "x.cache", exclude=["/8/Gemm"])
+    assert onnx.load(tmp_path / "1.onnx") == onnx.load(tmp_path / "2.onnx") == want
+    assert sorted(os.listdir(tmp_path)) == ["1.onnx", "2.onnx", "x.cache", "x.cache.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.onnx", "x.cache", "-o", "y.onnx"], "cannot read model nothing.onnx"),
+        (["m.onnx", "nothing", "-o", "y.onnx"], "no such file or folder: nothing"),
+        (["m.onnx", "broken.cache", "-o", "y.onnx"], "broken.cache, line 2: 'image' is not"),
+        (["m.onnx", "x.cache", "-o", "m.onnx"], "m.onnx is the model itself"),
+        (["m.onnx", "x.cache", "-o", "x.cache"], "x.cache is the calibration cache; name another file"),
+        (["m.onnx", "x.cache", "-o", "nowhere/y.onnx"], "cannot write nowhere/y.onnx"),
+        (["m.onnx", "x.cache", "-o", "y.onnx", "--batch-size", "8"], "is a calibration cache, and --batch-size is for"),
+        (["m.onnx", "x.cache", "-o", "y.onnx", "--engine", "tensorrt"], "is a calibration cache, and --engine is for"),
+        (["m.onnx", "x.cache", "-o", "y.onnx", "--exclude", "Gem"], "no type of layer 'Gem' to exclude; near are Gemm"),
+        (["m.onnx", "images", "-o", "y.onnx", "--exclude", "Gem"], "no type of layer 'Gem' to exclude; near are Gemm"),
+        (["m.onnx", "x.cache", "-o", "y.onnx"], "the cache has scales for 0 of the"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_no_model(run_fastcal, tmp_path, arguments, message):
+    shutil.copy(DIGITS / "digits.onnx", tmp_path / "m.onnx")
+    (tmp_path / "x.cache").write_text("TRT-8601-MinMaxCalibration\nother: 3f800000\n")
+    (tmp_path / "broken.cache").write_text("TRT-8601-MinMaxCalibration\nimage\n")
+    before = sorted(os.listdir(tmp_path))
+    done = run_fastcal("quantize", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (tmp_path / "m.onnx").read_bytes() == (DIGITS / "digits.onnx").read_bytes()
