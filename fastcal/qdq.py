@@ -298,7 +298,7 @@ class _Plan:
 
 def _insert(graph: _Graph, pairs: Mapping[tuple[int, int], int | None], scales: Mapping[str, float]) -> None:
     """Put the pairs into the graph, each before the first node that reads it."""
-    taken = {*graph.producers, *graph.consumers, *(node.name for node in graph.nodes)}
+    taken = {*graph.producers, *graph.consumers, *(tensor.name for tensor in graph.proto.graph.initializer)}
     made: dict[tuple[str, int | None], str] = {}
     nodes: list[onnx.NodeProto] = []
     for number, node in enumerate(graph.nodes):

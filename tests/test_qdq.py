@@ -306,6 +306,26 @@ def test_a_transposed_weight_a_dead_channel_and_both_sides_of_a_product(onnx_fil
     assert q == pytest.approx(x @ weights @ weights.T, abs=2)
 
 
+def test_what_is_fused_is_all_that_reads_a_convolution_and_every_pair_is_made_once(onnx_file):
+    path = onnx_file(
+        "f (float[N, 2, 8, 8] x) => (float[N, 2, 6, 6] z, float[N, 2, 8, 8] s, float[N, 2, 8, 8] t) {"
+        "  [first] c = Conv(x, w) [twice] s = Add(c, x) r = Relu(c) [second] d = Conv(r, w) [plus] t = Add(d, one)"
+        "  n = Neg(x) [pool1] p = AveragePool<kernel_shape = [2, 2]>(n)"
+        "  [pool2] q = AveragePool<kernel_shape = [2, 2]>(p) [third] z = Conv(q, w) }",
+        {"w": np.ones((2, 2, 1, 1), "f4"), "one": np.ones(1, "f4"), "w_scale": np.ones(1, "f4")},
+    )
+    cache = fastcal.CalibrationCache(dict.fromkeys(["x", "n", "c", "r", "d", "p", "q"], 0.5))
+    model = fastcal.quantize(path, cache)
+    onnx.checker.check_model(model, full_check=True)
+    pairs = Pairs(model)
+    read = {name: pairs.read_by(node) for name, node in pairs.nodes.items() if pairs.read_by(node)}
+    assert read == {
+        "first": ["x", "w"], "second": ["r", "w"], "third": ["q", "w"], "pool1": ["n"], "pool2": ["p"],
+    }  # fmt: skip
+    assert sorted(name for name, *_ in pairs.all.values()) == ["n", "p", "q", "r", "w", "x"]
+    assert pairs.values["w_scale"].shape == (1,)
+
+
 def test_external_weights_come_with_the_model(residual):
     cache = calibrate(residual, residual_batches())
     want = fastcal.quantize(residual, cache)
