@@ -135,3 +135,16 @@ def test_trtexec_builds_an_engine(tmp_path, commands):
     assert done.returncode == 0, done.stderr
     assert (folder / "digits.engine").stat().st_size > 0
     assert "PASSED" in (folder / "digits.log").read_text()
+
+
+@needs_cpu_extra
+def test_quantized_digits_are_recognized_as_well(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, EXAMPLES / "quantize" / "compare.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    top1 = {name: float(share.rstrip("%")) for name, share in map(str.split, done.stdout.splitlines())}
+    assert list(top1) == ["FP32", "minmax", "entropy2", "percentile"]
+    assert top1["FP32"] == 99.8  # what examples/digits/README.md says of PyTorch on the same images
+    assert max(list(top1.values())[1:]) >= top1["FP32"] - 1
+    assert sorted(os.listdir(tmp_path)) == ["digits.entropy2.onnx", "digits.minmax.onnx", "digits.percentile.onnx"]
