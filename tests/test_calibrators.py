@@ -168,6 +168,9 @@ calibrate(samples="others")
 calibrate(fastcal.MinMaxCalibrator, samples="others")
 Path("x.cache").write_text(Path("x.cache").read_text().replace("101601", "8600"))
 calibrate(samples="others")
+record = Path("x.cache.json").read_text()
+Path("x.cache.json").write_text(record.replace("FP32", "TF32"))
+calibrate(samples="others")
 Path("x.cache.json").unlink()
 calibrate(samples="others")
 Path("x.cache").write_text("garbage")
@@ -186,6 +189,8 @@ calibrate(samples="others")
         f"calibrating: x.cache is not used, its header is {entropy2}, not TRT-101601-MinMaxCalibration",
         "calibrated with 3",
         f"calibrating: x.cache is not used, its header is TRT-8600-EntropyCalibration2, not {entropy2}",
+        "calibrated with 3",
+        "calibrating: x.cache is not used, it was made from other precision (TF32 then, FP32 now)",
         "calibrated with 3",
         "calibrating: x.cache is not used, nothing tells what it was made from (x.cache.json is missing or of another "
         "cache)",

@@ -65,6 +65,9 @@ def test_classes_by_turns():
     paths = [f"/data/{name}" for name in ("cat/1", "cat/2", "cat/3", "dog/1", "fish/deep/1", "fish/deep/2")]
     turns = ["cat/1", "dog/1", "fish/deep/1", "cat/2", "fish/deep/2", "cat/3"]
     assert order(paths, shuffle=False, seed=0, balance=True, limit=5) == [f"/data/{name}" for name in turns[:5]]
+    backwards = ["cat/3", "dog/1", "fish/deep/2", "cat/2", "fish/deep/1", "cat/1"]
+    found = order(paths[::-1], shuffle=False, seed=0, balance=True, limit=None)
+    assert found == [f"/data/{name}" for name in backwards]
     shuffled = order(paths, shuffle=True, seed=1, balance=True, limit=3)
     assert sorted(path.split("/")[2] for path in shuffled) == ["cat", "dog", "fish"]
     assert shuffled == order(paths, shuffle=True, seed=1, balance=True, limit=3)

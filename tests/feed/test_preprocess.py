@@ -51,6 +51,18 @@ MEAN, STD = list(IMAGENET.mean), list(IMAGENET.std)
                         "image_std": list(Preprocess.preset("clip").std), "rescale_factor": 1 / 255}),
             Preprocess.preset("clip"),
         ),
+        (  # its DeiT
+            "preprocessor_config.json",
+            json.dumps({"crop_size": 224, "do_center_crop": True, "image_mean": MEAN, "image_std": STD, "resample": 2,
+                        "size": 256}),
+            IMAGENET,
+        ),
+        (
+            "preprocessor_config.json",
+            json.dumps({"crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "do_rescale": False,
+                        "do_normalize": False, "image_mean": MEAN, "image_std": STD, "size": {"shortest_edge": 256}}),
+            Preprocess(resize="crop"),
+        ),
         (  # its ResNet, which is a ConvNeXT's
             "preprocessor_config.json",
             json.dumps({"crop_pct": 0.875, "do_normalize": True, "image_mean": MEAN, "image_std": STD, "resample": 3,

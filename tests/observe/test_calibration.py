@@ -161,6 +161,7 @@ def test_it_stops_when_no_scale_moves_any_longer(onnx_file, caplog):
     with caplog.at_level(logging.INFO, "fastcal"):
         cache = run([1, 1, 2, 2, 2, 2, 2, 9], 1)
     assert len(asked) == 6  # moved at the third, and not at the three after it
+    assert cache.record.entries.items() >= {"until_stable": 1, "precision": "FP32"}.items()
     assert cache.scales["y"] == float(np.float32(4) / 127)
     assert "stable after 60 images" in caplog.text
     assert run([1, 1.02, 1.04, 1.06, 1.08], 1).scales["x"] == float(np.float32(1.08) / 127)
