@@ -69,6 +69,18 @@ def test_it_stops_when_the_scales_are_stable(run_fastcal, tmp_path):
     assert f"images     {images} in {images // 8} batches of 8" in done.stdout
 
 
+def test_a_sample_of_every_class(run_fastcal, tmp_path):
+    data = DIGITS / "test"
+    words = ("-o", tmp_path / "x", "--balance", "--limit", 20, "--batch-size", 20)
+    done = run_fastcal("calibrate", MODEL, data, *words)
+    assert done.returncode == 0, done.stderr
+    by_class = [sorted((data / str(digit)).iterdir())[:2] for digit in range(10)]
+    by_turns = [str(paths[turn]) for turn in (0, 1) for paths in by_class]
+    assert fastcal.ImageFeed(data, model=MODEL, balance=True, limit=20).paths == by_turns
+    feed = fastcal.ImageFeed(by_turns, model=MODEL, batch_size=20)
+    assert fastcal.calibrate(MODEL, feed).scales == fastcal.CalibrationCache.load(tmp_path / "x").scales
+
+
 def test_preprocessing_from_a_file(run_fastcal, tmp_path, images):
     (tmp_path / "p.toml").write_text('preset = "unit"\ninterpolation = "bicubic"\n')
     done = run_fastcal("calibrate", MODEL, images, "-o", tmp_path / "x", "--preprocess", tmp_path / "p.toml")
