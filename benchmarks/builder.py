@@ -43,19 +43,15 @@ def pil_batches(paths, side):
         yield np.stack([load(path, side) for path in paths[start : start + BATCH_SIZE]])
 
 
-def resident(paths, side, base):
-    """Batches that lie on the GPU already."""
+def calibrator(base, next_array):
+    """A calibrator over a function that gives the next batch on the GPU, None at the end; it keeps no cache."""
 
-    class Resident(base):
-        def __init__(self):
-            base.__init__(self)
-            self.batches = iter([cupy.asarray(batch) for batch in pil_batches(paths, side)])
-
+    class Calibrator(base):
         def get_batch_size(self):
             return BATCH_SIZE
 
         def get_batch(self, names):
-            self.held = next(self.batches, None)
+            self.held = next_array()
             return None if self.held is None else [self.held.data.ptr]
 
         def read_calibration_cache(self):
@@ -64,35 +60,28 @@ def resident(paths, side, base):
         def write_calibration_cache(self, cache):
             pass
 
-    return Resident()
+    return Calibrator()
+
+
+def resident(paths, side, base):
+    """Batches that lie on the GPU already."""
+    batches = iter([cupy.asarray(batch) for batch in pil_batches(paths, side)])
+    return calibrator(base, lambda: next(batches, None))
 
 
 def sample(paths, side, base):
-    """What samples and tutorials do."""
+    """What samples and tutorials do: one array, copied to again and again."""
+    batches = pil_batches(paths, side)
+    array = cupy.empty((BATCH_SIZE, 3, side, side), cupy.float32)
 
-    class Sample(base):
-        def __init__(self):
-            base.__init__(self)
-            self.batches = pil_batches(paths, side)
-            self.held = cupy.empty((BATCH_SIZE, 3, side, side), cupy.float32)
-
-        def get_batch_size(self):
-            return BATCH_SIZE
-
-        def get_batch(self, names):
-            batch = next(self.batches, None)
-            if batch is None:
-                return None
-            self.held.set(batch)
-            return [self.held.data.ptr]
-
-        def read_calibration_cache(self):
+    def next_array():
+        batch = next(batches, None)
+        if batch is None:
             return None
+        array.set(batch)
+        return array
 
-        def write_calibration_cache(self, cache):
-            pass
-
-    return Sample()
+    return calibrator(base, next_array)
 
 
 def polygraphy(paths, side, base):

@@ -23,6 +23,7 @@ from photographs import write_photographs
 
 import fastcal
 from fastcal.model import Model
+from fastcal.network import tactic_bits
 from fastcal.observe.device_histogram import DeviceHistograms
 from fastcal.observe.scales import pick_scales
 from fastcal.observe.with_tensorrt import TensorRTObserver
@@ -101,7 +102,7 @@ def inside_builder(path, calibrator, batch_size):
     config = builder.create_builder_config()
     config.set_flag(trt.BuilderFlag.INT8)
     config.builder_optimization_level = 0
-    config.set_tactic_sources(sum(1 << int(getattr(trt.TacticSource, name)) for name in TACTICS))
+    config.set_tactic_sources(tactic_bits(TACTICS))
     config.int8_calibrator = calibrator
     start = time.perf_counter()
     assert builder.build_serialized_network(network, config) is not None

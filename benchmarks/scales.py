@@ -18,7 +18,7 @@ import tensorrt as trt
 
 from fastcal.cache import CalibrationCache
 from fastcal.model import Model
-from fastcal.network import Logger, parse, start_builder
+from fastcal.network import Logger, parse, start_builder, tactic_bits
 from fastcal.observe.histogram import BINS
 from fastcal.observe.scales import divergences, pick_scales
 from fastcal.observe.with_tensorrt import TensorRTObserver
@@ -68,7 +68,7 @@ def build(builder, logger, model, calibrator):
     config = builder.create_builder_config()
     config.set_flag(trt.BuilderFlag.INT8)
     config.builder_optimization_level = 0
-    config.set_tactic_sources(sum(1 << int(getattr(trt.TacticSource, name)) for name in TACTICS))
+    config.set_tactic_sources(tactic_bits(TACTICS))
     config.int8_calibrator = calibrator
     assert builder.build_serialized_network(network, config) is not None
 

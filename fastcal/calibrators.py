@@ -22,7 +22,7 @@ from fastcal.errors import FastcalError
 from fastcal.feed.device import wait_until_filled
 from fastcal.feed.feed import ArrayFeed, Batch, Feed
 from fastcal.files import check_writable
-from fastcal.model import Model, format_shape
+from fastcal.model import Model, format_shape, match_names
 from fastcal.progress import Progress
 from fastcal.record import Record, precision, usable_cache
 
@@ -284,22 +284,11 @@ class FeedCalibrator:
             self._end_pass()
             self._ended = True
             return None
-        arrays = dict(zip(names, self._in_order(batch, names), strict=True))
+        arrays = match_names(names, "the network", batch, self.feed.anonymous)
         for name, array in arrays.items():
             self._check_array(name, array)
         self._held = [self._on_device(name, array) for name, array in arrays.items()]
         return [_address(array) for array in self._held]
-
-    def _in_order(self, batch: Batch, names: Sequence[str]) -> list[Any]:
-        """The batch's arrays in the order of the network's inputs."""
-        if self.feed.anonymous and len(names) == len(batch) == 1:
-            return list(batch.values())
-        if set(names) != set(batch):
-            raise FastcalError(
-                f"the network takes the inputs {', '.join(map(repr, names))}, the batches have "
-                f"{', '.join(map(repr, batch))}; name the batches' arrays after the inputs"
-            )
-        return [batch[name] for name in names]
 
     def _check_array(self, name: str, array: Any) -> None:
         shape, dtype = tuple(array.shape), _dtype(array)

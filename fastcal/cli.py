@@ -273,23 +273,23 @@ def quantize(
         from fastcal.qdq import check_quantizable
 
         network = Model(options.model)
-        check_quantizable(network, exclude or ())
+        excluded = exclude or ()
+        check_quantizable(network, excluded)
         has_cache = options.has_cache()
         _check_outputs(network, {"calibration cache": options.data if has_cache else None, "quantized model": output})
         check_writable(output, network.path.stat().st_size)
         if has_cache:
-            quantized = fastcal.quantize(network, options.data, exclude=exclude or ())
+            quantized = fastcal.quantize(network, options.data, exclude=excluded)
             _write_model(quantized, output)
             _print_rows(scales=options.data, **_quantized_rows(quantized, output))
         else:
             feed = options.feed(network)
             # Any version: the cache is not written, and the TensorRT installed here may be one that reads none.
-            version = DEFAULT_TENSORRT_VERSION
             cache, progress = _calibrate(
                 console, network, feed, options,
-                engine=options.engine, until_stable=options.until_stable, tensorrt_version=version,
+                engine=options.engine, until_stable=options.until_stable, tensorrt_version=DEFAULT_TENSORRT_VERSION,
             )  # fmt: skip
-            quantized = fastcal.quantize(network, cache, exclude=exclude or ())
+            quantized = fastcal.quantize(network, cache, exclude=excluded)
             _write_model(quantized, output)
             _print_summary(cache, feed, progress, **_quantized_rows(quantized, output))
 

@@ -149,17 +149,32 @@ def match_batch(inputs: Sequence[ModelInput], label: str, batch: Mapping[str, An
     Raises:
         FastcalError: An input is missing, unknown, or of another shape; both sides are shown.
     """
-    if anonymous and len(inputs) == 1 and len(batch) == 1:
-        batch = {inputs[0].name: next(iter(batch.values()))}
-    wanted = [value.name for value in inputs]
-    if set(wanted) != set(batch):
+    arrays = match_names([value.name for value in inputs], label, batch, anonymous)
+    for value in inputs:
+        _check_shape(value, label, tuple(arrays[value.name].shape))
+    return arrays
+
+
+def match_names(names: Sequence[str], label: str, batch: Mapping[str, Any], anonymous: bool) -> dict[str, Any]:
+    """A batch's arrays by a network's input names, in their order.
+
+    Args:
+        names: The network's inputs.
+        label: What errors call the network.
+        batch: Arrays by input name.
+        anonymous: Whether the batch's one array was given no name and so goes to the network's one input.
+
+    Raises:
+        FastcalError: An input is missing or unknown; both sides are shown.
+    """
+    if anonymous and len(names) == len(batch) == 1:
+        return {names[0]: next(iter(batch.values()))}
+    if set(names) != set(batch):
         raise FastcalError(
-            f"{label} takes the inputs {', '.join(map(repr, wanted))}, the batches have "
+            f"{label} takes the inputs {', '.join(map(repr, names))}, the batches have "
             f"{', '.join(map(repr, batch)) or 'none'}; name the batches' arrays after the inputs"
         )
-    for value in inputs:
-        _check_shape(value, label, tuple(batch[value.name].shape))
-    return {name: batch[name] for name in wanted}
+    return {name: batch[name] for name in names}
 
 
 def _check_shape(value: ModelInput, label: str, shape: tuple[int, ...]) -> None:

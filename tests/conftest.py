@@ -15,6 +15,28 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "examples" / "digits"
+SQUEEZENET = ROOT.parent / "shared" / "facts" / "squeezenet1_1.onnx"
+needs_squeezenet = pytest.mark.skipif(not SQUEEZENET.exists(), reason=f"no {SQUEEZENET.name}")
+
+
+def squeezenet_batches():
+    """The four batches that TensorRT's caches of SqueezeNet in the data folder were made with."""
+    for batch in range(4):
+        yield {"input": np.random.default_rng([99, batch]).standard_normal((4, 3, 224, 224), dtype=np.float32)}
+
+
+@pytest.fixture(scope="session")
+def trt():
+    """TensorRT, for tests on a GPU."""
+    import tensorrt
+
+    return tensorrt
+
+
+@pytest.fixture(scope="session")
+def tactics(trt):
+    """The tactic sources that need neither cuBLAS nor cuDNN."""
+    return 1 << int(trt.TacticSource.EDGE_MASK_CONVOLUTIONS) | 1 << int(trt.TacticSource.JIT_CONVOLUTIONS)
 
 
 @pytest.fixture(autouse=True)

@@ -24,13 +24,6 @@ TACTICS = "EDGE_MASK_CONVOLUTIONS,JIT_CONVOLUTIONS"
 FAST = ("--tactic-sources", TACTICS, "--optimization-level", 0)
 
 
-@pytest.fixture(scope="session")
-def trt():
-    import tensorrt
-
-    return tensorrt
-
-
 def load(trt, path):
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(Path(path).read_bytes())
     assert engine is not None

@@ -1,37 +1,23 @@
 """The calibrators inside TensorRT's builder."""
 
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastcal
+from conftest import DIGITS, SQUEEZENET, needs_squeezenet
 from fastcal import ArrayFeed, FastcalError, Feed, ImageFeed, Preprocess
 
 pytestmark = pytest.mark.gpu
 
-SQUEEZENET = Path(__file__).parents[2] / "shared" / "facts" / "squeezenet1_1.onnx"
 CLASSES = ["EntropyCalibrator2", "EntropyCalibrator", "MinMaxCalibrator", "LegacyCalibrator", "Calibrator"]
 SHAPE = (4, 3, 64, 64)
 
 
 @pytest.fixture(scope="session")
-def trt():
-    import tensorrt
-
-    return tensorrt
-
-
-@pytest.fixture(scope="session")
 def builder(trt):
     return trt.Builder(trt.Logger(trt.Logger.ERROR))
-
-
-@pytest.fixture(scope="session")
-def tactics(trt):
-    """What runs without cuBLAS and cuDNN."""
-    return 1 << int(trt.TacticSource.EDGE_MASK_CONVOLUTIONS) | 1 << int(trt.TacticSource.JIT_CONVOLUTIONS)
 
 
 def resident(trt, name, batches):
@@ -119,7 +105,7 @@ def test_tensorrt_writes_the_same_cache_as_from_resident_batches(trt, builder, t
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.skipif(not SQUEEZENET.exists(), reason=f"no {SQUEEZENET.name}")
+@needs_squeezenet
 def test_scales_of_squeezenet_are_those_from_resident_batches(trt, builder, tactics, photographs, tmp_path, name):
     from fastcal.cache import CalibrationCache
 
@@ -203,9 +189,6 @@ def test_what_tensorrt_swallows_is_raised_and_no_cache_written(trt, builder, tac
     with pytest.raises((OSError, FastcalError), match=message):
         calibrator.check()
     assert list(tmp_path.iterdir()) == []
-
-
-DIGITS = Path(__file__).parent.parent / "examples" / "digits"
 
 
 def test_an_engine_from_a_model_and_images(trt, tactics, tmp_path):

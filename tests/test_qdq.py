@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,11 +11,8 @@ import pytest
 from onnx import numpy_helper
 
 import fastcal
-from conftest import DIGITS
+from conftest import DIGITS, SQUEEZENET, needs_squeezenet, squeezenet_batches
 from fastcal.qdq import count_quantized
-
-SQUEEZENET = Path(__file__).parents[2] / "shared" / "facts" / "squeezenet1_1.onnx"
-needs_squeezenet = pytest.mark.skipif(not SQUEEZENET.exists(), reason=f"no {SQUEEZENET.name}")
 
 #: Two blocks as ResNet has them, the first with a convolution in its shortcut; Inception's pooling; a classifier.
 RESIDUAL = """f (float[N, 3, 16, 16] image) => (float[N, 5] y) {
@@ -83,11 +79,6 @@ def residual(onnx_file):
 def residual_batches():
     for seed in range(3):
         yield {"image": np.random.default_rng(seed).standard_normal((4, 3, 16, 16), dtype=np.float32)}
-
-
-def squeezenet_batches():
-    for batch in range(4):
-        yield {"input": np.random.default_rng([99, batch]).standard_normal((4, 3, 224, 224), dtype=np.float32)}
 
 
 def digits_batches(folder="images", size=32):

@@ -36,11 +36,11 @@ def list_images(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]])
     path = Path(data)
     if path.is_dir():
         return _in_folder(path)
-    if not path.exists() and glob.has_magic(str(path)):
-        return _matching(str(path))
     if not path.exists():
+        if glob.has_magic(str(path)):
+            return _matching(str(path))
         raise FastcalError(f"no such file or folder: {path}; name a folder of images or a list file")
-    if path.suffix.lower() in EXTENSIONS:
+    if _is_image(path):
         return [str(path)]
     return _in_list_file(path)
 
@@ -82,7 +82,7 @@ def _in_folder(folder: Path) -> list[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         for name in files:
-            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
+            if _is_image(name) and not name.startswith("."):
                 found.append(os.path.join(parent, name))
             else:
                 others += 1
@@ -95,12 +95,14 @@ def _in_folder(folder: Path) -> list[str]:
 
 
 def _matching(pattern: str) -> list[str]:
-    found = sorted(
-        path for path in glob.iglob(pattern, recursive=True) if os.path.splitext(path)[1].lower() in EXTENSIONS
-    )
+    found = sorted(filter(_is_image, glob.iglob(pattern, recursive=True)))
     if not found:
         raise FastcalError(f"no image matches {pattern}; images are {', '.join(sorted(EXTENSIONS))} files")
     return found
+
+
+def _is_image(path: str | os.PathLike[str]) -> bool:
+    return os.path.splitext(path)[1].lower() in EXTENSIONS
 
 
 def _in_list_file(path: Path) -> list[str]:

@@ -94,15 +94,16 @@ def calibrate(
     check_algorithm(algorithm, quantile)
     if until_stable is not None and not until_stable > 0:
         raise FastcalError(f"until_stable is {until_stable}; it is a percentage above 0, 1 for instance")
-    engine = _choose(engine, model)
+    is_file = isinstance(model, str | os.PathLike | Model)
+    engine = _choose(engine, is_file)
     version = _tensorrt_version(tensorrt_version)
-    network = Model.of(model) if isinstance(model, str | os.PathLike | Model) else model
+    network = Model.of(model) if is_file else model
     settings: dict[str, Any] = {"algorithm": algorithm, "precision": precision(tf32 and engine == "tensorrt")}
     if algorithm == "percentile":
         settings |= {"quantile": quantile, "regression_cutoff": _NO_REGRESSION}
     if until_stable is not None:
         settings["until_stable"] = until_stable
-    record = Record.of(feed, network if isinstance(network, Model) else None, **settings)
+    record = Record.of(feed, network if is_file else None, **settings)
     if engine == "tensorrt":
         observing = _on_tensorrt(network, feed, tf32, optimization_level, tactic_sources)
     else:
@@ -167,13 +168,12 @@ def _percent_moved(before: float, now: float) -> float:
     return math.inf if before == 0 else 100 * abs(now / before - 1)
 
 
-def _choose(engine: str, model: Any) -> str:
+def _choose(engine: str, is_file: bool) -> str:
     """The engine to use; "auto" takes what is there."""
     if engine not in ENGINES:
         raise FastcalError(f"there is no engine {engine!r}; choose one of {', '.join(ENGINES)}")
     if engine != "auto":
         return engine
-    is_file = isinstance(model, str | os.PathLike | Model)
     there = find_spec("tensorrt") is not None and resolve("auto") is not None
     return "tensorrt" if there or not is_file else "onnxruntime"
 

@@ -70,14 +70,14 @@ class TensorRTObserver:
         self._tactic_sources = tactic_bits(tactic_sources)
         self.inputs = tuple(_input(value) for value in _inputs(self._network))
         self.sources = _pooled(self._network)
-        inputs = [value for value in _inputs(self._network) if _is_float(value)]
-        self._observed = [*inputs, *_computed(self._network)]
+        self._computed = _computed(self._network)
         self._engines: dict[Shapes, list[_Engine]] = {}
         self._uploads: dict[str, Any] = {}
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._ends = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         constants = {name: cupy.asarray(values) for name, values in _constants(self._network).items()}
-        self._histograms = DeviceHistograms([*(value.name for value in self._observed), *constants])
+        observed = [*filter(_is_float, _inputs(self._network)), *self._computed]
+        self._histograms = DeviceHistograms([*(value.name for value in observed), *constants])
         self._histograms.update_all(constants)
         cupy.cuda.get_current_stream().synchronize()
 
@@ -138,10 +138,9 @@ class TensorRTObserver:
     def _build(self, shapes: Mapping[str, tuple[int, ...]]) -> "Iterator[_Engine]":
         """One engine per group of tensors that fit the memory together."""
         with _fixed(self._network, shapes):
-            computed = self._observed[sum(_is_float(value) for value in _inputs(self._network)) :]
-            sizes = [_bytes(value) for value in computed]
+            sizes = [_bytes(value) for value in self._computed]
             memory = self._memory or int(_MEMORY_SHARE * cupy.cuda.runtime.memGetInfo()[0])
-            groups = _groups(computed, sizes, memory)
+            groups = _groups(self._computed, sizes, memory)
             if len(groups) > 1:
                 _log.warning(
                     "the tensors of a batch take %.1f GiB, %.1f GiB may be used: the network runs %d times over each "

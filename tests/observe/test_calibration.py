@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 import fastcal
+from conftest import SQUEEZENET, needs_squeezenet, squeezenet_batches
 from fastcal.model import Model
 from fastcal.observe.histogram import Histograms
 from fastcal.observe.scales import divergences, pick_scales
@@ -18,13 +19,6 @@ from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner
 calibrate = functools.partial(fastcal.calibrate, engine="onnxruntime")
 
 DATA = Path(__file__).parent.parent / "data"
-SQUEEZENET = Path(__file__).parents[3] / "shared" / "facts" / "squeezenet1_1.onnx"
-needs_squeezenet = pytest.mark.skipif(not SQUEEZENET.exists(), reason=f"no {SQUEEZENET.name}")
-
-
-def squeezenet_batches():
-    for batch in range(4):
-        yield {"input": np.random.default_rng([99, batch]).standard_normal((4, 3, 224, 224), dtype=np.float32)}
 
 
 @needs_squeezenet

@@ -7,27 +7,13 @@ import numpy as np
 import pytest
 
 import fastcal
-from conftest import DIGITS
+from conftest import DIGITS, SQUEEZENET, needs_squeezenet, squeezenet_batches
 from fastcal import FastcalError, ImageFeed
 from fastcal.cache import CalibrationCache
 
 pytestmark = pytest.mark.gpu
 
-SQUEEZENET = Path(__file__).parents[3] / "shared" / "facts" / "squeezenet1_1.onnx"
 DATA = Path(__file__).parent.parent / "data"
-
-
-@pytest.fixture(scope="module")
-def trt():
-    import tensorrt
-
-    return tensorrt
-
-
-@pytest.fixture(scope="module")
-def tactics(trt):
-    """What runs without cuBLAS and cuDNN."""
-    return 1 << int(trt.TacticSource.EDGE_MASK_CONVOLUTIONS) | 1 << int(trt.TacticSource.JIT_CONVOLUTIONS)
 
 
 @pytest.fixture
@@ -38,12 +24,7 @@ def calibrate(tactics):
     return calibrate
 
 
-def squeezenet_batches():
-    for batch in range(4):
-        yield {"input": np.random.default_rng([99, batch]).standard_normal((4, 3, 224, 224), dtype=np.float32)}
-
-
-@pytest.mark.skipif(not SQUEEZENET.exists(), reason=f"no {SQUEEZENET.name}")
+@needs_squeezenet
 @pytest.mark.parametrize(("algorithm", "most", "tolerance"), [("minmax", 0, 1e-6), ("entropy2", 4, 1e-5)])
 def test_squeezenet_has_tensorrts_scales(calibrate, algorithm, most, tolerance):
     theirs = CalibrationCache.load(DATA / f"squeezenet1_1.{algorithm}.cache").scales
