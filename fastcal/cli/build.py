@@ -1,0 +1,121 @@
+"""`fastcal build`: images to an INT8 engine."""
+
+import importlib.util
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.filesize import decimal
+
+import fastcal
+from fastcal.cache import largest_size
+from fastcal.cli.options import CalibrationOptions, check_outputs
+from fastcal.cli.terminal import print_rows, progress_bar, rate, terminal, waiting
+from fastcal.errors import FastcalError
+from fastcal.files import check_writable, write_atomically
+
+if TYPE_CHECKING:
+    from fastcal.calibrators import FeedCalibrator
+
+
+@dataclass
+class EngineOptions:
+    """How TensorRT builds: what `build_engine` takes, as the command line has it."""
+
+    calibration: Annotated[
+        str, typer.Option(help="Who calibrates: fastcal, or tensorrt in its builder, which takes long.")
+    ] = "fastcal"
+    fp16: Annotated[bool, typer.Option(help="Let TensorRT run layers in FP16 where that is faster.")] = True
+    min_batch: Annotated[
+        int | None,
+        typer.Option(help="Where the model's batch is dynamic: the smallest that the engine runs.", show_default="1"),
+    ] = None
+    opt_batch: Annotated[
+        int | None,
+        typer.Option(help="The batch that the engine is tuned for.", show_default="that of the images"),
+    ] = None
+    max_batch: Annotated[
+        int | None,
+        typer.Option(help="The largest batch that the engine runs.", show_default="the largest of these"),
+    ] = None
+    workspace: Annotated[
+        int | None,
+        typer.Option(metavar="MIB", help="GPU memory for TensorRT's scratch, in MiB.", show_default="all"),
+    ] = None
+    timing_cache: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="TensorRT's timings, used and extended: makes builds faster."),
+    ] = None
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(help="0 (fastest build) to 5 (fastest engine).", show_default="TensorRT's, 3"),
+    ] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """The arguments of `build_engine`."""
+        workspace = None if self.workspace is None else self.workspace * 2**20
+        return vars(self) | {"workspace": workspace}
+
+
+def build(
+    *,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="ENGINE", help="Where to write the engine.")],
+    options: CalibrationOptions,
+    cache: Annotated[
+        str | None, typer.Option(metavar="CACHE", help="Where to keep the cache; used again while it is true.")
+    ] = None,
+    engine_options: EngineOptions,
+) -> None:
+    """Build an INT8 engine with TensorRT, from a model and images to calibrate with."""
+    with terminal() as console:
+        from fastcal.build import build_engine
+        from fastcal.calibrators import make_calibrator
+        from fastcal.model import Model
+
+        _check_gpu()
+        network = Model(options.model)
+        check_outputs(network, {"engine": output, "cache": cache, "timing cache": engine_options.timing_cache})
+        check_writable(output, network.path.stat().st_size // 4)  # an INT8 weight takes a quarter of a float32
+        if cache is not None and not os.path.exists(cache):  # one that is there may be used, and need not be written
+            check_writable(cache, largest_size(network.activations))
+        feed = options.feed(network)
+        with feed, progress_bar(console, "preparing TensorRT", "TensorRT is building") as progress:
+            calibrator = make_calibrator(
+                options.algorithm, feed, quantile=options.quantile, cache=cache, model=network, progress=progress
+            )
+            started = time.perf_counter()
+            engine = build_engine(network, calibrator, **engine_options.keywords(), **options.for_tensorrt())
+            seconds = time.perf_counter() - started
+        write_atomically(output, engine)
+        made = f"{output}, {decimal(len(engine))}, built in {seconds:.0f} s"
+        _print_build_summary(calibrator, feed, progress.last, made, cache)
+
+
+def _check_gpu() -> None:
+    """Fail now where TensorRT is installed but cannot calibrate."""
+    from fastcal.feed.device import resolve
+
+    if resolve("auto") is None:
+        missing = "CUDA sees none here"
+        if importlib.util.find_spec("cupy") is None:
+            missing = "CuPy is not installed (pip install 'fastcal[cuda13]' or 'fastcal[cuda12]')"
+        raise FastcalError(f"fastcal build needs CuPy and an NVIDIA GPU, and {missing}; fastcal calibrate works here")
+
+
+def _print_build_summary(
+    calibrator: "FeedCalibrator", feed: fastcal.ImageFeed, progress: fastcal.Progress, engine: str, cache: str | None
+) -> None:
+    stats = calibrator.stats
+    rows = {"images": "none: the scales are those of the cache"}
+    if progress.batches:
+        rows = {
+            "images": f"{len(feed.paths)} in {progress.batches} batches of {feed.batch_size}",
+            "prepared": f"{feed.preprocess}",
+            "speed": f"{rate(progress)}, {waiting(progress)}",
+        }
+    if stats.batches:
+        first, worst = stats.waited_first * 1e3, stats.waited_worst * 1e3
+        rows["get_batch"] = f"{first:.1f} ms for the first batch, {worst:.2f} ms at most for the others"
+    print_rows(**rows, engine=engine, **({} if cache is None else {"cache": cache}))

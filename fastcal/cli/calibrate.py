@@ -1,0 +1,77 @@
+"""`fastcal calibrate`: images to a calibration cache."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+import fastcal
+from fastcal.cache import largest_size
+from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs
+from fastcal.cli.terminal import print_rows, progress_bar, rate, terminal, waiting
+from fastcal.files import check_writable
+
+if TYPE_CHECKING:
+    from fastcal.model import Model
+
+
+def calibrate(
+    *,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="CACHE", help="Where to write the cache.")],
+    options: CalibrationOptions,
+    engine: EngineOption = "auto",
+    until_stable: UntilStableOption = None,
+    tensorrt: Annotated[
+        str | None,
+        typer.Option(help="Version that will read the cache.", show_default="the one installed, else 10.16.1"),
+    ] = None,
+) -> None:
+    """Write the calibration cache TensorRT would write, from a model and images."""
+    with terminal() as console:
+        from fastcal.model import Model
+
+        network = Model(options.model)
+        check_outputs(network, {"cache": output})
+        check_writable(output, largest_size(network.activations))
+        feed = options.feed(network)
+        cache, progress = calibrate_on(
+            console, network, feed, options, engine=engine, until_stable=until_stable, tensorrt_version=tensorrt
+        )
+        cache.save(output)
+        print_summary(cache, feed, progress, cache=f"{output}, {cache.header}")
+
+
+def calibrate_on(
+    console: Console, network: "Model", feed: fastcal.ImageFeed, options: CalibrationOptions, **more: Any
+) -> tuple[fastcal.CalibrationCache, fastcal.Progress]:
+    """Calibrate with a progress bar; returns the cache and how far it came."""
+    with feed, progress_bar(console, "preparing the network", "picking the scales") as progress:
+        cache = fastcal.calibrate(
+            network,
+            feed,
+            algorithm=options.algorithm,
+            quantile=options.quantile,
+            threads=options.threads,
+            progress=progress,
+            **options.for_tensorrt(),
+            **more,
+        )
+    return cache, progress.last
+
+
+def print_summary(
+    cache: fastcal.CalibrationCache, feed: fastcal.ImageFeed, progress: fastcal.Progress, /, **written: str
+) -> None:
+    """Print what was calibrated, and the rows of what was written."""
+    nonzero = [name for name in cache.scales if cache.scales[name]]
+    widest = max(nonzero, key=lambda name: cache.scales[name], default=None)
+    narrowest = min(nonzero, key=lambda name: cache.scales[name], default=None)
+    print_rows(
+        images=f"{min(len(feed.paths), progress.images)} in {progress.batches} batches of {feed.batch_size}",
+        prepared=f"{feed.preprocess}",
+        speed=f"{rate(progress)}, {waiting(progress)}",
+        tensors=f"{len(cache.scales)}, scales by {cache.algorithm}",
+        widest=f"{cache.scales[widest]:.6g} for {widest}" if widest else "all scales are 0",
+        narrowest=f"{cache.scales[narrowest]:.6g} for {narrowest}" if narrowest else "all scales are 0",
+        **written,
+    )

@@ -1,0 +1,137 @@
+"""The options that several commands have, and how typer is shown them."""
+
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import fastcal
+from fastcal.cache import ALGORITHMS, ENGINES
+from fastcal.errors import FastcalError
+from fastcal.feed.preprocess import PRESETS
+
+if TYPE_CHECKING:
+    from fastcal.model import Model
+
+#: How many of TensorRT's warnings are shown; it may have one for every layer.
+_MOST_WARNINGS = 5
+
+EngineOption = Annotated[
+    str, typer.Option(help=f"What runs the network: {', '.join(ENGINES)} (TensorRT where it and a GPU are).")
+]
+UntilStableOption = Annotated[
+    float | None, typer.Option(metavar="PERCENT", help="Stop when no scale moves by more than this any longer.")
+]
+
+
+@dataclass
+class CalibrationOptions:
+    """What every command that calibrates asks for: the model, its images, and how scales are picked."""
+
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The ONNX model.")]
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="A folder of images, a pattern, or a list file with one image path a line."
+        ),
+    ]
+    algorithm: Annotated[str, typer.Option(help=f"How scales are picked: {', '.join(ALGORITHMS)}.")] = "entropy2"
+    quantile: Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")] = 0.9999
+    preprocess: Annotated[
+        str,
+        typer.Option(help=f"What the network was trained with: {', '.join(PRESETS)}, or a file that describes it."),
+    ] = "imagenet"
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Size to prepare images in, where the model's is dynamic.")
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images in a batch.", show_default="the model's, else 32"),
+    ] = None
+    input_name: Annotated[str | None, typer.Option(help="The input that takes the images.")] = None
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Shuffle the images before --limit.")] = False
+    seed: Annotated[int, typer.Option(help="Decides the shuffled order.")] = 0
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Take images by turns from each class, a folder of DATA, before --limit.")
+    ] = False
+    limit: Annotated[int | None, typer.Option(help="Use this many images at most.")] = None
+    last_batch: Annotated[
+        str, typer.Option(help="wrap: complete the last batch with the first images; drop: leave it out.")
+    ] = "wrap"
+    threads: Annotated[int | None, typer.Option(help="Threads to use.", show_default="one per core")] = None
+    tf32: Annotated[bool, typer.Option("--tf32", help="On a GPU: run the network in TF32, which is faster.")] = False
+    tactic_sources: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Where TensorRT takes kernels from, e.g. JIT_CONVOLUTIONS,CUDNN."),
+    ] = None
+
+    def feed(self, network: "Model") -> fastcal.ImageFeed:
+        """The images as batches for the model."""
+        return fastcal.ImageFeed(
+            self.data,
+            preprocess=_preprocess(self.preprocess, self.size),
+            model=network,
+            batch_size=self.batch_size,
+            input_name=self.input_name,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            balance=self.balance,
+            limit=self.limit,
+            last_batch=self.last_batch,
+            threads=self.threads,
+        )
+
+    def for_tensorrt(self) -> dict[str, Any]:
+        """What `calibrate` and `build_engine` are told for TensorRT."""
+        tactic_sources = None if self.tactic_sources is None else self.tactic_sources.split(",")
+        return {"tf32": self.tf32, "tactic_sources": tactic_sources}
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Show typer the fields of a command's parameters that are dataclasses in their place, as parameters."""
+    groups: dict[str, Any] = {}
+    shown: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if is_dataclass(parameter.annotation):
+            group: Any = parameter.annotation
+            groups[parameter.name] = group
+            inner = inspect.signature(group, eval_str=True).parameters.values()
+            shown += [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in inner]
+        else:
+            shown.append(parameter)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    return run
+
+
+def check_outputs(network: "Model", outputs: Mapping[str, str | None]) -> None:
+    """Fail now if one file would be written over another; `outputs` says what each is."""
+    taken = {os.path.realpath(network.path): "the model itself"}
+    for what, path in outputs.items():
+        if path is None:
+            continue
+        other = taken.setdefault(os.path.realpath(path), f"the {what}")
+        if other != f"the {what}":
+            raise FastcalError(f"{path} is {other}; name another file for the {what}")
+
+
+def _preprocess(name: str, size: str | None) -> fastcal.Preprocess:
+    is_file = name not in PRESETS and os.path.splitext(name)[1] in (".toml", ".json")
+    preprocess = fastcal.Preprocess.load(name) if is_file else fastcal.Preprocess.preset(name)
+    if size is None:
+        return preprocess
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", size)
+    if match is None:
+        raise FastcalError(f"--size {size} is not a size; write height x width, like 224x224")
+    return replace(preprocess, size=(int(match[1]), int(match[2] or match[1])))

@@ -1,0 +1,104 @@
+"""`fastcal quantize`: a cache, or images, to a model with Q/DQ layers."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import fastcal
+from fastcal.cache import DEFAULT_TENSORRT_VERSION
+from fastcal.cli.calibrate import calibrate_on, print_summary
+from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs
+from fastcal.cli.terminal import print_rows, terminal
+from fastcal.errors import FastcalError
+from fastcal.files import check_writable, write_atomically
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+
+@dataclass
+class QuantizeOptions(CalibrationOptions):
+    """What `quantize` asks for: what a calibration does, and a cache will do for the images."""
+
+    data: Annotated[
+        str, typer.Argument(metavar="CACHE|DATA", help="A calibration cache, or images as calibrate takes them.")
+    ]
+    engine: EngineOption = "auto"
+    until_stable: UntilStableOption = None
+
+    def has_cache(self) -> bool:
+        """Whether the second argument is a calibration cache.
+
+        Raises:
+            FastcalError: It is a damaged one, or one that is given together with options for a calibration.
+        """
+        path = Path(self.data)
+        if not path.is_file():
+            return False
+        content = path.read_bytes()
+        try:
+            fastcal.CalibrationCache.from_bytes(content, self.data)
+        except FastcalError:
+            if content.startswith(b"TRT-"):
+                raise
+            return False
+        given = [field for field in fields(self)[2:] if getattr(self, field.name) != field.default]
+        if given:
+            option = "--" + given[0].name.replace("_", "-")
+            raise FastcalError(f"{self.data} is a calibration cache, and {option} is for images; leave one of them out")
+        return True
+
+
+def quantize(
+    *,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="MODEL", help="Where to write the quantized model.")],
+    options: QuantizeOptions,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|TYPE", help="A layer, or type of layer, to keep in float; may be repeated."),
+    ] = None,
+) -> None:
+    """Write the model with QuantizeLinear and DequantizeLinear layers, which TensorRT 11 needs for INT8."""
+    with terminal() as console:
+        from fastcal.model import Model
+        from fastcal.qdq import check_quantizable
+
+        network = Model(options.model)
+        excluded = exclude or ()
+        check_quantizable(network, excluded)
+        has_cache = options.has_cache()
+        check_outputs(network, {"calibration cache": options.data if has_cache else None, "quantized model": output})
+        check_writable(output, network.path.stat().st_size)
+        if has_cache:
+            quantized = fastcal.quantize(network, options.data, exclude=excluded)
+            _write_model(quantized, output)
+            print_rows(scales=options.data, **_quantized_rows(quantized, output))
+        else:
+            feed = options.feed(network)
+            # Any version: the cache is not written, and the TensorRT installed here may be one that reads none.
+            cache, progress = calibrate_on(
+                console, network, feed, options,
+                engine=options.engine, until_stable=options.until_stable, tensorrt_version=DEFAULT_TENSORRT_VERSION,
+            )  # fmt: skip
+            quantized = fastcal.quantize(network, cache, exclude=excluded)
+            _write_model(quantized, output)
+            print_summary(cache, feed, progress, **_quantized_rows(quantized, output))
+
+
+def _write_model(model: "ModelProto", output: str) -> None:
+    from google.protobuf.message import EncodeError
+
+    try:
+        data = model.SerializeToString()
+    except (EncodeError, ValueError) as error:
+        raise FastcalError(f"cannot write {output}: it is over 2 GB; fastcal.quantize in Python returns it") from error
+    write_atomically(output, data)
+
+
+def _quantized_rows(model: "ModelProto", output: str) -> dict[str, str]:
+    from fastcal.qdq import WEIGHTED, count_quantized
+
+    quantized, layers = count_quantized(model)
+    return {"INT8": f"{quantized} of {layers} {', '.join(WEIGHTED)}", "model": output}

@@ -1,0 +1,167 @@
+"""What every command shows on the terminal: the log, a progress bar, how it ends."""
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.spinner import Spinner
+
+import fastcal
+from fastcal import interrupt
+from fastcal.errors import FastcalError
+
+#: Exit status for what the user can put right.
+FAILED = 2
+
+#: How many of TensorRT's warnings are shown; it may have one for every layer.
+_MOST_WARNINGS = 5
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[Console]:
+    """A console on the standard error that shows the log, and how the work ends when it does not end well.
+
+    A FastcalError becomes one line and status 2, Ctrl-C one line and status 130. What C libraries print to the
+    standard error meanwhile (a decoder's complaints, say) is kept aside, and shown only when the work ends in an error
+    that is not understood.
+    """
+    stderr, copy = sys.stderr, os.dup(2)
+    with tempfile.TemporaryFile() as aside, os.fdopen(copy, "w", buffering=1) as terminal:
+        console = Console(file=terminal, soft_wrap=True, highlight=False, markup=False)
+        handler = _ConsoleHandler(console)
+        logger = logging.getLogger("fastcal")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        os.dup2(aside.fileno(), 2)
+        sys.stderr = terminal
+        try:
+            yield console
+        except BaseException as error:
+            if interrupt.received():
+                interrupt.say()
+                raise typer.Exit(interrupt.INTERRUPTED) from error
+            if isinstance(error, FastcalError):
+                console.print(f"error: {error}")
+                raise typer.Exit(FAILED) from error
+            aside.seek(0)
+            terminal.write(aside.read().decode(errors="replace"))
+            raise
+        else:
+            handler.show_rest()
+        finally:
+            os.dup2(copy, 2)
+            sys.stderr = stderr
+            logger.removeHandler(handler)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints log records above the progress bar.
+
+    Errors are kept back: what ends the work says so itself. TensorRT's warnings are shown once each, and only some.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._errors: list[str] = []
+        self._warnings: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())  # TensorRT's messages have line ends
+        if record.levelno >= logging.ERROR:
+            self._errors.append(text)
+        elif record.name != "fastcal.tensorrt":
+            self._print(record.levelno, text)
+        elif text not in self._warnings:
+            self._warnings.add(text)
+            if len(self._warnings) <= _MOST_WARNINGS:
+                self._print(record.levelno, text)
+
+    def show_rest(self) -> None:
+        """Show errors that did not end the work, and how many warnings were not shown."""
+        for text in self._errors:
+            self._print(logging.WARNING, text)
+        if len(self._warnings) > _MOST_WARNINGS:
+            more = len(self._warnings) - _MOST_WARNINGS
+            self._print(logging.WARNING, f"TensorRT: {more} more warnings (logger fastcal.tensorrt)")
+
+    def _print(self, level: int, text: str) -> None:
+        self._console.print(f"{'note' if level == logging.INFO else logging.getLevelName(level).lower()}: {text}")
+
+
+class Bar:
+    """Shows a `fastcal.Progress` on the terminal."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.last = fastcal.Progress()
+        self._bar = bar
+        self._task = bar.add_task("", total=None, rate="", wait="")
+
+    def __call__(self, state: fastcal.Progress) -> None:
+        """Show `state`."""
+        self.last = state
+        self._bar.update(
+            self._task,
+            total=state.total,
+            completed=state.batches,
+            rate=rate(state),
+            wait=waiting(state),
+        )
+
+
+class _Display(Progress):
+    """A progress bar, and a spinner with a text in its place before the first and after the last batch."""
+
+    def __init__(self, *columns: ProgressColumn, before: str, after: str, **options: Any) -> None:
+        self._before, self._after = before, after
+        self._spinner = Spinner("dots")
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich shows at the moment."""
+        task = self.tasks[0] if self.tasks else None
+        if task is None or 0 < task.completed < (task.total or 0):
+            yield from super().get_renderables()
+        else:
+            self._spinner.update(text=f"{self._after if task.completed else self._before}, {task.elapsed or 0:.0f} s")
+            yield self._spinner
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, before: str, after: str) -> Iterator[Bar]:
+    """A progress bar for batches; the two texts say what is done before and after them."""
+    columns = [
+        TextColumn("calibrating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("batches, {task.fields[rate]}, {task.fields[wait]},"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    ]
+    with _Display(
+        *columns, before=before, after=after, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        yield Bar(bar)
+
+
+def print_rows(**rows: str) -> None:
+    """Print a line for each row: its name and its text."""
+    for name, text in rows.items():
+        typer.echo(f"{name:<11}{text}")
+
+
+def rate(progress: fastcal.Progress) -> str:
+    """How many images a second there were, as text."""
+    return f"{progress.images / progress.seconds:.0f} images/s"
+
+
+def waiting(progress: fastcal.Progress) -> str:
+    """The share of the time that was spent waiting for data, as text."""
+    return f"{progress.waited / progress.seconds:.0%} of the time waiting for data"
