@@ -147,12 +147,11 @@ def main():
     parser.add_argument("--images", type=int, default=10000)
     parser.add_argument("--files", type=int, default=2000, help="how many different files")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--optimization-level", type=int, default=0)
+    parser.add_argument("--optimization-levels", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--precisions", nargs="+", default=["FP32", "TF32"], choices=["FP32", "TF32"])
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--peer-images", type=int, default=64)
     arguments = parser.parse_args()
-    level = arguments.optimization_level
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "resnet50.onnx")
         onnx.save(resnet50(), path)
@@ -164,7 +163,7 @@ def main():
         def feed_of(paths, size):
             return fastcal.ImageFeed(paths, model=path, batch_size=size, device="cuda", last_batch="drop")
 
-        for precision in arguments.precisions:
+        for precision, level in itertools.product(arguments.precisions, arguments.optimization_levels):
             tf32 = precision == "TF32"
             feed = feed_of(paths, arguments.batch_size)
             took, together = whole(path, feed, tf32, level)  # first: nothing is warm yet

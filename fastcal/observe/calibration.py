@@ -19,6 +19,7 @@ from fastcal.cache import (
 )
 from fastcal.errors import FastcalError, missing
 from fastcal.feed.device import resolve
+from fastcal.feed.feed import Feed
 from fastcal.model import Model
 from fastcal.observe.histogram import Histogram
 from fastcal.observe.scales import pick_scales
@@ -27,6 +28,10 @@ from fastcal.record import Record, precision
 
 #: The cutoff at which TensorRT's Legacy calibration is a plain percentile.
 _NO_REGRESSION = 1.0
+
+#: From so many samples on, an engine of optimization level 1 makes up for the seconds that it takes longer to build: 3
+#: for ResNet-50 on an H200, and then 3,620 instead of 3,200 images/s.
+_MANY = 100_000
 
 _log = logging.getLogger("fastcal")
 
@@ -53,7 +58,7 @@ def calibrate(
     quantile: float = 0.9999,
     engine: str = "auto",
     tf32: bool = False,
-    optimization_level: int = 0,
+    optimization_level: int | None = None,
     tactic_sources: int | Iterable[str] | None = None,
     tensorrt_version: str | None = None,
     threads: int | None = None,
@@ -75,7 +80,8 @@ def calibrate(
         quantile: For "percentile", the share of values that is not clipped.
         engine: What runs the network: "tensorrt", "onnxruntime", or "auto": TensorRT where it, CuPy and a GPU are.
         tf32: For TensorRT: allow it to round factors to TF32, which is faster. An amax then differs by about 1e-3.
-        optimization_level: For TensorRT: 0 (the engine is built fastest) to 5 (it runs fastest).
+        optimization_level: For TensorRT: 0 (the engine is built fastest) to 5 (it runs fastest). By default 0, and 1
+            where the feed has 100,000 samples or more.
         tactic_sources: For TensorRT: names of `tensorrt.TacticSource`, or their bits; by default its own.
         tensorrt_version: The TensorRT that will read the cache, e.g. "10.3.0". By default the one installed here, else
             10.16.1.
@@ -192,8 +198,10 @@ def _on_onnxruntime(model: Model | Any, threads: int | None) -> Iterator[_Observ
 
 
 @contextmanager
-def _on_tensorrt(network: Any, feed: Any, tf32: bool, level: int, tactic_sources: Any) -> Iterator[_Observer]:
+def _on_tensorrt(network: Any, feed: Any, tf32: bool, level: int | None, tactic_sources: Any) -> Iterator[_Observer]:
     gpu = getattr(feed, "gpu", None)
+    if level is None:
+        level = int(isinstance(feed, Feed) and len(feed) * feed.batch_size >= _MANY)
     try:
         gpu = resolve("cuda") if gpu is None else gpu
     except FastcalError as error:

@@ -8,7 +8,7 @@ import pytest
 
 import fastcal
 from conftest import DIGITS, SQUEEZENET, needs_squeezenet, squeezenet_batches
-from fastcal import FastcalError, ImageFeed
+from fastcal import ArrayFeed, FastcalError, ImageFeed
 from fastcal.cache import CalibrationCache
 
 pytestmark = pytest.mark.gpu
@@ -171,3 +171,31 @@ def test_nan_is_reported_by_tensor(onnx_file, calibrate, caplog):
     with caplog.at_level(logging.WARNING, "fastcal"):
         calibrate(path, [{"x": np.float32([[-1, 4, 9]])}], algorithm="minmax")
     assert "y (1 NaN, 0 Inf)" in caplog.text
+
+
+class Announced(ArrayFeed):
+    """Batches of a feed that says how many there are."""
+
+    def __init__(self, batches, count):
+        super().__init__(batches)
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+
+def test_many_samples_are_worth_a_better_engine(calibrate, monkeypatch):
+    from fastcal.observe import with_tensorrt
+
+    levels = []
+
+    class Observer(with_tensorrt.TensorRTObserver):
+        def __init__(self, *arguments, optimization_level, **options):
+            levels.append(optimization_level)
+            super().__init__(*arguments, optimization_level=optimization_level, **options)
+
+    monkeypatch.setattr(with_tensorrt, "TensorRTObserver", Observer)
+    batches = [{"image": np.ones((50, 3, 32, 32), np.float32)}]
+    for count, chosen in ((1_999, {}), (2_000, {}), (2_000, {"optimization_level": 0})):
+        calibrate(DIGITS / "digits.onnx", Announced(batches, count), algorithm="minmax", **chosen)
+    assert levels == [0, 1, 0]
