@@ -65,7 +65,7 @@ def network_alone(model, batch, tf32, level):
         cupy.cuda.get_current_stream().synchronize()
         rate = 40 * size / (time.perf_counter() - start)
         histograms = observer.histograms()
-        ((engine,),) = observer._engines.values()
+        (engine,) = observer._engines
         shown = engine.run(batch, cupy.cuda.get_current_stream())
         counter, read = DeviceHistograms(list(shown)), sum(array.nbytes for array in shown.values())
         counter.update_all(shown)

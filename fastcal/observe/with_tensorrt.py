@@ -71,7 +71,8 @@ class TensorRTObserver:
         self.inputs = tuple(_input(value) for value in _inputs(self._network))
         self.sources = _pooled(self._network)
         self._computed = _computed(self._network)
-        self._engines: dict[Shapes, list[_Engine]] = {}
+        self._engines: list[_Engine] = []
+        self._shapes: Shapes | None = None  # of the inputs that the engines are built for
         self._uploads: dict[str, Any] = {}
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._ends = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
@@ -94,12 +95,13 @@ class TensorRTObserver:
         batch = match_batch(self.inputs, self._label, batch, anonymous)
         arrays = {value.name: self._on_device(value, batch[value.name]) for value in self.inputs}
         shapes = tuple((name, tuple(array.shape)) for name, array in arrays.items())
-        if shapes not in self._engines:
+        if shapes != self._shapes:
             self._stream.synchronize()
-            self._engines.clear()
-            self._engines[shapes] = list(self._build(dict(shapes)))
+            self._forget_engines()
+            self._engines = list(self._build(dict(shapes)))
+            self._shapes = shapes
         shown = {name: array for name, array in arrays.items() if array.dtype == np.float32}
-        for engine in self._engines[shapes]:
+        for engine in self._engines:
             self._histograms.update_all(shown | engine.run(arrays, self._stream))
             shown = {}
         self._ends.reverse()
@@ -120,8 +122,11 @@ class TensorRTObserver:
     ) -> None:
         self._stream.synchronize()
         self._stream.__exit__(kind, error, traceback)
-        self._engines.clear()
+        self._forget_engines()
         cupy.get_default_memory_pool().free_all_blocks()  # TensorRT, which may build next, has memory of its own
+
+    def _forget_engines(self) -> None:
+        self._engines, self._shapes = [], None
 
     def _on_device(self, value: ModelInput, array: Any) -> Any:
         if hasattr(array, "__cuda_array_interface__"):
