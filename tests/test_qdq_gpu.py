@@ -73,7 +73,7 @@ def convolutions(trt, engine):
     """How many convolutions an engine has, and how many of them read INT8."""
     layers = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
     found = [layer for layer in layers["Layers"] if layer.get("ParameterType") == "Convolution"]
-    return len(found), sum("Int8" in layer["Inputs"][0]["Format/Datatype"] for layer in found)
+    return len(found), sum("int8" in layer["Inputs"][0]["Format/Datatype"].lower() for layer in found)
 
 
 def outputs(trt, engine, batch):
