@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastcal.build import build_engine
     from fastcal.cache import CalibrationCache
+    from fastcal.cache_check import CacheCheck, check_cache
+    from fastcal.cache_diff import CacheDiff, diff_caches
     from fastcal.calibrators import (
         Calibrator,
         EntropyCalibrator,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArrayFeed",
+    "CacheCheck",
+    "CacheDiff",
     "CalibrationCache",
     "Calibrator",
     "EntropyCalibrator",
@@ -43,11 +47,15 @@ __all__ = [
     "Progress",
     "build_engine",
     "calibrate",
+    "check_cache",
+    "diff_caches",
     "quantize",
 ]
 
 _MODULES = {
     "ArrayFeed": "fastcal.feed.feed",
+    "CacheCheck": "fastcal.cache_check",
+    "CacheDiff": "fastcal.cache_diff",
     "CalibrationCache": "fastcal.cache",
     "Calibrator": "fastcal.calibrators",
     "EntropyCalibrator": "fastcal.calibrators",
@@ -61,6 +69,8 @@ _MODULES = {
     "Progress": "fastcal.progress",
     "build_engine": "fastcal.build",
     "calibrate": "fastcal.observe.calibration",
+    "check_cache": "fastcal.cache_check",
+    "diff_caches": "fastcal.cache_diff",
     "quantize": "fastcal.qdq",
 }
 

@@ -1,8 +1,12 @@
 """The `fastcal` command; `python -m fastcal` is the same."""
 
 import sys
+import traceback
 
 from fastcal import interrupt
+
+#: Exit status of what should not happen; Python's own 1 says that something is not so.
+_FAULT = 70
 
 
 def main() -> None:
@@ -12,11 +16,14 @@ def main() -> None:
         from fastcal.cli import app
 
         app()
-    except BaseException:
-        if not interrupt.received():
+    except BaseException as error:
+        if interrupt.received():
+            interrupt.say()
+            sys.exit(interrupt.INTERRUPTED)
+        if isinstance(error, SystemExit):
             raise
-        interrupt.say()
-        sys.exit(interrupt.INTERRUPTED)
+        traceback.print_exc()
+        sys.exit(_FAULT)
 
 
 if __name__ == "__main__":

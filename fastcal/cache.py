@@ -27,6 +27,9 @@ CALIBRATION_NAMES = {
 #: The algorithms `fastcal.calibrate` knows. "percentile" is TensorRT's Legacy calibration with regression cutoff 1.
 ALGORITHMS = (*CALIBRATION_NAMES, "percentile")
 
+#: How `CalibrationCache.save` can write a cache.
+FORMS = ("tensorrt", "json", "onnxruntime")
+
 #: What `fastcal.calibrate` can run a network with; "auto" is TensorRT where it, CuPy and a GPU are, else ONNX Runtime.
 ENGINES = ("auto", "tensorrt", "onnxruntime")
 
@@ -98,30 +101,49 @@ class CalibrationCache:
             return cls({}, "percentile", None, quantile, cutoff)
         raise FastcalError(f"{origin} is not a TensorRT calibration cache: its first line is {line[:80]!r}")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache to `path`, whole or not at all, and the record of what it was made from to `path`.json.
+    def save(self, path: str | os.PathLike[str], *, form: str = "tensorrt") -> None:
+        """Write the cache to `path`, whole or not at all.
+
+        Args:
+            path: The file.
+            form: "tensorrt": TensorRT's own, with the record of what it was made from in `path`.json; "json": one
+                object with everything that is known of the cache; "onnxruntime": the table that ONNX Runtime's TensorRT
+                provider reads, which has the scales alone, as amax.
 
         Raises:
-            FastcalError: The file cannot be written; an older one is then as it was.
+            FastcalError: There is no such form, or it cannot hold the scales, or the file cannot be written; an older
+                one is then as it was.
         """
-        data = self.to_bytes()
-        if self.record is None:
-            write_atomically(path, data)
+        from fastcal import cache_formats
+
+        if form not in FORMS:
+            raise FastcalError(f"there is no form {form!r} of a cache; choose one of {', '.join(FORMS)}")
+        if form == "json":
+            write_atomically(path, cache_formats.to_json(self))
+        elif form == "onnxruntime":
+            write_atomically(path, cache_formats.to_onnxruntime(self))
+        elif self.record is None:
+            write_atomically(path, self.to_bytes())
         else:
-            self.record.save(path, data)
+            self.record.save(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "CalibrationCache":
-        """Read the cache at `path`.
+        """Read the cache at `path`, in any form that `save` writes, and its record.
 
         Raises:
             FastcalError: There is no such file, or it is not a calibration cache.
         """
+        from fastcal import cache_formats, record
+
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise FastcalError(f"cannot read calibration cache {path}: {error.strerror}") from error
-        return cls.from_bytes(data, origin=str(path))
+            raise FastcalError(f"cannot read calibration cache {path}: {error.strerror}; check the path") from error
+        cache = cache_formats.from_any(data, str(path))
+        if cache.record is None:
+            cache.record = record.read_record(path, data)
+        return cache
 
 
 def check_algorithm(algorithm: str, quantile: float) -> None:

@@ -9,7 +9,7 @@ class FastcalError(Exception):
 
 
 # Packages that the extra "cpu" brings, by the module whose absence tells.
-_PACKAGES = {"numba": "numba", "nvidia": "NVIDIA DALI", "onnxruntime": "ONNX Runtime"}
+_PACKAGES = {"flatbuffers": "ONNX Runtime", "numba": "numba", "nvidia": "NVIDIA DALI", "onnxruntime": "ONNX Runtime"}
 
 
 def missing(what: str, error: ModuleNotFoundError) -> Exception:

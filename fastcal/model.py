@@ -14,6 +14,8 @@ from google.protobuf.message import DecodeError
 
 from fastcal.errors import FastcalError
 
+_FLOAT = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+
 
 @dataclass(frozen=True)
 class ModelInput:
@@ -88,6 +90,31 @@ class Model:
         return tuple(
             name for node in self.proto.graph.node if node.op_type != "Constant" for name in node.output if name
         )
+
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        """Names of all tensors of the graph: inputs, constants, and what its nodes give."""
+        graph = self.proto.graph
+        values = [*graph.input, *graph.initializer, *(tensor.values for tensor in graph.sparse_initializer)]
+        return frozenset(
+            {value.name for value in values} | {name for node in graph.node for name in node.output if name}
+        )
+
+    @cached_property
+    def calibrated(self) -> tuple[str, ...]:
+        """Names of the tensors that a calibration picks scales for: of float type, and not the same for every input.
+
+        In the graph's order, its inputs first. What has no type that ONNX can infer is not among them.
+        """
+        inferred = onnx.shape_inference.infer_shapes(self.proto).graph
+        known = [*inferred.input, *inferred.value_info, *inferred.output]
+        floats = {value.name for value in known if value.type.tensor_type.elem_type in _FLOAT}
+        varying = dict.fromkeys(value.name for value in self.inputs)
+        for node in self.proto.graph.node:
+            # A node of a subgraph reads from outside what is not among its inputs.
+            if not varying.keys().isdisjoint(node.input) or any(value.HasField("g") for value in node.attribute):
+                varying |= dict.fromkeys(name for name in node.output if name)
+        return tuple(name for name in varying if name in floats)
 
     @cached_property
     def sources(self) -> Mapping[str, str]:

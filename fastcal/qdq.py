@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache as remembered
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fastcal.cache import CalibrationCache
 from fastcal.errors import FastcalError
 from fastcal.model import Model
-from fastcal.record import read_record, record_path
+from fastcal.record import record_path
 
 #: Layers that multiply by weights: where TensorRT's INT8 gains are.
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -122,12 +121,11 @@ def _scales(network: Model, cache: CalibrationCache | str | os.PathLike[str]) ->
     """The cache's scales, unless it was made from another model."""
     if isinstance(cache, CalibrationCache):
         label, remedy = "the cache", "calibrate this one"
-        loaded, record = cache, cache.record
+        loaded = cache
     else:
         label, remedy = str(cache), f"calibrate this one, or remove {record_path(cache)} if they are the same network"
         loaded = CalibrationCache.load(cache)
-        record = read_record(cache, Path(cache).read_bytes())
-    made_from = record.entries.get("model") if record else None
+    made_from = loaded.record.entries.get("model") if loaded.record else None
     if made_from is not None and made_from != network.digest:
         raise FastcalError(f"{label} was calibrated with another model than {network.path}, says its record; {remedy}")
     return loaded.scales

@@ -71,7 +71,7 @@ def test_names_with_colons_spaces_and_brackets():
         (b"", "its first line is ''"),
         (b"hello\nx: 0\n", "its first line is 'hello'"),
         (b"TRT-8600-NoSuchCalibration\n", "its first line is"),
-        (b"\x80\x00\xff", "its first line is"),
+        (b"\x80\x00\xff", "neither a calibration cache nor ONNX Runtime.s table of one"),
         (b"TRT-8600-EntropyCalibration2\nx: 3c010a14\ny 3c010a14\n", "line 3: 'y 3c010a14'"),
         (b"TRT-8600-EntropyCalibration2\nx: 3c010a14f\n", "line 2"),
         (b"TRT-8600-EntropyCalibration2\nx: zz\n", "line 2"),

@@ -6,12 +6,21 @@ from typing import Annotated
 import typer
 
 from fastcal.cli.build import build
+from fastcal.cli.cache import app as cache
 from fastcal.cli.calibrate import calibrate
 from fastcal.cli.options import with_options
 from fastcal.cli.quantize import quantize
 
+_STATUS = (
+    "Exit status: 0 done; 1 not so (cache diff, cache check, doctor); 2 something that you can put right, said in one "
+    "line; 70 a fault of fastcal's own; 130 Ctrl-C."
+)
+
 app = typer.Typer(
-    help="INT8 calibration for TensorRT at the speed of the data.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="INT8 calibration for TensorRT at the speed of the data.",
+    epilog=_STATUS,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
 
 
@@ -30,5 +39,10 @@ def _options(
     pass
 
 
-for _command in (calibrate, quantize, build):
-    app.command()(with_options(_command))
+for _command, _example in (
+    (calibrate, "fastcal calibrate model.onnx images/ -o model.cache --limit 500"),
+    (quantize, "fastcal quantize model.onnx model.cache -o model.qdq.onnx"),
+    (build, "fastcal build model.onnx images/ -o model.engine --cache model.cache"),
+):
+    app.command(epilog=f"Example: {_example}")(with_options(_command))
+app.add_typer(cache, name="cache")

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +12,7 @@ from rich.filesize import decimal
 import fastcal
 from fastcal.cache import largest_size
 from fastcal.cli.options import CalibrationOptions, check_outputs
-from fastcal.cli.terminal import print_rows, progress_bar, rate, terminal, waiting
+from fastcal.cli.terminal import finish, print_rows, progress_bar, rate, terminal, waiting
 from fastcal.errors import FastcalError
 from fastcal.files import check_writable, write_atomically
 
@@ -91,6 +91,10 @@ def build(
         write_atomically(output, engine)
         made = f"{output}, {decimal(len(engine))}, built in {seconds:.0f} s"
         _print_build_summary(calibrator, feed, progress.last, made, cache)
+        finish(
+            engine=output, bytes=len(engine), build_seconds=seconds, cache=cache,
+            calibrated=asdict(progress.last) if progress.last.batches else None,
+        )  # fmt: skip
 
 
 def _check_gpu() -> None:
@@ -105,7 +109,7 @@ def _check_gpu() -> None:
 
 
 def _print_build_summary(
-    calibrator: "FeedCalibrator", feed: fastcal.ImageFeed, progress: fastcal.Progress, engine: str, cache: str | None
+    calibrator: "FeedCalibrator", feed: "fastcal.ImageFeed", progress: fastcal.Progress, engine: str, cache: str | None
 ) -> None:
     stats = calibrator.stats
     rows = {"images": "none: the scales are those of the cache"}

@@ -8,7 +8,7 @@ from rich.console import Console
 import fastcal
 from fastcal.cache import largest_size
 from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs
-from fastcal.cli.terminal import print_rows, progress_bar, rate, terminal, waiting
+from fastcal.cli.terminal import finish, print_rows, progress_bar, rate, terminal, waiting
 from fastcal.files import check_writable
 
 if TYPE_CHECKING:
@@ -39,10 +39,11 @@ def calibrate(
         )
         cache.save(output)
         print_summary(cache, feed, progress, cache=f"{output}, {cache.header}")
+        finish(cache=output, **outcome(cache, feed, progress))
 
 
 def calibrate_on(
-    console: Console, network: "Model", feed: fastcal.ImageFeed, options: CalibrationOptions, **more: Any
+    console: Console, network: "Model", feed: "fastcal.ImageFeed", options: CalibrationOptions, **more: Any
 ) -> tuple[fastcal.CalibrationCache, fastcal.Progress]:
     """Calibrate with a progress bar; returns the cache and how far it came."""
     with feed, progress_bar(console, "preparing the network", "picking the scales") as progress:
@@ -60,7 +61,7 @@ def calibrate_on(
 
 
 def print_summary(
-    cache: fastcal.CalibrationCache, feed: fastcal.ImageFeed, progress: fastcal.Progress, /, **written: str
+    cache: fastcal.CalibrationCache, feed: "fastcal.ImageFeed", progress: fastcal.Progress, /, **written: str
 ) -> None:
     """Print what was calibrated, and the rows of what was written."""
     nonzero = [name for name in cache.scales if cache.scales[name]]
@@ -75,3 +76,18 @@ def print_summary(
         narrowest=f"{cache.scales[narrowest]:.6g} for {narrowest}" if narrowest else "all scales are 0",
         **written,
     )
+
+
+def outcome(cache: fastcal.CalibrationCache, feed: "fastcal.ImageFeed", progress: fastcal.Progress) -> dict[str, Any]:
+    """What was calibrated, as JSON has it."""
+    return {
+        "header": cache.header,
+        "algorithm": cache.algorithm,
+        "tensors": len(cache.scales),
+        "images": min(len(feed.paths), progress.images),
+        "batches": progress.batches,
+        "batch_size": feed.batch_size,
+        "preprocess": str(feed.preprocess),
+        "seconds": progress.seconds,
+        "waited": progress.waited,
+    }

@@ -12,14 +12,12 @@ import typer
 
 import fastcal
 from fastcal.cache import ALGORITHMS, ENGINES
+from fastcal.cli.terminal import Output, output
 from fastcal.errors import FastcalError
 from fastcal.feed.preprocess import PRESETS
 
 if TYPE_CHECKING:
     from fastcal.model import Model
-
-#: How many of TensorRT's warnings are shown; it may have one for every layer.
-_MOST_WARNINGS = 5
 
 EngineOption = Annotated[
     str, typer.Option(help=f"What runs the network: {', '.join(ENGINES)} (TensorRT where it and a GPU are).")
@@ -30,8 +28,8 @@ UntilStableOption = Annotated[
 
 
 @dataclass
-class CalibrationOptions:
-    """What every command that calibrates asks for: the model, its images, and how scales are picked."""
+class FeedOptions:
+    """What every command that reads images asks for: the model, the images, and how they become batches."""
 
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The ONNX model.")]
     data: Annotated[
@@ -40,8 +38,6 @@ class CalibrationOptions:
             metavar="DATA", help="A folder of images, a pattern, or a list file with one image path a line."
         ),
     ]
-    algorithm: Annotated[str, typer.Option(help=f"How scales are picked: {', '.join(ALGORITHMS)}.")] = "entropy2"
-    quantile: Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")] = 0.9999
     preprocess: Annotated[
         str,
         typer.Option(help=f"What the network was trained with: {', '.join(PRESETS)}, or a file that describes it."),
@@ -64,13 +60,8 @@ class CalibrationOptions:
         str, typer.Option(help="wrap: complete the last batch with the first images; drop: leave it out.")
     ] = "wrap"
     threads: Annotated[int | None, typer.Option(help="Threads to use.", show_default="one per core")] = None
-    tf32: Annotated[bool, typer.Option("--tf32", help="On a GPU: run the network in TF32, which is faster.")] = False
-    tactic_sources: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Where TensorRT takes kernels from, e.g. JIT_CONVOLUTIONS,CUDNN."),
-    ] = None
 
-    def feed(self, network: "Model") -> fastcal.ImageFeed:
+    def feed(self, network: "Model") -> "fastcal.ImageFeed":
         """The images as batches for the model."""
         return fastcal.ImageFeed(
             self.data,
@@ -86,6 +77,19 @@ class CalibrationOptions:
             threads=self.threads,
         )
 
+
+@dataclass
+class CalibrationOptions(FeedOptions):
+    """What every command that calibrates asks for: the model, its images, and how scales are picked."""
+
+    algorithm: Annotated[str, typer.Option(help=f"How scales are picked: {', '.join(ALGORITHMS)}.")] = "entropy2"
+    quantile: Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")] = 0.9999
+    tf32: Annotated[bool, typer.Option("--tf32", help="On a GPU: run the network in TF32, which is faster.")] = False
+    tactic_sources: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Where TensorRT takes kernels from, e.g. JIT_CONVOLUTIONS,CUDNN."),
+    ] = None
+
     def for_tensorrt(self) -> dict[str, Any]:
         """What `calibrate` and `build_engine` are told for TensorRT."""
         tactic_sources = None if self.tactic_sources is None else self.tactic_sources.split(",")
@@ -93,7 +97,11 @@ class CalibrationOptions:
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Show typer the fields of a command's parameters that are dataclasses in their place, as parameters."""
+    """A command as typer is shown it.
+
+    The fields of its parameters that are dataclasses stand in their place, as parameters; after all of them come
+    --quiet and --json, which decide what `fastcal.cli.terminal` prints.
+    """
     groups: dict[str, Any] = {}
     shown: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
@@ -104,9 +112,13 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             shown += [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in inner]
         else:
             shown.append(parameter)
+    last = inspect.signature(Output, eval_str=True).parameters.values()
+    shown += [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in last]
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
+        for field in fields(output):
+            setattr(output, field.name, given.pop(field.name))
         for name, group in groups.items():
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         command(**given)

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import fastcal
 from fastcal.cache import DEFAULT_TENSORRT_VERSION
-from fastcal.cli.calibrate import calibrate_on, print_summary
+from fastcal.cli.calibrate import calibrate_on, outcome, print_summary
 from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs
-from fastcal.cli.terminal import print_rows, terminal
+from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.errors import FastcalError
 from fastcal.files import check_writable, write_atomically
 
@@ -34,14 +34,16 @@ class QuantizeOptions(CalibrationOptions):
         Raises:
             FastcalError: It is a damaged one, or one that is given together with options for a calibration.
         """
+        from fastcal.cache_formats import from_any
+
         path = Path(self.data)
         if not path.is_file():
             return False
         content = path.read_bytes()
         try:
-            fastcal.CalibrationCache.from_bytes(content, self.data)
+            from_any(content, self.data)
         except FastcalError:
-            if content.startswith(b"TRT-"):
+            if content.startswith((b"TRT-", b"{")):
                 raise
             return False
         given = [field for field in fields(self)[2:] if getattr(self, field.name) != field.default]
@@ -75,6 +77,7 @@ def quantize(
             quantized = fastcal.quantize(network, options.data, exclude=excluded)
             _write_model(quantized, output)
             print_rows(scales=options.data, **_quantized_rows(quantized, output))
+            finish(**_quantized(quantized, output))
         else:
             feed = options.feed(network)
             # Any version: the cache is not written, and the TensorRT installed here may be one that reads none.
@@ -85,6 +88,7 @@ def quantize(
             quantized = fastcal.quantize(network, cache, exclude=excluded)
             _write_model(quantized, output)
             print_summary(cache, feed, progress, **_quantized_rows(quantized, output))
+            finish(**_quantized(quantized, output), **outcome(cache, feed, progress))
 
 
 def _write_model(model: "ModelProto", output: str) -> None:
@@ -97,8 +101,15 @@ def _write_model(model: "ModelProto", output: str) -> None:
     write_atomically(output, data)
 
 
-def _quantized_rows(model: "ModelProto", output: str) -> dict[str, str]:
-    from fastcal.qdq import WEIGHTED, count_quantized
+def _quantized(model: "ModelProto", output: str) -> dict[str, Any]:
+    from fastcal.qdq import count_quantized
 
     quantized, layers = count_quantized(model)
-    return {"INT8": f"{quantized} of {layers} {', '.join(WEIGHTED)}", "model": output}
+    return {"model": output, "quantized": quantized, "layers": layers}
+
+
+def _quantized_rows(model: "ModelProto", output: str) -> dict[str, str]:
+    from fastcal.qdq import WEIGHTED
+
+    found = _quantized(model, output)
+    return {"INT8": f"{found['quantized']} of {found['layers']} {', '.join(WEIGHTED)}", "model": output}

@@ -1,27 +1,54 @@
-"""What every command shows on the terminal: the log, a progress bar, how it ends."""
+"""What every command prints: the log, a progress bar, its outcome, how it ends; or JSON lines for programs."""
 
 import contextlib
+import json
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich import box
+from rich.console import Console, JustifyMethod, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.spinner import Spinner
+from rich.table import Table
 
 import fastcal
 from fastcal import interrupt
 from fastcal.errors import FastcalError
 
+#: Exit status of a command that was to find out whether something is so, and it is not: caches differ, say.
+NOT_OK = 1
+
 #: Exit status for what the user can put right.
 FAILED = 2
 
+#: Seconds between two lines of JSON that tell how far the work is, at least.
+_BETWEEN_EVENTS = 0.1
+
 #: How many of TensorRT's warnings are shown; it may have one for every layer.
 _MOST_WARNINGS = 5
+
+
+@dataclass
+class Output:
+    """What is printed, and for whom."""
+
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print warnings and errors only; with --json also the last line.")
+    ] = False
+    json: Annotated[bool, typer.Option("--json", help="Print JSON lines for programs: progress, then the outcome.")] = (
+        False
+    )
+
+
+#: What the command that runs was asked to print.
+output = Output()
 
 
 @contextlib.contextmanager
@@ -49,6 +76,7 @@ def terminal() -> Iterator[Console]:
                 raise typer.Exit(interrupt.INTERRUPTED) from error
             if isinstance(error, FastcalError):
                 console.print(f"error: {error}")
+                _print_event("error", message=str(error))
                 raise typer.Exit(FAILED) from error
             aside.seek(0)
             terminal.write(aside.read().decode(errors="replace"))
@@ -93,20 +121,26 @@ class _ConsoleHandler(logging.Handler):
             self._print(logging.WARNING, f"TensorRT: {more} more warnings (logger fastcal.tensorrt)")
 
     def _print(self, level: int, text: str) -> None:
+        if output.quiet and level < logging.WARNING:
+            return
         self._console.print(f"{'note' if level == logging.INFO else logging.getLevelName(level).lower()}: {text}")
 
 
 class Bar:
-    """Shows a `fastcal.Progress` on the terminal."""
+    """Shows a `fastcal.Progress` on the terminal, or tells it in JSON."""
 
     def __init__(self, bar: Progress) -> None:
         self.last = fastcal.Progress()
+        self._told = 0.0
         self._bar = bar
         self._task = bar.add_task("", total=None, rate="", wait="")
 
     def __call__(self, state: fastcal.Progress) -> None:
         """Show `state`."""
         self.last = state
+        if not output.quiet and time.monotonic() > self._told + _BETWEEN_EVENTS:
+            self._told = time.monotonic()
+            _print_event("progress", **asdict(state))
         self._bar.update(
             self._task,
             total=state.total,
@@ -146,15 +180,47 @@ def progress_bar(console: Console, before: str, after: str) -> Iterator[Bar]:
         TextColumn("left"),
     ]
     with _Display(
-        *columns, before=before, after=after, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+        *columns, before=before, after=after, console=console, transient=True,
+        disable=output.quiet or not console.is_terminal,
+    ) as bar:  # fmt: skip
         yield Bar(bar)
+
+
+def say(text: str) -> None:
+    """Print a line for people on the standard output."""
+    if not (output.quiet or output.json):
+        typer.echo(text)
 
 
 def print_rows(**rows: str) -> None:
     """Print a line for each row: its name and its text."""
+    width = max(10, *map(len, rows)) + 1
     for name, text in rows.items():
-        typer.echo(f"{name:<11}{text}")
+        say(f"{name:<{width}}{text}")
+
+
+def print_table(columns: Mapping[str, JustifyMethod], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table for people: its columns' names and on which side they are flush, and its rows."""
+    if output.quiet or output.json:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # A file or another program gets whole lines, however long the names are.
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    console.print(table)
+
+
+def finish(**outcome: Any) -> None:
+    """Tell the outcome in JSON, the last line that is printed."""
+    _print_event("done", **outcome)
+
+
+def _print_event(event: str, /, **content: Any) -> None:
+    if output.json:
+        print(json.dumps({"event": event} | content), flush=True)
 
 
 def rate(progress: fastcal.Progress) -> str:

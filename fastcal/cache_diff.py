@@ -1,0 +1,62 @@
+"""`diff_caches`: which tensors' scales differ between two calibration caches."""
+
+import math
+from dataclasses import dataclass
+
+from fastcal.cache import CalibrationCache
+from fastcal.errors import FastcalError
+
+
+@dataclass(frozen=True)
+class CacheDiff:
+    """What differs between two caches; empty, and so false, where nothing does.
+
+    Attributes:
+        moved: Tensors whose scale differs, those that moved most first: name to the scale before and after.
+        removed: Tensors that only the cache before has, in its order.
+        added: Tensors that only the cache after has, in its order.
+        compared: How many tensors both have.
+    """
+
+    moved: dict[str, tuple[float, float]]
+    removed: tuple[str, ...]
+    added: tuple[str, ...]
+    compared: int
+
+    def __bool__(self) -> bool:
+        return bool(self.moved or self.removed or self.added)
+
+
+def diff_caches(before: CalibrationCache, after: CalibrationCache, *, tolerance: float = 0.0) -> CacheDiff:
+    """Which tensors' scales differ between two caches. Their headers and records are not compared.
+
+    Args:
+        before: One cache.
+        after: The other.
+        tolerance: By how many percent, of the smaller scale, a scale may differ. By default not at all.
+
+    Raises:
+        FastcalError: The tolerance is negative or no number.
+    """
+    if not tolerance >= 0:
+        raise FastcalError(f"tolerance {tolerance:g} is not a percentage from 0 on, 1 for instance")
+    both = [name for name in before.scales if name in after.scales]
+    pairs = {name: (before.scales[name], after.scales[name]) for name in both}
+    moves = {name: _move(*pair) for name, pair in pairs.items()}
+    moved = sorted((name for name in both if moves[name] > tolerance), key=lambda name: -moves[name])
+    return CacheDiff(
+        moved={name: pairs[name] for name in moved},
+        removed=tuple(name for name in before.scales if name not in after.scales),
+        added=tuple(name for name in after.scales if name not in before.scales),
+        compared=len(both),
+    )
+
+
+def _move(before: float, after: float) -> float:
+    """By how many percent of the smaller one two scales differ; infinity where one of them is 0 or no number."""
+    if before == after or (math.isnan(before) and math.isnan(after)):
+        return 0.0
+    smaller, larger = sorted((abs(before), abs(after)))
+    if not smaller > 0 or before * after < 0 or math.isnan(larger):
+        return math.inf
+    return 100 * (larger / smaller - 1)

@@ -1,0 +1,162 @@
+"""The forms a calibration cache is kept in besides TensorRT's own: JSON, and the table of ONNX Runtime's provider."""
+
+import json
+import math
+import struct
+from typing import Any
+
+from fastcal.cache import ALGORITHMS, CalibrationCache, check_tensorrt_version
+from fastcal.errors import FastcalError, missing
+from fastcal.record import Record
+
+#: What the JSON form holds of a cache besides its scales.
+_SETTINGS = ("algorithm", "tensorrt_version", "quantile", "cutoff")
+
+
+def from_any(data: bytes, origin: str) -> CalibrationCache:
+    """Read a cache in whichever of the forms its contents are; `origin` names them in an error.
+
+    Raises:
+        FastcalError: The contents are no calibration cache.
+    """
+    if data.lstrip()[:1] == b"{":
+        return from_json(data, origin)
+    if b"\0" in data:  # the others are text
+        return from_onnxruntime(data, origin)
+    return CalibrationCache.from_bytes(data, origin)
+
+
+def to_json(cache: CalibrationCache) -> bytes:
+    """The cache as a JSON object: algorithm, TensorRT version, scales by tensor, and what it was made from.
+
+    Raises:
+        FastcalError: A scale is NaN or infinite, which JSON has no number for.
+    """
+    content: dict[str, Any] = {name: getattr(cache, name) for name in _SETTINGS if getattr(cache, name) is not None}
+    content["scales"] = cache.scales
+    if cache.record is not None:
+        content["made_from"] = dict(cache.record.entries)
+    for name, scale in cache.scales.items():
+        _check_scale(scale, f"the scale of {name!r}")
+    return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def from_json(data: bytes, origin: str) -> CalibrationCache:
+    """Read what `to_json` gives; scales are rounded to float32.
+
+    Raises:
+        FastcalError: It is no such JSON.
+    """
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise FastcalError(f"{origin} is neither a calibration cache nor JSON: {error}") from error
+    scales = content.get("scales")
+    if not isinstance(scales, dict):
+        raise FastcalError(f'{origin} is no calibration cache in JSON: it has no "scales", an object')
+    unknown = content.keys() - {*_SETTINGS, "scales", "made_from"}
+    if unknown:
+        raise FastcalError(f"{origin} is no calibration cache in JSON: it has {min(unknown)!r}; a cache has not")
+    cache = CalibrationCache(**{name: content[name] for name in _SETTINGS if name in content})
+    if cache.algorithm not in ALGORITHMS:
+        raise FastcalError(
+            f"{origin}: there is no algorithm {cache.algorithm!r}; choose one of {', '.join(ALGORITHMS)}"
+        )
+    if cache.algorithm == "percentile":
+        cache.tensorrt_version = None
+        for name in ("quantile", "cutoff"):
+            if not isinstance(getattr(cache, name), int | float):
+                raise FastcalError(f"{origin}: a cache of algorithm percentile needs a number {name!r}")
+    else:
+        try:
+            cache.tensorrt_version = check_tensorrt_version(str(cache.tensorrt_version))
+        except FastcalError as error:
+            raise FastcalError(f"{origin}: {error}") from error
+    cache.scales = {name: _scale(value, f"{origin}, scale of {name!r}") for name, value in scales.items()}
+    if "made_from" in content:
+        if not isinstance(content["made_from"], dict):
+            raise FastcalError(f'{origin} is no calibration cache in JSON: its "made_from" is no object')
+        cache.record = Record(content["made_from"])
+    return cache
+
+
+def to_onnxruntime(cache: CalibrationCache) -> bytes:
+    """The cache as the table that ONNX Runtime's TensorRT provider reads.
+
+    It is the one named by `trt_int8_calibration_table_name` while `trt_int8_use_native_calibration_table` is off: a
+    FlatBuffers table from tensor to amax as text, the schema being `onnxruntime.quantization.CalTableFlatBuffers`.
+    amax is 127 scales, written to the last bit. The algorithm, the TensorRT version and the record are not in it.
+
+    Raises:
+        FastcalError: A scale is NaN or infinite, or ONNX Runtime is not installed.
+    """
+    flatbuffers, key_value, table = _schema()
+    builder = flatbuffers.Builder(1024)
+    entries = []
+    for name, scale in cache.scales.items():
+        _check_scale(scale, f"the scale of {name!r}")
+        key = builder.CreateString(name.encode(errors="surrogateescape"))
+        value = builder.CreateString(repr(scale * 127))  # exact: the product of a float32 and 127 fits a float64
+        key_value.Start(builder)
+        key_value.AddKey(builder, key)
+        key_value.AddValue(builder, value)
+        entries.append(key_value.End(builder))
+    table.StartDictVector(builder, len(entries))
+    for entry in reversed(entries):  # vectors are built from their end
+        builder.PrependUOffsetTRelative(entry)
+    vector = builder.EndVector()
+    table.Start(builder)
+    table.AddDict(builder, vector)
+    builder.Finish(table.End(builder))
+    return bytes(builder.Output())
+
+
+def from_onnxruntime(data: bytes, origin: str) -> CalibrationCache:
+    """Read ONNX Runtime's table: that of `to_onnxruntime`, or of `onnxruntime.quantization.write_calibration_table`.
+
+    A scale is amax / 127. The table does not say which algorithm picked it; the cache is entropy2's, whose header most
+    builders ask for.
+
+    Raises:
+        FastcalError: It is no such table, or ONNX Runtime is not installed.
+    """
+    _, _, table = _schema()
+    cache = CalibrationCache()
+    try:
+        root = table.TrtTable.GetRootAs(data, 0)
+        for index in range(root.DictLength()):
+            entry = root.Dict(index)
+            name, value = entry.Key().decode(errors="surrogateescape"), float(entry.Value())
+            cache.scales[name] = _scale(value / 127, f"{origin}, scale of {name!r}")
+    except (AttributeError, IndexError, TypeError, ValueError, struct.error) as error:  # what its reader runs into
+        raise FastcalError(f"{origin} is neither a calibration cache nor ONNX Runtime's table of one") from error
+    if not cache.scales:
+        raise FastcalError(f"{origin} is neither a calibration cache nor ONNX Runtime's table of one: it has no tensor")
+    return cache
+
+
+def _schema() -> tuple[Any, Any, Any]:
+    """FlatBuffers, and the schema's two classes."""
+    try:
+        import flatbuffers
+        from onnxruntime.quantization.CalTableFlatBuffers import KeyValue, TrtTable
+    except ModuleNotFoundError as error:
+        raise missing("ONNX Runtime's calibration table", error) from error
+    return flatbuffers, KeyValue, TrtTable
+
+
+def _scale(value: Any, label: str) -> float:
+    """A scale from a file, as the float32 it stands for."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise FastcalError(f"{label} is {value!r}; it must be a number")
+    _check_scale(value, label)
+    try:
+        scale: float = struct.unpack(">f", struct.pack(">f", value))[0]
+    except OverflowError as error:
+        raise FastcalError(f"{label} is too large for a float32") from error
+    return scale
+
+
+def _check_scale(value: float, label: str) -> None:
+    if not 0 <= value < math.inf:
+        raise FastcalError(f"{label} is {value:g}; it must be a finite number from 0 on")

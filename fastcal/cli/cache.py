@@ -1,0 +1,202 @@
+"""`fastcal cache`: what is in a calibration cache, what differs, other forms of it, and whether it is still true."""
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fastcal
+from fastcal.cache import CALIBRATION_NAMES, FORMS
+from fastcal.cli.options import FeedOptions, with_options
+from fastcal.cli.terminal import NOT_OK, finish, print_rows, print_table, say, terminal
+from fastcal.errors import FastcalError
+
+app = typer.Typer(help="Look into calibration caches, compare, convert and check them.", no_args_is_help=True)
+
+CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="The calibration cache, in any form.")]
+
+#: The forms that a file's suffix asks for; any other name is TensorRT's own.
+_SUFFIXES = {".json": "json", ".flatbuffers": "onnxruntime"}
+
+
+def show(*, cache: CacheArgument) -> None:
+    """Show a cache: its tensors with their scales and amax, its header, what it was made from."""
+    with terminal():
+        loaded = fastcal.CalibrationCache.load(cache)
+        record = dict(loaded.record.entries) if loaded.record else {}
+        print_table(
+            {"tensor": "left", "scale": "right", "amax": "right"},
+            [(name, f"{scale:.6g}", f"{127 * scale:.6g}") for name, scale in loaded.scales.items()],
+        )
+        made_from = {f"  {name}": str(value) for name, value in record.items()}
+        print_rows(header=loaded.header, tensors=str(len(loaded.scales)))
+        if made_from:
+            say("made from")
+            print_rows(**made_from)
+        else:
+            say("made from  not known: it has no record")
+        scales = {name: _number(scale) for name, scale in loaded.scales.items()}
+        finish(header=loaded.header, algorithm=loaded.algorithm, scales=scales, made_from=record)
+
+
+def diff(
+    *,
+    before: Annotated[str, typer.Argument(metavar="A", help="A calibration cache, in any form.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    tolerance: Annotated[
+        float, typer.Option(metavar="PERCENT", help="By how much a scale may differ without being shown.")
+    ] = 0.0,
+) -> None:
+    """Show which tensors' scales differ between two caches, those that moved most first. Exit status 1 if any do."""
+    with terminal():
+        first, second = fastcal.CalibrationCache.load(before), fastcal.CalibrationCache.load(after)
+        found = fastcal.diff_caches(first, second, tolerance=tolerance)
+        rows = [(name, f"{a:.6g}", f"{b:.6g}", _factor(a, b)) for name, (a, b) in found.moved.items()]
+        rows += [(name, f"{first.scales[name]:.6g}", "none", "") for name in found.removed]
+        rows += [(name, "none", f"{second.scales[name]:.6g}", "") for name in found.added]
+        if rows:
+            print_table({"tensor": "left", "A": "right", "B": "right", "factor": "right"}, rows)
+        if first.header != second.header:
+            say(f"headers: {first.header} and {second.header}")
+        say(_verdict(found, tolerance))
+        finish(
+            differ=bool(found),
+            headers=[first.header, second.header],
+            moved={name: [_number(scale) for scale in pair] for name, pair in found.moved.items()},
+            removed=found.removed,
+            added=found.added,
+        )
+    if found:
+        raise typer.Exit(NOT_OK)
+
+
+def convert(
+    *,
+    cache: CacheArgument,
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write; .json and .flatbuffers choose the form."),
+    ],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(FORMS)} (the table of its TensorRT provider).", show_default="what the file's name says"
+        ),
+    ] = None,
+    tensorrt: Annotated[
+        str | None, typer.Option(help="Version that will read the cache.", show_default="as it is")
+    ] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(help=f"For the header: {', '.join(CALIBRATION_NAMES)}. The scales stay.", show_default="as it is"),
+    ] = None,
+) -> None:
+    """Write a cache in another form, or with the header of another TensorRT version. The scales stay as they are."""
+    with terminal():
+        from fastcal.record import record_path
+
+        loaded = fastcal.CalibrationCache.load(cache)
+        if os.path.realpath(output) == os.path.realpath(record_path(cache)):
+            raise FastcalError(f"{output} is the record of {cache}; name another file")
+        form = form or _SUFFIXES.get(Path(output).suffix, "tensorrt")
+        converted = _with_header(loaded, cache, tensorrt, algorithm)
+        converted.save(output, form=form)
+        print_rows(
+            tensors=str(len(converted.scales)), cache=output + (f", {converted.header}" if form == "tensorrt" else "")
+        )
+        finish(cache=output, form=form, header=converted.header, tensors=len(converted.scales))
+
+
+@dataclass
+class CheckOptions(FeedOptions):
+    """What `cache check` asks for: the model, and if its images are to be compared too, what `calibrate` was told."""
+
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="The images to compare, with the options given to calibrate.", show_default=False
+        ),
+    ] = ""
+
+
+def check(*, cache: CacheArgument, options: CheckOptions) -> None:
+    """Check a cache against a model: tensors missing or unknown, and whether it is stale. Exit status 1 if any are.
+
+    A cache is stale where its record says that it was made from another model or, if DATA is given, from other images
+    or otherwise prepared.
+    """
+    with terminal():
+        from fastcal.model import Model
+
+        network = Model(options.model)
+        loaded = fastcal.CalibrationCache.load(cache)
+        found = fastcal.check_cache(loaded, network, options.feed(network) if options.data else None)
+        for what in ("missing", "unknown", "stale"):
+            for entry in getattr(found, what):
+                say(f"{what:<11}{entry}")
+        if not found.recorded:
+            say(f"{'note':<11}{cache} has no record, so that nothing tells what it was made from")
+        say(f"{'not in order' if found else 'in order'}: {_counts(found)}")
+        finish(ok=not found, missing=found.missing, unknown=found.unknown, stale=found.stale, recorded=found.recorded)
+    if found:
+        raise typer.Exit(NOT_OK)
+
+
+def _number(scale: float) -> float | None:
+    """A scale as JSON has it: null where it is NaN or infinite."""
+    return scale if math.isfinite(scale) else None
+
+
+def _factor(before: float, after: float) -> str:
+    return f"{after / before:.6g}" if before else "from 0"
+
+
+def _verdict(found: "fastcal.CacheDiff", tolerance: float) -> str:
+    beyond = f" by more than {tolerance:g} %" if tolerance else ""
+    if not found:
+        return f"equal: none of {found.compared} scales moved{beyond}"
+    parts = []
+    if found.moved:
+        name, (before, after) = next(iter(found.moved.items()))
+        parts.append(
+            f"{len(found.moved)} of {found.compared} scales moved{beyond}, most: {name}, {_factor(before, after)}"
+        )
+    parts += [f"{len(names)} only in {where}" for names, where in ((found.removed, "A"), (found.added, "B")) if names]
+    return "different: " + "; ".join(parts)
+
+
+def _with_header(
+    cache: fastcal.CalibrationCache, path: str, tensorrt: str | None, algorithm: str | None
+) -> fastcal.CalibrationCache:
+    """The cache with another header."""
+    changes: dict[str, Any] = {}
+    if algorithm is not None:
+        if algorithm not in CALIBRATION_NAMES:
+            known = ", ".join(CALIBRATION_NAMES)
+            raise FastcalError(f"there is no header for algorithm {algorithm!r}; choose one of {known}")
+        changes |= {"algorithm": algorithm, "quantile": None, "cutoff": None}
+        if cache.tensorrt_version is None and tensorrt is None:
+            raise FastcalError(f"the header of {path} names no TensorRT version; name the one that will read it with "
+                               "--tensorrt")  # fmt: skip
+    elif cache.algorithm == "percentile" and tensorrt is not None:
+        raise FastcalError(f"{path} is of Legacy calibration, whose header has no version; leave out --tensorrt, or "
+                           "choose another header with --algorithm")  # fmt: skip
+    if tensorrt is not None:
+        changes["tensorrt_version"] = tensorrt
+    return replace(cache, **changes)
+
+
+def _counts(found: "fastcal.CacheCheck") -> str:
+    return ", ".join(f"{len(getattr(found, what))} {what}" for what in ("missing", "unknown", "stale"))
+
+
+for _command, _example in (
+    (show, "fastcal cache show model.cache"),
+    (diff, "fastcal cache diff old.cache new.cache --tolerance 1"),
+    (convert, "fastcal cache convert model.cache -o model.8.6.cache --tensorrt 8.6.1"),
+    (check, "fastcal cache check model.cache model.onnx images/"),
+):
+    app.command(epilog=f"Example: {_example}")(with_options(_command))

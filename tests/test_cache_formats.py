@@ -1,0 +1,132 @@
+"""A cache in JSON and in ONNX Runtime's table: written and read here, and by ONNX Runtime itself."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastcal import CalibrationCache, FastcalError
+from fastcal.record import Record
+
+DATA = Path(__file__).parent / "data"
+
+#: Tensor names that a careless reader or writer breaks, with scales whose 127-fold is no float32.
+NAMES = {"a: b": 0.1, "(Unnamed Layer* 3) [Constant]_output": 0.0, "é": 1e-30, "/x/y_0": 3.0, "\udc80": 0.3}
+SCALES = {name: struct.unpack("f", struct.pack("f", scale))[0] for name, scale in NAMES.items()}
+
+
+@pytest.mark.parametrize("form", ["tensorrt", "json", "onnxruntime"])
+def test_scales_are_the_same_in_every_form(tmp_path, form):
+    for scales in (SCALES, CalibrationCache.load(DATA / "squeezenet1_1.entropy2.cache").scales):
+        CalibrationCache(scales).save(tmp_path / "x", form=form)
+        assert list(CalibrationCache.load(tmp_path / "x").scales.items()) == list(scales.items())
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        CalibrationCache({"x": 0.5}, "minmax", "8.6.1"),
+        CalibrationCache({"x": 0.5}, "percentile", None, quantile=0.9999, cutoff=1.0),
+    ],
+)
+def test_json_holds_all_of_a_cache(tmp_path, cache):
+    cache.record = Record({"model": "0", "images": 3})
+    cache.save(tmp_path / "x.json", form="json")
+    read = CalibrationCache.load(tmp_path / "x.json")
+    assert read == cache
+    assert read.record == cache.record
+
+
+def test_a_loaded_cache_has_its_record(tmp_path):
+    cache = CalibrationCache({"x": 0.5}, record=Record({"model": "0"}))
+    cache.save(tmp_path / "x.cache")
+    assert CalibrationCache.load(tmp_path / "x.cache").record == cache.record
+    CalibrationCache({"x": 0.25}).save(tmp_path / "x.cache")  # leaves the record of what was there before
+    assert CalibrationCache.load(tmp_path / "x.cache").record is None
+
+
+def test_onnxruntime_reads_amax_from_our_table(tmp_path):
+    table = pytest.importorskip("onnxruntime.quantization.CalTableFlatBuffers.TrtTable")
+    written = CalibrationCache.load(DATA / "squeezenet1_1.minmax.cache")
+    written.save(tmp_path / "x.flatbuffers", form="onnxruntime")
+    root = table.TrtTable.GetRootAs((tmp_path / "x.flatbuffers").read_bytes(), 0)
+    entries = [root.Dict(index) for index in range(root.DictLength())]
+    # What the provider makes of the same cache where it reads TensorRT's own form: scale * 127 in float32.
+    amax = {entry.Key().decode(): np.float32(float(entry.Value())) for entry in entries}
+    assert amax == {name: np.float32(scale) * np.float32(127) for name, scale in written.scales.items()}
+
+
+def test_we_read_the_table_that_onnxruntime_writes(tmp_path):
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+
+    ranges = {"x": (-3.0, 12.7), "y/z": (0.0, 1e-3)}
+    data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
+    quantization.write_calibration_table(TensorsData(CalibrationMethod.MinMax, data), str(tmp_path))
+    read = CalibrationCache.load(tmp_path / "calibration.flatbuffers")
+    assert read.scales == {
+        name: float(np.float32(high) / np.float32(127)) for name, (_, high) in sorted(ranges.items(), reverse=True)
+    }
+    assert read.header == "TRT-101601-EntropyCalibration2"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "neither a calibration cache nor JSON"),
+        ("{}", 'has no "scales"'),
+        ('{"scales": [1]}', 'has no "scales"'),
+        ('{"scales": {}, "scale": {}}', "it has 'scale'; a cache has not"),
+        ('{"scales": {"x": "1"}}', "scale of 'x' is '1'; it must be a number"),
+        ('{"scales": {"x": true}}', "scale of 'x' is True; it must be a number"),
+        ('{"scales": {"x": -1}}', "scale of 'x' is -1; it must be a finite number from 0 on"),
+        ('{"scales": {"x": NaN}}', "scale of 'x' is nan; it must be a finite"),
+        ('{"scales": {"x": 1e39}}', "scale of 'x' is too large for a float32"),
+        ('{"scales": {"x": 1' + 400 * "0" + "}}", "scale of 'x' is too large for a float32"),
+        ('{"scales": {}, "algorithm": "mse"}', "there is no algorithm 'mse'; choose one of"),
+        ('{"scales": {}, "algorithm": ["minmax"]}', r"there is no algorithm \['minmax'\]; choose one of"),
+        ('{"scales": {}, "tensorrt_version": "11.0"}', "TensorRT 11.0 takes no calibration cache"),
+        ('{"scales": {}, "tensorrt_version": 8}', "'8' is not a TensorRT version"),
+        ('{"scales": {}, "algorithm": "percentile", "cutoff": 1}', "needs a number 'quantile'"),
+        ('{"scales": {}, "made_from": 1}', '"made_from" is no object'),
+    ],
+)
+def test_json_that_is_no_cache_is_named(tmp_path, content, message):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(FastcalError, match=message) as raised:
+        CalibrationCache.load(tmp_path / "x.json")
+    assert str(raised.value).startswith(str(tmp_path / "x.json"))
+    assert "\n" not in str(raised.value)
+
+
+def test_damaged_tables_are_named(tmp_path):
+    pytest.importorskip("onnxruntime")
+    CalibrationCache(SCALES).save(tmp_path / "whole", form="onnxruntime")
+    data = (tmp_path / "whole").read_bytes()
+    damaged = [data[:size] for size in range(4, len(data) - 30, 7)]
+    damaged += [b"\0", bytes(100), b"\xff" * 50 + b"\0", data.replace(b"0.0", b"nan"), data.replace(b"0.0", b"x.0")]
+    for number, content in enumerate(damaged):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(FastcalError, match=r"neither a calibration cache nor|must be a finite number|TensorRT cal"):
+            pytest.fail(f"{number}: {CalibrationCache.load(tmp_path / 'x')}")
+
+
+def test_what_a_form_cannot_hold(tmp_path):
+    for form in ("json", "onnxruntime"):
+        for scale in (float("nan"), float("inf"), -1.0):
+            with pytest.raises(FastcalError, match=r"the scale of 'x' is .*; it must be a finite number"):
+                CalibrationCache({"x": scale}).save(tmp_path / "x", form=form)
+    with pytest.raises(FastcalError, match="there is no form 'yaml' of a cache; choose one of tensorrt, json, onnxr"):
+        CalibrationCache({"x": 1.0}).save(tmp_path / "x", form="yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_what_other_programs_read(tmp_path):
+    CalibrationCache({"x": 0.5}, "entropy", "10.3.0").save(tmp_path / "x.json", form="json")
+    assert json.loads((tmp_path / "x.json").read_text()) == {
+        "algorithm": "entropy",
+        "tensorrt_version": "10.3.0",
+        "scales": {"x": 0.5},
+    }
