@@ -15,7 +15,7 @@ def main() -> None:
     try:
         from fastcal.cli import app
 
-        app()
+        app(prog_name="fastcal")
     except BaseException as error:
         if interrupt.received():
             interrupt.say()

@@ -152,7 +152,7 @@ def _scale(value: Any, label: str) -> float:
     _check_scale(value, label)
     try:
         scale: float = struct.unpack(">f", struct.pack(">f", value))[0]
-    except OverflowError as error:
+    except (OverflowError, struct.error) as error:
         raise FastcalError(f"{label} is too large for a float32") from error
     return scale
 

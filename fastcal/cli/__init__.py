@@ -8,6 +8,7 @@ import typer
 from fastcal.cli.build import build
 from fastcal.cli.cache import app as cache
 from fastcal.cli.calibrate import calibrate
+from fastcal.cli.doctor import doctor
 from fastcal.cli.options import with_options
 from fastcal.cli.quantize import quantize
 
@@ -43,6 +44,7 @@ for _command, _example in (
     (calibrate, "fastcal calibrate model.onnx images/ -o model.cache --limit 500"),
     (quantize, "fastcal quantize model.onnx model.cache -o model.qdq.onnx"),
     (build, "fastcal build model.onnx images/ -o model.engine --cache model.cache"),
+    (doctor, "fastcal doctor > report.txt"),
 ):
     app.command(epilog=f"Example: {_example}")(with_options(_command))
 app.add_typer(cache, name="cache")

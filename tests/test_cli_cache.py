@@ -1,0 +1,227 @@
+"""`fastcal cache` as a user meets it, and what every command prints for programs and for nobody."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import DIGITS
+from fastcal import CalibrationCache
+
+MODEL = DIGITS / "digits.onnx"
+SQUEEZENET = Path(__file__).parent / "data" / "squeezenet1_1.entropy2.cache"
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A folder with a cache, and with one that has a scale moved by one percent."""
+    cache = CalibrationCache.load(SQUEEZENET)
+    cache.save(tmp_path / "a.cache")
+    moved = cache.scales | {"input": cache.scales["input"] * 1.01}
+    replace(cache, scales=moved).save(tmp_path / "b.cache")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A folder with a cache of the digits and its record, as the command line makes them."""
+    import subprocess
+
+    folder = tmp_path_factory.mktemp("calibrated")
+    command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, DIGITS / "images", "-o", "digits.cache"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_show(run_fastcal, work):
+    done = run_fastcal("cache", "show", "a.cache", cwd=work)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^input +0\.0371246 +4\.71482$", done.stdout, re.MULTILINE)
+    assert re.search(r"^\(Unnamed Layer\* 0\) \[Constant\]_output +0 +0$", done.stdout, re.MULTILINE)
+    assert "header     TRT-8600-EntropyCalibration2\ntensors    91\nmade from  not known" in done.stdout
+
+
+def test_show_with_a_record(run_fastcal, calibrated):
+    done = run_fastcal("cache", "show", "digits.cache", cwd=calibrated)
+    assert re.search(r"made from\n  images +256\n", done.stdout)
+    shown = json.loads(run_fastcal("cache", "show", "digits.cache", "--json", cwd=calibrated).stdout)
+    assert shown["scales"] == CalibrationCache.load(calibrated / "digits.cache").scales
+    assert shown["made_from"]["images"] == 256
+
+
+def test_a_cache_does_not_differ_from_itself(run_fastcal, work):
+    done = run_fastcal("cache", "diff", "a.cache", "a.cache", cwd=work)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "equal: none of 91 scales moved\n", "")
+
+
+def test_one_scale_that_moved_is_named_alone(run_fastcal, work):
+    done = run_fastcal("cache", "diff", "a.cache", "b.cache", cwd=work)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "different: 1 of 91 scales moved, most: input, 1.01"
+    assert re.fullmatch(r"input +0.0371246 +0.0374958 +1\.01 *", lines[2])
+    assert len(lines) == 4  # the table's head, a rule, the tensor, the verdict
+    done = run_fastcal("cache", "diff", "a.cache", "b.cache", "--tolerance", "1.1", cwd=work)
+    assert (done.returncode, done.stdout) == (0, "equal: none of 91 scales moved by more than 1.1 %\n")
+
+
+def test_tensors_in_only_one_and_other_headers(run_fastcal, work):
+    CalibrationCache({"input": 0.0, "new": 1.0}, "minmax").save(work / "c.cache")
+    done = run_fastcal("cache", "diff", "a.cache", "c.cache", cwd=work)
+    assert done.returncode == 1
+    assert re.search(r"^new +none +1 *$", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-2:] == [
+        "headers: TRT-8600-EntropyCalibration2 and TRT-101601-MinMaxCalibration",
+        "different: 1 of 1 scales moved, most: input, 0; 90 only in A; 1 only in B",
+    ]
+    told = json.loads(run_fastcal("cache", "diff", "c.cache", "b.cache", "--json", cwd=work).stdout)
+    assert (told["differ"], told["removed"], len(told["added"])) == (True, ["new"], 90)
+    assert told["moved"] == {"input": [0, CalibrationCache.load(work / "b.cache").scales["input"]]}
+
+
+def test_convert(run_fastcal, calibrated):
+    for arguments in (
+        "digits.cache -o digits.json",
+        "digits.json -o digits.flatbuffers",
+        "digits.flatbuffers -o table.cache --tensorrt 10.3.0",
+        "digits.cache -o older.cache --tensorrt 8.6.1",
+        "digits.cache -o minmax.cache --algorithm minmax",
+    ):
+        done = run_fastcal("cache", "convert", *arguments.split(), cwd=calibrated)
+        assert (done.returncode, done.stderr) == (0, "")
+    first = CalibrationCache.load(calibrated / "digits.cache")
+    table = CalibrationCache.load(calibrated / "table.cache")
+    assert (table.scales, table.header) == (first.scales, "TRT-100300-EntropyCalibration2")
+    older = CalibrationCache.load(calibrated / "older.cache")
+    assert (older.scales, older.header, older.record) == (first.scales, "TRT-8601-EntropyCalibration2", first.record)
+    assert CalibrationCache.load(calibrated / "minmax.cache").header.endswith("-MinMaxCalibration")
+    assert json.loads((calibrated / "digits.json").read_text())["made_from"] == first.record.entries
+    assert not (calibrated / "digits.flatbuffers.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("show none.cache", "cannot read calibration cache none.cache: No such file or directory; check the path"),
+        ("diff a.cache b.cache --tolerance -1", "tolerance -1 is not a percentage from 0 on"),
+        ("convert a.cache -o a.cache.json", "a.cache.json is the record of a.cache; name another file"),
+        ("convert a.cache -o x --form yaml", "there is no form 'yaml' of a cache; choose one of"),
+        ("convert a.cache -o x --tensorrt 11.0", "TensorRT 11.0 takes no calibration cache"),
+        ("convert a.cache -o x --algorithm percentile", "there is no header for algorithm 'percentile'; choose one of"),
+        ("convert legacy.cache -o x --tensorrt 10.3.0", "legacy.cache is of Legacy calibration, whose header has no"),
+        ("convert legacy.cache -o x --algorithm minmax", "the header of legacy.cache names no TensorRT version; name"),
+        ("convert a.cache -o none/x", "cannot write none/x: there is no folder"),
+        ("check a.cache none.onnx", "cannot read model none.onnx"),
+        ("check a.cache model.onnx nowhere", "no such file or folder: nowhere"),
+    ],
+)
+def test_what_is_wrong_is_one_line(run_fastcal, work, arguments, message):
+    CalibrationCache({"x": 1.0}, "percentile", None, 0.9999, 1.0).save(work / "legacy.cache")
+    shutil.copy(MODEL, work / "model.onnx")
+    before = sorted(os.listdir(work))
+    done = run_fastcal("cache", *arguments.split(), cwd=work)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert sorted(os.listdir(work)) == before
+
+
+def test_check(run_fastcal, calibrated, tmp_path):
+    for data in ((), (DIGITS / "images",)):
+        done = run_fastcal("cache", "check", "digits.cache", MODEL, *data, cwd=calibrated)
+        assert (done.returncode, done.stdout) == (0, "in order: 0 missing, 0 unknown, 0 stale\n"), done.stderr
+    done = run_fastcal("cache", "check", "digits.cache", MODEL, DIGITS / "images", "--limit", "64", cwd=calibrated)
+    assert done.returncode == 1
+    assert "stale      images (256 then, 64 now)\n" in done.stdout
+    done = run_fastcal("cache", "check", SQUEEZENET, MODEL)
+    assert done.returncode == 1
+    assert "missing    image\n" in done.stdout
+    assert "unknown    input\n" in done.stdout
+    assert "has no record" in done.stdout
+    told = json.loads(run_fastcal("cache", "check", SQUEEZENET, MODEL, "--json").stdout)
+    assert not told["ok"]
+    assert told["missing"][0] == "image"
+    assert not told["recorded"]
+
+
+def test_quantize_takes_a_cache_in_any_form(run_fastcal, calibrated, tmp_path):
+    CalibrationCache.load(calibrated / "digits.cache").save(tmp_path / "digits.json", form="json")
+    for cache, output in ((calibrated / "digits.cache", "1.onnx"), (tmp_path / "digits.json", "2.onnx")):
+        done = run_fastcal("quantize", MODEL, cache, "-o", tmp_path / output)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "1.onnx").read_bytes() == (tmp_path / "2.onnx").read_bytes()
+    (tmp_path / "bad.json").write_text("{}")
+    done = run_fastcal("quantize", MODEL, tmp_path / "bad.json", "-o", tmp_path / "3.onnx")
+    assert done.returncode == 2
+    assert 'it has no "scales"' in done.stderr
+
+
+def test_json_lines_tell_the_progress_and_the_outcome(run_fastcal, tmp_path):
+    words = ("calibrate", MODEL, DIGITS / "images", "-o", "x.cache", "--batch-size", 48)
+    done = run_fastcal(*words, "--json", cwd=tmp_path)
+    *progress, last = map(json.loads, done.stdout.splitlines())
+    assert progress
+    for event in progress:
+        assert (event["event"], event["images"], event["total"]) == ("progress", 48 * event["batches"], 6)
+        assert 0 <= event["waited"] <= event["seconds"]
+    cache = CalibrationCache.load(tmp_path / "x.cache")
+    assert last.items() >= {
+        "event": "done", "cache": "x.cache", "header": cache.header, "algorithm": "entropy2", "batches": 6,
+        "tensors": len(cache.scales), "images": 256, "batch_size": 48,
+    }.items()  # fmt: skip
+    assert "note: 256 images in batches of 48: the last is completed" in done.stderr  # still for people
+
+    done = run_fastcal("quantize", MODEL, "x.cache", "-o", "x.onnx", "--json", "--quiet", cwd=tmp_path)
+    assert json.loads(done.stdout) == {"event": "done", "model": "x.onnx", "quantized": 8, "layers": 8}
+    done = run_fastcal(*words, "--json", "--algorithm", "mse", cwd=tmp_path)
+    assert done.returncode == 2
+    told = json.loads(done.stdout)
+    assert told["event"] == "error"
+    assert done.stderr == f"error: {told['message']}\n"
+
+
+def test_quiet_leaves_only_what_is_wrong(run_fastcal, tmp_path, work):
+    words = ("calibrate", MODEL, DIGITS / "images", "-o", tmp_path / "x.cache", "--batch-size", 48, "-q")
+    done = run_fastcal(*words)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "x.cache").exists()
+    done = run_fastcal(*words, "--algorithm", "mse")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    done = run_fastcal("cache", "diff", "a.cache", "b.cache", "--quiet", cwd=work)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_a_fault_of_our_own_is_not_taken_for_a_difference(run_fastcal, tmp_path, work):
+    (tmp_path / "sitecustomize.py").write_text("import fastcal.cache_diff as d\nd.diff_caches = None\n")
+    done = run_fastcal("cache", "diff", "a.cache", "b.cache", cwd=work, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 70
+    assert "TypeError" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["calibrate", "quantize", "build", "doctor"])
+def test_every_command_has_an_example_and_the_same_last_options(run_fastcal, command):
+    shown = run_fastcal(command, "--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}).stdout
+    assert f"Example: fastcal {command}" in shown
+    assert re.search(r"--quiet +-q .*\n.*--json .*\n.*--help", shown)
+
+
+def test_help_tells_the_exit_status(run_fastcal):
+    shown = " ".join(run_fastcal("--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}).stdout.split())
+    for status in ("0 done", "1 not so", "2 something", "70 a fault", "130 Ctrl-C"):
+        assert status in shown
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_and_options(run_fastcal, shell):
+    environment = {
+        **os.environ, "_FASTCAL_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": "fastcal calibrate --algo",
+        "COMP_WORDS": "fastcal calibrate --algo", "COMP_CWORD": "2", "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }  # fmt: skip
+    done = run_fastcal(env=environment)
+    assert "--algorithm" in done.stdout
