@@ -5,8 +5,11 @@ histograms of its activations and picks the scales TensorRT would pick; the `Cal
 TensorRT as its own.
 
 Everything is imported when it is first used: `import fastcal` needs neither DALI nor ONNX Runtime nor a GPU.
+
+Nothing is printed: what is worth knowing goes to the logger "fastcal", and what TensorRT says to "fastcal.tensorrt".
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +55,8 @@ __all__ = [
     "quantize",
 ]
 
+logging.getLogger("fastcal").addHandler(logging.NullHandler())  # else Python prints warnings that nobody handles
+
 _MODULES = {
     "ArrayFeed": "fastcal.feed.feed",
     "CacheCheck": "fastcal.cache_check",
@@ -75,15 +80,17 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'fastcal' has no attribute {name!r}")
-    try:
-        return getattr(import_module(_MODULES[name]), name)
-    except ModuleNotFoundError as error:
-        from fastcal.errors import missing
+if not TYPE_CHECKING:  # or else a type checker would take any name for one of fastcal's
 
-        raise missing(name, error) from error
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'fastcal' has no attribute {name!r}")
+        try:
+            return getattr(import_module(_MODULES[name]), name)
+        except ModuleNotFoundError as error:
+            from fastcal.errors import missing
+
+            raise missing(name, error) from error
 
 
 def __dir__() -> list[str]:

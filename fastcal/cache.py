@@ -72,7 +72,7 @@ class CalibrationCache:
 
     @classmethod
     def from_bytes(cls, data: bytes, origin: str = "calibration cache") -> "CalibrationCache":
-        """Read a file's contents; `origin` names them in an error.
+        """Read `data`, a file's contents in TensorRT's own form; `origin` names them in an error.
 
         Raises:
             FastcalError: The text is not a calibration cache.

@@ -156,7 +156,10 @@ class FeedCalibrator:
             return None
 
     def write_calibration_cache(self, cache: Any) -> None:
-        """Keep what TensorRT found, with a record of what it was made from; after an error, keep nothing."""
+        """Keep `cache`, the bytes that TensorRT found, with a record of what it was made from.
+
+        After an error nothing is kept.
+        """
         self._finished = True
         if self._cache is None or self._ready is not None:
             return
@@ -387,19 +390,28 @@ def _dtype(array: Any) -> Any:
 
 
 class EntropyCalibrator2(FeedCalibrator, trt.IInt8EntropyCalibrator2):  # type: ignore[misc]
-    """TensorRT's `IInt8EntropyCalibrator2`, what TensorRT recommends for convolutional networks."""
+    """TensorRT's `IInt8EntropyCalibrator2`, what TensorRT recommends for convolutional networks.
+
+    Takes `feed`, `cache`, `model` and `progress`, as `FeedCalibrator` explains them.
+    """
 
     _base, _algorithm = trt.IInt8EntropyCalibrator2, "entropy2"
 
 
 class EntropyCalibrator(FeedCalibrator, trt.IInt8EntropyCalibrator):  # type: ignore[misc]
-    """TensorRT's `IInt8EntropyCalibrator`."""
+    """TensorRT's `IInt8EntropyCalibrator`.
+
+    Takes `feed`, `cache`, `model` and `progress`, as `FeedCalibrator` explains them.
+    """
 
     _base, _algorithm = trt.IInt8EntropyCalibrator, "entropy"
 
 
 class MinMaxCalibrator(FeedCalibrator, trt.IInt8MinMaxCalibrator):  # type: ignore[misc]
-    """TensorRT's `IInt8MinMaxCalibrator`, which clips nothing."""
+    """TensorRT's `IInt8MinMaxCalibrator`, which clips nothing.
+
+    Takes `feed`, `cache`, `model` and `progress`, as `FeedCalibrator` explains them.
+    """
 
     _base, _algorithm = trt.IInt8MinMaxCalibrator, "minmax"
 

@@ -46,3 +46,26 @@ except fastcal.FastcalError as error:
     ):
         command = [sys.executable, "-c", program, module, name]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == text
+
+
+def test_it_prints_nothing(tmp_path):
+    program = f"""
+import sys
+import numpy as np, onnx
+import fastcal
+model, images = {str(DIGITS / "digits.onnx")!r}, {str(DIGITS / "images")!r}
+with fastcal.ImageFeed(images, model=model, batch_size=100) as feed:  # the last batch is completed, says the log
+    cache = fastcal.calibrate(model, feed, engine="onnxruntime")
+    fastcal.check_cache(cache, model, feed)
+fastcal.calibrate(model, [{{"image": np.full((1, 3, 32, 32), np.nan, np.float32)}}], engine="onnxruntime")  # a warning
+for form in ("tensorrt", "json", "onnxruntime"):
+    cache.save("x", form=form)
+    fastcal.diff_caches(cache, fastcal.CalibrationCache.load("x"))
+cache.scales["logits"] = 0.0
+fastcal.quantize(model, cache)
+fastcal.quantize(model, fastcal.CalibrationCache({{**cache.scales, "7": 1.0, "/7/Flatten_output_0": 0.0}}))  # a warning
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=120
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)

@@ -1,0 +1,99 @@
+"""What an application writes that uses all of fastcal's public names; mypy reads it, strictly, and nothing runs it."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+import fastcal
+
+if TYPE_CHECKING:
+    from typing_extensions import assert_type
+
+logging.getLogger("fastcal").setLevel(logging.INFO)
+
+
+class Recordings(fastcal.Feed):
+    """A feed of one's own."""
+
+    batch_size = 4
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[dict[str, npt.NDArray[np.float32]]]:
+        for _ in range(len(self)):
+            yield {"input": np.zeros((self.batch_size, 3, 8, 8), np.float32)}
+
+    def describe(self) -> dict[str, Any]:
+        return {"samples": "recordings of May"}
+
+
+def show(state: fastcal.Progress) -> None:
+    share = None if state.total is None else state.batches / state.total
+    assert_type(share, float | None)
+    print(share, state.images, state.seconds, state.waited)
+
+
+def feeds(folder: Path) -> list[fastcal.Feed]:
+    preprocess = fastcal.Preprocess(size=(8, 8), mean=(0.5,), std=(0.5,), channels="BGR")
+    assert_type(preprocess.fit((None, 3, 8, 8)).shape, tuple[int, int, int])
+    assert_type(fastcal.Preprocess.load(folder / "preprocess.toml"), fastcal.Preprocess)
+    images = fastcal.ImageFeed(folder, preprocess=preprocess, model="model.onnx", balance=True, limit=10)
+    assert_type(images.paths, list[str])
+    arrays = fastcal.ArrayFeed([{"input": np.zeros((1, 3, 8, 8), np.float32)}])
+    for batch in images:
+        print({name: array.shape for name, array in batch.items()})
+    return [images, arrays, Recordings(), fastcal.ImageFeed(["a.jpg", Path("b.jpg")], preprocess="unit")]
+
+
+def scales(folder: Path) -> fastcal.CalibrationCache:
+    try:
+        with feeds(folder)[0] as feed:
+            cache = fastcal.calibrate(folder / "model.onnx", feed, algorithm="minmax", until_stable=1, progress=show)
+    except fastcal.FastcalError as error:
+        raise SystemExit(str(error)) from error
+    assert_type(cache.scales, dict[str, float])
+    assert_type(cache.header, str)
+    assert_type(fastcal.CalibrationCache.from_bytes(cache.to_bytes()), fastcal.CalibrationCache)
+    for form in ("tensorrt", "json", "onnxruntime"):
+        cache.save(folder / form, form=form)
+    return cache
+
+
+def judge(folder: Path, cache: fastcal.CalibrationCache) -> bool:
+    earlier = fastcal.CalibrationCache.load(folder / "model.cache")
+    diff = fastcal.diff_caches(earlier, cache, tolerance=1)
+    assert_type(diff, fastcal.CacheDiff)
+    for name, (before, after) in diff.moved.items():
+        print(f"{name}: {before:g} to {after:g}")
+    check = fastcal.check_cache(cache, "model.onnx", feeds(folder)[1])
+    assert_type(check, fastcal.CacheCheck)
+    print(diff.added, diff.removed, check.missing, check.unknown, check.stale)
+    return not diff and not check
+
+
+def models(folder: Path, config: Any, network: Any, builder: Any) -> bytes:
+    quantized = fastcal.quantize("model.onnx", scales(folder), exclude=["Gemm"])
+    assert_type(quantized, onnx.ModelProto)
+    feed = feeds(folder)[2]
+    calibrators = (
+        fastcal.EntropyCalibrator2(feed, cache="model.cache", model=folder / "model.onnx", progress=show),
+        fastcal.EntropyCalibrator(feed),
+        fastcal.MinMaxCalibrator([{"input": np.zeros((1, 3, 8, 8), np.float32)}]),
+        fastcal.LegacyCalibrator(feed, quantile=0.999),
+        fastcal.Calibrator(feed),
+    )
+    config.int8_calibrator = calibrators[0]
+    calibrators[0].check_network(network, config)
+    with calibrators[0] as calibrator:
+        calibrator.calibrate(network, tf32=True)
+        builder.build_serialized_network(network, config)
+    assert_type(calibrators[0].stats.waited, float)
+    engine = fastcal.build_engine("model.onnx", feed, fp16=False, max_batch=8, timing_cache="timings")
+    assert_type(engine, bytes)
+    return engine
