@@ -56,7 +56,6 @@ def _move(before: float, after: float) -> float:
     """By how many percent of the smaller one two scales differ; infinity where one of them is 0 or no number."""
     if before == after or (math.isnan(before) and math.isnan(after)):
         return 0.0
-    smaller, larger = sorted((abs(before), abs(after)))
-    if not smaller > 0 or before * after < 0 or math.isnan(larger):
+    if not (before > 0 and after > 0):
         return math.inf
-    return 100 * (larger / smaller - 1)
+    return 100 * (max(before, after) / min(before, after) - 1)

@@ -94,11 +94,16 @@ def test_only_what_depends_on_the_inputs_and_is_float_is_asked_for(onnx_file):
         g = Gather(x, j)
         h = Reshape(g, shape)
         y = MatMul(h, e)
+        k = Cast <to = 10> (y)
+        l = If (b) <
+            then_branch = f () => (float[2, 4] m) { m = Relu(y) },
+            else_branch = f () => (float[2, 4] n) { n = Neg(y) }
+        >
     }"""
-    path = onnx_file(graph, {"w": np.ones((4, 4), "f4")})
+    path = onnx_file(graph, {"w": np.ones((4, 4), "f4"), "b": np.array(True)})
     found = fastcal.check_cache(fastcal.CalibrationCache(), path)
-    assert found.missing == ("x", "g", "h", "y")
-    assert not fastcal.check_cache(fastcal.CalibrationCache(dict.fromkeys("xghywcde", 1.0)), path).unknown
+    assert found.missing == ("x", "g", "h", "y", "k", "l")
+    assert not fastcal.check_cache(fastcal.CalibrationCache(dict.fromkeys("xghyklwcde", 1.0)), path).unknown
 
 
 def test_the_record_alone_can_be_wrong(cache):

@@ -43,6 +43,12 @@ def test_tensors_in_only_one():
     assert (found.moved, found.removed, found.added, found.compared) == ({}, ("a", "y"), ("z",), 1)
 
 
+def test_each_kind_of_difference_counts_alone():
+    one, two = CalibrationCache({"x": 1.0}), CalibrationCache({"x": 1.0, "y": 1.0})
+    assert diff_caches(one, two)
+    assert diff_caches(two, one)
+
+
 @pytest.mark.parametrize("tolerance", [-1, math.nan])
 def test_a_tolerance_that_is_none(tolerance):
     with pytest.raises(FastcalError, match="is not a percentage from 0 on"):

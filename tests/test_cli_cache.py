@@ -46,6 +46,12 @@ def test_show(run_fastcal, work):
     assert "header     TRT-8600-EntropyCalibration2\ntensors    91\nmade from  not known" in done.stdout
 
 
+def test_names_are_shown_whole(run_fastcal, tmp_path):
+    name = "/".join(["block"] * 40)
+    CalibrationCache({name: 1.0}).save(tmp_path / "x")
+    assert re.search(f"^{name} +1 +127$", run_fastcal("cache", "show", "x", cwd=tmp_path).stdout, re.MULTILINE)
+
+
 def test_show_with_a_record(run_fastcal, calibrated):
     done = run_fastcal("cache", "show", "digits.cache", cwd=calibrated)
     assert re.search(r"made from\n  images +256\n", done.stdout)
@@ -102,6 +108,15 @@ def test_convert(run_fastcal, calibrated):
     assert CalibrationCache.load(calibrated / "minmax.cache").header.endswith("-MinMaxCalibration")
     assert json.loads((calibrated / "digits.json").read_text())["made_from"] == first.record.entries
     assert not (calibrated / "digits.flatbuffers.json").exists()
+
+
+def test_legacy_calibration_under_another_header(run_fastcal, tmp_path):
+    CalibrationCache({"x": 1.0}, "percentile", None, 0.9999, 1.0).save(tmp_path / "legacy.cache")
+    options = "-o x.json --algorithm entropy2 --tensorrt 10.3.0"
+    assert run_fastcal("cache", "convert", "legacy.cache", *options.split(), cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "x.json").read_text()) == {
+        "algorithm": "entropy2", "tensorrt_version": "10.3.0", "scales": {"x": 1.0},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -178,6 +193,8 @@ def test_json_lines_tell_the_progress_and_the_outcome(run_fastcal, tmp_path):
 
     done = run_fastcal("quantize", MODEL, "x.cache", "-o", "x.onnx", "--json", "--quiet", cwd=tmp_path)
     assert json.loads(done.stdout) == {"event": "done", "model": "x.onnx", "quantized": 8, "layers": 8}
+    done = run_fastcal(*words, "--json", "--quiet", cwd=tmp_path)
+    assert [json.loads(line)["event"] for line in done.stdout.splitlines()] == ["done"]
     done = run_fastcal(*words, "--json", "--algorithm", "mse", cwd=tmp_path)
     assert done.returncode == 2
     told = json.loads(done.stdout)

@@ -90,6 +90,18 @@ def test_what_is_missing_or_broken_comes_with_a_command(examine, tmp_path):
     assert "lib.so: cannot open" in detail
 
 
+def test_folders_are_left_out_wherever_it_runs(monkeypatch):
+    monkeypatch.chdir("/")
+    assert doctor._without_folders("cannot open /usr/lib/x.so: no\n/such file") == "cannot open .../x.so: no /such file"
+
+
+@no_gpu
+def test_a_library_that_crashes_at_the_end_is_broken(examine):
+    _, libraries, _ = examine(ray="import atexit, os\n__version__ = '1'\natexit.register(os._exit, 3)\n")
+    assert libraries["Ray"]["status"] == "broken"
+    assert libraries["Ray"]["detail"].startswith("its process ended with status 3")
+
+
 def test_a_library_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setattr(doctor, "_SECONDS", 0.01)
     finding = doctor._run("onnx", doctor._PROBES["onnx"])
