@@ -5,7 +5,7 @@ import traceback
 
 from fastcal import interrupt
 
-#: Exit status of what should not happen; Python's own 1 says that something is not so.
+#: Exit status of what should not happen; Python's own, 1, says that two caches differ, for instance.
 _FAULT = 70
 
 

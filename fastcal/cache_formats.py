@@ -87,6 +87,10 @@ def to_onnxruntime(cache: CalibrationCache) -> bytes:
     FlatBuffers table from tensor to amax as text, the schema being `onnxruntime.quantization.CalTableFlatBuffers`.
     amax is 127 scales, written to the last bit. The algorithm, the TensorRT version and the record are not in it.
 
+    With `trt_int8_use_native_calibration_table` the provider reads TensorRT's own form instead, as it is: any header
+    with a TensorRT version, so none of "percentile", and a tensor's name up to its first colon (`ReadDynamicRange` in
+    the provider's source).
+
     Raises:
         FastcalError: A scale is NaN or infinite, or ONNX Runtime is not installed.
     """

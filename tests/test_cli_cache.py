@@ -15,6 +15,7 @@ from fastcal import CalibrationCache
 
 MODEL = DIGITS / "digits.onnx"
 SQUEEZENET = Path(__file__).parent / "data" / "squeezenet1_1.entropy2.cache"
+CACHE_COMMANDS = ("show", "diff", "convert", "check")
 
 
 @pytest.fixture
@@ -221,16 +222,18 @@ def test_a_fault_of_our_own_is_not_taken_for_a_difference(run_fastcal, tmp_path,
     assert "TypeError" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["calibrate", "quantize", "build", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["calibrate", "quantize", "build", "doctor", *(f"cache {name}" for name in CACHE_COMMANDS)]
+)
 def test_every_command_has_an_example_and_the_same_last_options(run_fastcal, command):
-    shown = run_fastcal(command, "--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}).stdout
+    shown = run_fastcal(*command.split(), "--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}).stdout
     assert f"Example: fastcal {command}" in shown
     assert re.search(r"--quiet +-q .*\n.*--json .*\n.*--help", shown)
 
 
 def test_help_tells_the_exit_status(run_fastcal):
     shown = " ".join(run_fastcal("--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}).stdout.split())
-    for status in ("0 done", "1 not so", "2 something", "70 a fault", "130 Ctrl-C"):
+    for status in ("0 done", "1 the answer is no", "2 something", "70 a fault", "130 Ctrl-C"):
         assert status in shown
 
 

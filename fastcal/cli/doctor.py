@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import typer
 
-from fastcal.cli.terminal import NOT_OK, finish, print_rows, print_table, say, terminal
+from fastcal.cli.terminal import NOT_OK, finish, print_rows, print_table, say, spinner, terminal
 
 
 def doctor() -> None:
@@ -15,8 +15,8 @@ def doctor() -> None:
     with terminal() as console:
         from fastcal.doctor import examine
 
-        with console.status("") as status:
-            findings = examine(lambda label: status.update(f"trying {label}"))
+        with spinner(console) as show:
+            findings = examine(lambda label: show(f"trying {label}"))
         print_rows(**findings.system)
         print_table(
             {"": "left", "status": "left", "what happened": "left", "installed": "left"},

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -184,6 +184,16 @@ def progress_bar(console: Console, before: str, after: str) -> Iterator[Bar]:
         disable=output.quiet or not console.is_terminal,
     ) as bar:  # fmt: skip
         yield Bar(bar)
+
+
+@contextlib.contextmanager
+def spinner(console: Console) -> Iterator[Callable[[str], None]]:
+    """A spinner with a text, which is changed by calling what this gives."""
+    if output.quiet:
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield status.update
 
 
 def say(text: str) -> None:
