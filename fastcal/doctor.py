@@ -132,32 +132,32 @@ class _Probe:
 
     Attributes:
         label: What a person calls it.
+        where: The machines that must have it: "all", those with a "gpu", those without, "cpu", or none, "".
         module: The module whose absence tells that it is not installed.
-        wheels: A pattern of the names of the packages that bring the module.
+        wheels: A pattern of the names of the packages that bring the module, each of them alone.
         attempt: Does next to nothing with it, and says what; raises where that fails.
-        needs_gpu: Whether it is of use with a GPU only.
-        optional: Whether fastcal does its main jobs without it.
+        needs: Names of the others that it cannot be tried without.
     """
 
     label: str
+    where: str
     module: str
     wheels: str
     attempt: Callable[[], str]
-    needs_gpu: bool = False
-    optional: bool = False
+    needs: tuple[str, ...] = ()
 
 
-_DRIVER = _Probe("GPU", "", "", _try_driver, needs_gpu=True)
+_DRIVER = _Probe("GPU", "gpu", "", "", _try_driver)
 
 _PROBES = {
-    "onnx": _Probe("ONNX", "onnx", "onnx", _try_onnx),
-    "onnxruntime": _Probe("ONNX Runtime", "onnxruntime", "onnxruntime(-gpu)?", _try_onnxruntime),
-    "numba": _Probe("numba", "numba", "numba", _try_numba),
-    "dali": _Probe("DALI (CPU)", "nvidia", r"nvidia-dali-cuda\d+", _try_dali),
-    "dali_gpu": _Probe("DALI (GPU)", "nvidia", r"nvidia-dali-cuda\d+", _try_dali_gpu, needs_gpu=True),
-    "cupy": _Probe("CuPy", "cupy", r"cupy(-cuda\d+x)?", _try_cupy, needs_gpu=True),
-    "tensorrt": _Probe("TensorRT", "tensorrt", r"tensorrt(-cu\d+)?", _try_tensorrt, needs_gpu=True),
-    "ray": _Probe("Ray", "ray", "ray", _try_ray, optional=True),
+    "onnx": _Probe("ONNX", "all", "onnx", "onnx", _try_onnx),
+    "onnxruntime": _Probe("ONNX Runtime", "cpu", "onnxruntime", "onnxruntime(-gpu)?", _try_onnxruntime),
+    "numba": _Probe("numba", "cpu", "numba", "numba", _try_numba),
+    "dali": _Probe("DALI (CPU)", "all", "nvidia", r"nvidia-dali-cuda\d+", _try_dali),
+    "cupy": _Probe("CuPy", "gpu", "cupy", r"cupy(-cuda\d+x)?", _try_cupy),
+    "dali_gpu": _Probe("DALI (GPU)", "gpu", "nvidia", r"nvidia-dali-cuda\d+", _try_dali_gpu, ("dali", "cupy")),
+    "tensorrt": _Probe("TensorRT", "gpu", "tensorrt", r"tensorrt-cu\d+", _try_tensorrt),
+    "ray": _Probe("Ray", "", "ray", "ray", _try_ray),
 }
 
 #: What fastcal does, and what each needs.
@@ -168,7 +168,7 @@ _JOBS = {
 }
 
 #: Further packages whose versions can matter.
-_FURTHER = "numpy|protobuf|nvidia-(?!dali).*|cuda-.*|tensorrt-.*-(libs|bindings)|torch|polygraphy"
+_FURTHER = "numpy|protobuf|nvidia-(?!dali).*|cuda-.*|tensorrt|tensorrt-.*(libs|bindings)|torch|polygraphy"
 
 
 @dataclass
@@ -177,7 +177,8 @@ class Finding:
 
     Attributes:
         label: What was tried.
-        status: "works", "missing" (not installed), "broken", or "unused" (not tried: there is no GPU).
+        status: "works", "missing" (not installed), "broken", or "unused" (not tried: what it needs is
+            not there).
         wheels: The installed packages that bring it, with their versions.
         detail: What it did, or what went wrong, in one line without a folder of this machine.
         fix: The command that puts it right; empty where nothing is to be done.
@@ -217,21 +218,21 @@ def examine(tell: Callable[[str], None]) -> Findings:
     cuda = re.search(r"CUDA (\d+)$", gpu.detail) if gpu.status == "works" else None
     gpu.fix = _fix_driver(gpu, int(cuda[1]) if cuda else None)
     extra = f"cuda{min(int(cuda[1]), _NEWEST_CUDA)}" if cuda else "cpu"
-    findings = [gpu]
+    findings = {"driver": gpu}
     for name, probe in _PROBES.items():
-        if probe.needs_gpu and not cuda:
-            findings.append(Finding(probe.label, "unused", _installed(probe.wheels), "there is no GPU"))
+        lacking = [_PROBES[need].label for need in probe.needs if findings[need].status != "works"]
+        if (probe.where == "gpu" and not cuda) or lacking:
+            reason = f"needs {', '.join(lacking)}" if cuda else "there is no GPU"
+            findings[name] = Finding(probe.label, "unused", _installed(probe.wheels), reason)
         else:
             tell(probe.label)
-            finding = _run(name, probe)
-            finding.fix = _fix(finding, probe, extra)
-            findings.append(finding)
-    works = {finding.label for finding in findings if finding.status == "works"}
+            findings[name] = _run(name, probe)
+            findings[name].fix = _fix(findings[name], probe, extra)
     jobs = {
-        job: [_PROBES[name].label for name in needed if _PROBES[name].label not in works]
+        job: [findings[name].label for name in needed if findings[name].status != "works"]
         for job, needed in _JOBS.items()
     }
-    return Findings(_system(), findings, jobs)
+    return Findings(_system(), list(findings.values()), jobs)
 
 
 def attempt(name: str) -> None:
@@ -273,35 +274,38 @@ def _run(name: str, probe: _Probe) -> Finding:
 
 def _fix_driver(gpu: Finding, cuda: int | None) -> str:
     """What to do about the driver, if something must be."""
-    if cuda is not None:
-        return (
-            "" if cuda >= _OLDEST_CUDA else "update the NVIDIA driver to 525 or newer, for CUDA 12; to 580 for CUDA 13"
-        )
+    if cuda is not None and cuda < _OLDEST_CUDA:
+        return "update the NVIDIA driver: to 525 or newer for CUDA 12, to 580 or newer for CUDA 13"
     if gpu.status == "broken":
         return "install the NVIDIA driver again, or restart the machine if it was updated just now"
-    if Path("/proc/driver/nvidia/version").exists():  # the kernel has it: a container that was not given the GPU
-        return "start the container with its GPUs: docker run --gpus all"
+    if gpu.status == "missing" and Path("/proc/driver/nvidia/version").exists():  # the kernel has it
+        return "if this is a container, start it with its GPUs: docker run --gpus all"
     return ""
 
 
 def _fix(finding: Finding, probe: _Probe, extra: str) -> str:
-    """The command that puts a library right, if it must be."""
+    """The command that puts a library right, if it must be.
+
+    Args:
+        finding: What came of trying it.
+        probe: The library.
+        extra: fastcal's extra for this machine: "cpu", "cuda12" or "cuda13".
+    """
     names = [wheel.split()[0] for wheel in finding.wheels]
-    if probe.optional and finding.status == "missing":
-        return ""
-    of_extra = f"pip install 'fastcal[{extra}]'"
-    other = [name for name in names if (found := re.search(r"cu(?:da)?(\d\d)", name)) and found[1] != extra[4:]]
+    cuda = {name: found[1] for name in names if (found := re.search(r"cu(?:da)?(\d\d)", name))}
+    of_extra = f"'fastcal[{extra}]'"
     if len(names) > 1:  # they install the same module, and one has overwritten the other
-        return f"pip uninstall -y {' '.join(names)} && {of_extra}"
+        return f"pip uninstall -y {' '.join(names)} && pip install {of_extra if cuda else names[0]}"
     if finding.status == "missing":
-        return of_extra
+        needed = probe.where == "all" or (probe.where == "cpu") == (extra == "cpu")
+        return f"pip install {of_extra}" if needed and probe.where else ""
     if finding.status == "works":
         return ""
-    if extra != "cpu" and other:
-        return f"pip uninstall -y {' '.join(other)} && {of_extra}"
+    if extra != "cpu" and any(release != extra[4:] for release in cuda.values()):
+        return f"pip uninstall -y {names[0]} && pip install {of_extra}"
     if probe.module == "tensorrt" and names:
         return f"pip install --force-reinstall '{names[0]}<11'"
-    return f"pip install --force-reinstall {' '.join(names) or of_extra.removeprefix('pip install ')}"
+    return f"pip install --force-reinstall {names[0] if names else of_extra}"
 
 
 def _installed(wheels: str) -> list[str]:

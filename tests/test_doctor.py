@@ -60,13 +60,18 @@ def test_everything_works_on_a_gpu(examine):
 @no_gpu
 def test_a_library_that_crashes_does_not_take_the_doctor_down(examine):
     crash = "import os, signal, sys; sys.stderr.write('about to crash'); os.kill(os.getpid(), signal.SIGSEGV)"
-    status, libraries, found = examine(onnxruntime=crash, numba="import sys; sys.exit(3)")
+    status, libraries, found = examine(
+        onnxruntime=crash,
+        numba="import sys; sys.exit(3)",
+        ray="import atexit, os; __version__ = '1'; atexit.register(os._exit, 4)",
+    )
     assert (status, found["ok"]) == (1, False)
     runtime = libraries["ONNX Runtime"]
     assert runtime["status"] == "broken"
     assert runtime["detail"].startswith("its process ended with signal SIGSEGV: about to crash")
     assert runtime["fix"] == "pip install --force-reinstall onnxruntime"
     assert libraries["numba"]["detail"] == "its process ended with status 3: no reason given"
+    assert libraries["Ray"]["detail"].startswith("its process ended with status 4")  # though all had worked until then
     assert libraries["ONNX"]["status"] == libraries["DALI (CPU)"]["status"] == "works"
     assert found["jobs"]["calibrate on the CPU"] == ["ONNX Runtime", "numba"]
 
@@ -93,13 +98,6 @@ def test_what_is_missing_or_broken_comes_with_a_command(examine, tmp_path):
 def test_folders_are_left_out_wherever_it_runs(monkeypatch):
     monkeypatch.chdir("/")
     assert doctor._without_folders("cannot open /usr/lib/x.so: no\n/such file") == "cannot open .../x.so: no /such file"
-
-
-@no_gpu
-def test_a_library_that_crashes_at_the_end_is_broken(examine):
-    _, libraries, _ = examine(ray="import atexit, os\n__version__ = '1'\natexit.register(os._exit, 3)\n")
-    assert libraries["Ray"]["status"] == "broken"
-    assert libraries["Ray"]["detail"].startswith("its process ended with status 3")
 
 
 def test_a_library_that_hangs_is_given_up(monkeypatch):
@@ -129,6 +127,14 @@ def test_a_library_that_hangs_is_given_up(monkeypatch):
         ("tensorrt", "broken", ["tensorrt-cu13 11.0"], "cuda13", "pip install --force-reinstall 'tensorrt-cu13<11'"),
         ("tensorrt", "broken", [], "cuda13", "pip install --force-reinstall 'fastcal[cuda13]'"),
         ("ray", "missing", [], "cpu", ""),
+        ("ray", "missing", [], "cuda13", ""),
+        ("numba", "missing", [], "cpu", "pip install 'fastcal[cpu]'"),
+        ("numba", "missing", [], "cuda13", ""),  # TensorRT runs the network there
+        ("dali", "missing", [], "cuda12", "pip install 'fastcal[cuda12]'"),
+        (
+            "onnxruntime", "works", ["onnxruntime 1.20", "onnxruntime-gpu 1.20"], "cuda13",
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime",
+        ),
     ],
 )  # fmt: skip
 def test_the_command_that_puts_it_right(name, status, wheels, extra, fix):
@@ -136,8 +142,30 @@ def test_the_command_that_puts_it_right(name, status, wheels, extra, fix):
     assert doctor._fix(finding, doctor._PROBES[name], extra) == fix
 
 
+@pytest.mark.parametrize(("release", "extra"), [("13", "cuda13"), ("12", "cuda12"), ("14", "cuda13")])
+def test_a_gpu_without_what_uses_it(monkeypatch, release, extra):
+    def run(name, probe):
+        found = doctor.Finding(probe.label, "missing", [], "not installed")
+        if name == "driver":
+            found = doctor.Finding(probe.label, "works", [], f"1 x NVIDIA H200, driver 580.1, CUDA {release}")
+        elif probe.where != "gpu":
+            found = doctor.Finding(probe.label, "works", [f"{name} 1.0"])
+        return found
+
+    monkeypatch.setattr(doctor, "_run", run)
+    tried = []
+    findings = doctor.examine(tried.append)
+    by_label = {finding.label: finding for finding in findings.libraries}
+    assert not findings.ok
+    for label in ("CuPy", "TensorRT"):
+        assert by_label[label].fix == f"pip install 'fastcal[{extra}]'"
+    assert (by_label["DALI (GPU)"].status, by_label["DALI (GPU)"].detail) == ("unused", "needs CuPy")
+    assert tried == ["GPU", "ONNX", "ONNX Runtime", "numba", "DALI (CPU)", "CuPy", "TensorRT", "Ray"]
+    assert findings.jobs["calibrate on the CPU"] == []
+
+
 def test_a_driver_that_is_too_old():
-    assert "update the NVIDIA driver to 525" in doctor._fix_driver(doctor.Finding("GPU", "works"), 11)
+    assert "update the NVIDIA driver: to 525" in doctor._fix_driver(doctor.Finding("GPU", "works"), 11)
     assert doctor._fix_driver(doctor.Finding("GPU", "works"), 12) == ""
     assert "restart" in doctor._fix_driver(doctor.Finding("GPU", "broken"), None)
 

@@ -34,6 +34,9 @@ config.set_calibration_profile(profile)
 
 NEEDS_GPU = re.compile(r"fastcal build |build\.py|build\.sh|int8_calibrator")
 
+#: Packages that a block may show fastcal together with, and that the tests do without.
+OTHERS = ("modelopt", "polygraphy", "torch")
+
 
 def marks(code):
     """Why a block cannot run everywhere."""
@@ -42,8 +45,9 @@ def marks(code):
         found.append(pytest.mark.gpu)
     if "build.sh" in code and shutil.which("trtexec") is None:
         found.append(pytest.mark.skip(reason="no trtexec in PATH; test_examples.py has a stand-in for it"))
-    if "polygraphy" in code and importlib.util.find_spec("polygraphy") is None:
-        found.append(pytest.mark.skip(reason="no Polygraphy"))
+    for module in OTHERS:
+        if module in code and importlib.util.find_spec(module) is None:
+            found.append(pytest.mark.skip(reason=f"no {module} here"))
     if "bin/pytest" in code:
         found.append(pytest.mark.skip(reason="these are its tests; .ci/run runs it"))
     return found
