@@ -169,7 +169,7 @@ class FeedCalibrator:
             elif not self._ended:
                 _log.warning("%s is not written: TensorRT has not asked for all batches", self._cache)
             else:
-                self._record().save(self._cache, bytes(cache))
+                self._record().after(self.feed).save(self._cache, bytes(cache))
         except BaseException as error:
             self._fail(error)
 
@@ -222,7 +222,7 @@ class FeedCalibrator:
             **options,
         ).to_bytes()
         if self._cache is not None:
-            self._record().save(self._cache, cache)
+            self._record().after(self.feed).save(self._cache, cache)
         self._ready = cache
 
     def check(self) -> None:

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 import fastcal
 from fastcal.cache import largest_size
 from fastcal.cli.options import CalibrationOptions, check_outputs
-from fastcal.cli.terminal import finish, print_rows, progress_bar, rate, terminal, waiting
+from fastcal.cli.terminal import finish, images, prepared, print_rows, progress_bar, rate, terminal, waiting
 from fastcal.errors import FastcalError
 from fastcal.files import check_writable, write_atomically
 
@@ -115,8 +115,8 @@ def _print_build_summary(
     rows = {"images": "none: the scales are those of the cache"}
     if progress.batches:
         rows = {
-            "images": f"{len(feed.paths)} in {progress.batches} batches of {feed.batch_size}",
-            "prepared": f"{feed.preprocess}",
+            "images": images(feed, progress),
+            "prepared": prepared(feed),
             "speed": f"{rate(progress)}, {waiting(progress)}",
         }
     if stats.batches:

@@ -8,7 +8,7 @@ from rich.console import Console
 import fastcal
 from fastcal.cache import largest_size
 from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs
-from fastcal.cli.terminal import finish, print_rows, progress_bar, rate, terminal, waiting
+from fastcal.cli.terminal import finish, images, prepared, print_rows, progress_bar, rate, terminal, waiting
 from fastcal.files import check_writable
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def print_summary(
     widest = max(nonzero, key=lambda name: cache.scales[name], default=None)
     narrowest = min(nonzero, key=lambda name: cache.scales[name], default=None)
     print_rows(
-        images=f"{min(len(feed.paths), progress.images)} in {progress.batches} batches of {feed.batch_size}",
-        prepared=f"{feed.preprocess}",
+        images=images(feed, progress),
+        prepared=prepared(feed),
         speed=f"{rate(progress)}, {waiting(progress)}",
         tensors=f"{len(cache.scales)}, scales by {cache.algorithm}",
         widest=f"{cache.scales[widest]:.6g} for {widest}" if widest else "all scales are 0",

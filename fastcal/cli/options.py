@@ -35,7 +35,9 @@ class FeedOptions:
     data: Annotated[
         str,
         typer.Argument(
-            metavar="DATA", help="A folder of images, a pattern, or a list file with one image path a line."
+            metavar="DATA",
+            help="A folder of images, a pattern, a list file with one image path a line, tar shards, TFRecord files; "
+            "for several inputs NAME=DATA,NAME=DATA.",
         ),
     ]
     preprocess: Annotated[
@@ -50,6 +52,13 @@ class FeedOptions:
         typer.Option(help="Images in a batch.", show_default="the model's, else 32"),
     ] = None
     input_name: Annotated[str | None, typer.Option(help="The input that takes the images.")] = None
+    key: Annotated[
+        str | None,
+        typer.Option(
+            help="In shards: the images' extension in tar files, or their TFRecord feature.",
+            show_default="any image, image/encoded",
+        ),
+    ] = None
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Shuffle the images before --limit.")] = False
     seed: Annotated[int, typer.Option(help="Decides the shuffled order.")] = 0
     balance: Annotated[
@@ -59,21 +68,30 @@ class FeedOptions:
     last_batch: Annotated[
         str, typer.Option(help="wrap: complete the last batch with the first images; drop: leave it out.")
     ] = "wrap"
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Go on without images that cannot be read or decoded.")
+    ] = False
+    max_unreadable: Annotated[
+        float, typer.Option(metavar="PERCENT", help="With --skip-unreadable: fail if more than this are unreadable.")
+    ] = 5.0
     threads: Annotated[int | None, typer.Option(help="Threads to use.", show_default="one per core")] = None
 
     def feed(self, network: "Model") -> "fastcal.ImageFeed":
         """The images as batches for the model."""
         return fastcal.ImageFeed(
-            self.data,
+            _by_input(self.data, network),
             preprocess=_preprocess(self.preprocess, self.size),
             model=network,
             batch_size=self.batch_size,
             input_name=self.input_name,
+            key=self.key,
             shuffle=self.shuffle,
             seed=self.seed,
             balance=self.balance,
             limit=self.limit,
             last_batch=self.last_batch,
+            skip_unreadable=self.skip_unreadable,
+            max_unreadable=self.max_unreadable,
             threads=self.threads,
         )
 
@@ -136,6 +154,14 @@ def check_outputs(network: "Model", outputs: Mapping[str, str | None]) -> None:
         other = taken.setdefault(os.path.realpath(path), f"the {what}")
         if other != f"the {what}":
             raise FastcalError(f"{path} is {other}; name another file for the {what}")
+
+
+def _by_input(data: str, network: "Model") -> str | dict[str, str]:
+    """The data of each input where `data` is "left=left/,right=right/" and these are inputs of the network."""
+    pairs = [part.partition("=") for part in data.split(",")]
+    names = {value.name for value in network.inputs}
+    is_named = all(equals for _, equals, _ in pairs) and any(name in names for name, _, _ in pairs)
+    return {name: where for name, _, where in pairs} if is_named and not os.path.exists(data) else data
 
 
 def _preprocess(name: str, size: str | None) -> fastcal.Preprocess:

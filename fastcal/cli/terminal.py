@@ -233,6 +233,20 @@ def _print_event(event: str, /, **content: Any) -> None:
         print(json.dumps({"event": event} | content), flush=True)
 
 
+def images(feed: fastcal.ImageFeed, progress: fastcal.Progress) -> str:
+    """How many images were used, and how many were not."""
+    used = min(len(feed.paths) - len(feed.skipped), progress.images)
+    skipped = f"; {len(feed.skipped)} skipped as unreadable" if feed.skipped else ""
+    return f"{used} in {progress.batches} batches of {feed.batch_size}{skipped}"
+
+
+def prepared(feed: fastcal.ImageFeed) -> str:
+    """What is done to the images."""
+    if isinstance(feed.preprocess, fastcal.Preprocess):
+        return str(feed.preprocess)
+    return "; ".join(f"{name}: {preprocess}" for name, preprocess in feed.preprocess.items())
+
+
 def rate(progress: fastcal.Progress) -> str:
     """How many images a second there were, as text."""
     return f"{progress.images / progress.seconds:.0f} images/s"

@@ -6,23 +6,30 @@ from typing import Any
 
 import numpy as np
 
+#: The shape and type of an array.
+Shape = tuple[tuple[int, ...], Any]
+
 
 class Buffer:
     """Arrays in host memory, filled and read by threads that take turns.
 
     Args:
-        shapes: Shapes of the float32 arrays to allocate, by input name.
+        shapes: Shapes and types of the arrays to allocate, by input name.
         constants: Further arrays by input name, which stay as they are.
 
     Attributes:
         arrays: All arrays by input name.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], constants: Mapping[str, Any]) -> None:
-        self.arrays = {name: self._allocate(shape) for name, shape in shapes.items()} | dict(constants)
+    def __init__(self, shapes: Mapping[str, Shape], constants: Mapping[str, Any]) -> None:
+        self.arrays = {name: self._allocate(*shape) for name, shape in shapes.items()} | dict(constants)
 
-    def _allocate(self, shape: tuple[int, ...]) -> Any:
-        return np.empty(shape, np.float32)
+    def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return np.empty(shape, dtype)
+
+    def put(self, name: str, place: slice, values: Any) -> None:
+        """Copy a NumPy array into a part of one of the arrays."""
+        self.arrays[name][place] = values
 
     @contextmanager
     def filling(self) -> Iterator[None]:
@@ -44,15 +51,13 @@ class DeviceBuffer(Buffer):
     second before it fills them again.
 
     Args:
-        shapes: Shapes of the float32 arrays to allocate, by input name.
+        shapes: Shapes and types of the arrays to allocate, by input name.
         constants: Further CuPy arrays by input name, which stay as they are.
         device: The GPU, a `cupy.cuda.Device`.
         stream: The non-blocking stream that fills.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], constants: Mapping[str, Any], device: Any, stream: Any
-    ) -> None:
+    def __init__(self, shapes: Mapping[str, Shape], constants: Mapping[str, Any], device: Any, stream: Any) -> None:
         import cupy
 
         self._cupy = cupy
@@ -63,8 +68,12 @@ class DeviceBuffer(Buffer):
             self._read = cupy.cuda.Event(disable_timing=True)
             super().__init__(shapes, constants)
 
-    def _allocate(self, shape: tuple[int, ...]) -> Any:
-        return self._cupy.empty(shape, np.float32)
+    def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self._cupy.empty(shape, dtype)
+
+    def put(self, name: str, place: slice, values: Any) -> None:
+        """Copy a NumPy array into a part of one of the arrays, on the stream that fills."""
+        self.arrays[name][place].set(values, stream=self._stream)
 
     @contextmanager
     def filling(self) -> Iterator[None]:

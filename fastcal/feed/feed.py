@@ -40,10 +40,15 @@ class Feed(ABC):
     def __iter__(self) -> Iterator[Batch]:
         """Start a pass; an earlier one that has not reached its end is over."""
 
+    @property
+    def skipped(self) -> list[str]:
+        """Names of the samples that passes have found unreadable and left out."""
+        return []
+
     def describe(self) -> dict[str, Any]:
         """What the batches are made from, as JSON has it: equal for two feeds only if their batches are.
 
-        An empty dict, where that is not known, is equal to anything.
+        Passes change nothing in it. An empty dict, where that is not known, is equal to anything.
         """
         return {}
 

@@ -1,22 +1,24 @@
-"""`ImageFeed`: image files as batches, decoded and prepared by DALI ahead of the consumer."""
+"""`ImageFeed`: images as batches, decoded and prepared by DALI ahead of the consumer."""
 
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from fastcal.errors import FastcalError
-from fastcal.feed import dataset
-from fastcal.feed.buffers import Buffer, DeviceBuffer
+from fastcal.feed.buffers import Buffer, DeviceBuffer, Shape
 from fastcal.feed.device import resolve
 from fastcal.feed.feed import Batch, Feed, add_to_digest
+from fastcal.feed.inputs import Data, check_inputs, image_input, image_inputs, open_sources
 from fastcal.feed.pipeline import ImagePipeline, find_unreadable
 from fastcal.feed.prefetch import Prefetcher
 from fastcal.feed.preprocess import Preprocess
-from fastcal.model import Model, ModelInput
+from fastcal.feed.runs import Pass, Run, RunSize, count_batches
+from fastcal.feed.sources import Arrays, Shards, UnreadableError
+from fastcal.model import Model
 
 #: The batch size where neither the caller nor the model says one.
 BATCH_SIZE = 32
@@ -25,6 +27,12 @@ BATCH_SIZE = 32
 # at least one.
 _IMAGES_PER_THREAD = 8
 _BYTES_PER_THREAD = 2 << 20
+
+# How many images of a kind are tried before it is said that none can be decoded.
+_TRIED = 3
+
+# How many unreadable samples are logged; all are listed in `skipped`.
+_SHOWN = 3
 
 _log = logging.getLogger("fastcal")
 
@@ -37,17 +45,29 @@ class ImageFeed(Feed):
 
     Args:
         data: A folder (searched with its folders, sorted by path), a list file (one path a line, relative to the
-            file), one image, a pattern ("train/**/*.jpg"), or a sequence of paths.
-        preprocess: The name of a preset ("imagenet", "yolo", "unit", "raw") or a `Preprocess`.
-        model: An ONNX file whose image input gives size, layout, number of channels, batch size and input name. The
+            file), one image, a pattern ("train/**/*.jpg", "train-{0000..0146}.tar"), or a sequence of paths. What these
+            name are images, tar shards as WebDataset writes them, or TFRecord files. For several inputs, a dict of
+            these by input name, which have the same samples in the same order: {"left": "left/", "right": "right/"}. An
+            input may take arrays too, `.npy` files, one a sample: {"image": "scenes/", "pose": "scenes/*.npy"}.
+        preprocess: The name of a preset ("imagenet", "yolo", "unit", "raw") or a `Preprocess`; for several inputs, one
+            for all or a dict by input name.
+        model: An ONNX file whose image inputs give size, layout, number of channels, batch size and input name. The
             preprocessing's own size is used where the model's is dynamic.
-        batch_size: Images in a batch; by default the model's where it is fixed, else 32.
-        input_name: The network's input; by default the model's, else whatever single input a network has.
-        shuffle: Whether to shuffle the images, before `limit`.
+        batch_size: Samples in a batch; by default the model's where it is fixed, else 32.
+        input_name: The network's input, where there is one; by default the model's, else whatever single input a
+            network has.
+        key: What the images are called in shards: for tar shards their extension (by default any that an image has),
+            for TFRecord their feature (by default "image/encoded"); for several inputs, one for all or a dict by input
+            name: {"left": "left.jpg", "right": "right.jpg"}.
+        shuffle: Whether to shuffle the samples, before `limit`. Shards are not shuffled.
         seed: Decides the shuffled order.
-        balance: Whether to take the images by turns from each class, a folder in the data's folder, before `limit`.
-        limit: Use this many images at most.
-        last_batch: "wrap" completes the last batch with the first images, "drop" leaves it out.
+        balance: Whether to take the images by turns from each class, a folder in the data's folder (for several inputs,
+            the first's), before `limit`.
+        limit: Use this many samples at most.
+        last_batch: "wrap" completes the last batch with the first samples, "drop" leaves it out.
+        skip_unreadable: Whether to go on without samples that cannot be read or decoded. The next ones take their
+            places. By default the first ends the pass with an error that names it.
+        max_unreadable: With `skip_unreadable`, the percentage of samples that may be unreadable; more end the pass.
         constants: Further inputs that are the same in every batch: arrays by input name.
         device: "auto" (a GPU where there is one and CuPy is installed, else the CPU), "cpu", "cuda" or "cuda:N". On a
             GPU, images are decoded and prepared there and the batches are CuPy arrays, filled on a stream of the
@@ -60,29 +80,33 @@ class ImageFeed(Feed):
         hw_decoder_load: The share of JPEG images that a GPU's own JPEG decoder is given, where it has one.
 
     Attributes:
-        paths: The images, in order.
-        preprocess: The preprocessing.
-        batch_size: Images in a batch.
-        input_name: The name of the batches' one array.
+        paths: The samples, in order: the paths of images, "shard:name" in shards; for several inputs, those of the
+            first.
+        preprocess: The preprocessing; for several inputs that take images, a dict by input name.
+        batch_size: Samples in a batch.
         gpu: The number of the GPU that the batches lie on; None for host memory.
 
     Raises:
-        FastcalError: There are no images at `data`, or an argument is not one of the above, or contradicts the model.
+        FastcalError: There are no images at `data`, or an argument is not one of the above, or contradicts the model or
+            another.
     """
 
     def __init__(
         self,
-        data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        data: Data | Mapping[str, Data],
         *,
-        preprocess: str | Preprocess = "imagenet",
+        preprocess: str | Preprocess | Mapping[str, str | Preprocess] = "imagenet",
         model: str | os.PathLike[str] | Model | None = None,
         batch_size: int | None = None,
         input_name: str | None = None,
+        key: str | Mapping[str, str] | None = None,
         shuffle: bool = False,
         seed: int = 0,
         balance: bool = False,
         limit: int | None = None,
         last_batch: str = "wrap",
+        skip_unreadable: bool = False,
+        max_unreadable: float = 5.0,
         constants: Mapping[str, Any] | None = None,
         device: str = "auto",
         depth: int = 2,
@@ -90,17 +114,6 @@ class ImageFeed(Feed):
         prefetch_queue_depth: int = 2,
         hw_decoder_load: float = 0.9,
     ) -> None:
-        if isinstance(preprocess, str):
-            preprocess = Preprocess.preset(preprocess)
-        if model is not None:
-            model = Model.of(model)
-            image_input = _image_input(model, input_name)
-            input_name = image_input.name
-            try:
-                preprocess = preprocess.fit(image_input.shape)
-            except FastcalError as error:
-                raise FastcalError(f"{model.path}, input {image_input}: {error}") from error
-            batch_size = image_input.shape[0] if batch_size is None else batch_size
         if last_batch not in ("wrap", "drop"):
             raise FastcalError(f"there is no last_batch {last_batch!r}; choose wrap or drop")
         for name, value, least in (
@@ -109,30 +122,56 @@ class ImageFeed(Feed):
         ):  # fmt: skip
             if value is not None and value < least:
                 raise FastcalError(f"{name} is {value}; it must be at least {least}")
-        self.anonymous = input_name is None and not constants
-        self.input_name = input_name or "input"
-        self.preprocess = preprocess
+        if not 0 <= max_unreadable <= 100:
+            raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
+        network = None if model is None else Model.of(model)
+        self.anonymous = False
+        if not isinstance(data, Mapping):
+            if network is not None:
+                input_name = image_input(network, input_name).name
+            self.anonymous = input_name is None and not constants
+            data = {input_name or "input": data}
+        elif input_name is not None:
+            raise FastcalError(f"input_name {input_name!r} is for data of one input; a dict of data names its inputs")
+        self._constants = {name: np.asarray(values) for name, values in (constants or {}).items()}
+        for name in self._constants.keys() & data.keys():
+            raise FastcalError(f"input {name!r} takes samples; it cannot be a constant too")
+        self._sources = open_sources(data, key, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
+        self._images = image_inputs(self._sources, preprocess, network)
+        if network is not None and batch_size is None:
+            batch_size = image_input(network, next(iter(self._images))).shape[0]
         self.batch_size = batch_size or BATCH_SIZE
-        self.paths = dataset.order(dataset.list_images(data), shuffle=shuffle, seed=seed, balance=balance, limit=limit)
+        if network is not None and (len(data) > 1 or constants):
+            check_inputs(network, self._sources, self._constants, self.batch_size)
+        settings = {name: value.preprocess for name, value in self._images.items()}
+        self.preprocess = settings if len(settings) > 1 else next(iter(settings.values()))
+        self.paths = next(iter(self._sources.values())).names
         self._seed = seed if shuffle else None
-        self._length = self._count_batches(last_batch)
+        self._last_batch = last_batch
+        self._skip = skip_unreadable
+        self._max_unreadable = max_unreadable
+        self._unreadable: dict[int, UnreadableError] = {}
+        self._say_how_it_ends()
         self._depth = depth
         self.gpu = resolve(device)
         cores = len(os.sched_getaffinity(0))
         self._threads = threads or (cores if self.gpu is None else min(cores, 8))
-        self._prefetch_queue_depth = prefetch_queue_depth
+        # On the CPU one run at a time: the ring already works ahead, and runs under way would have to end before the
+        # feed can stop. On a GPU the decoding of one batch and the resizing of the last overlap.
+        self._ahead = 1 if self.gpu is None else min(prefetch_queue_depth, len(self))
         self._hw_decoder_load = hw_decoder_load
-        self._constants = {name: np.asarray(values) for name, values in (constants or {}).items()}
-        if self.input_name in self._constants:
-            raise FastcalError(f"input {self.input_name!r} takes the images; it cannot be a constant too")
+        for source in self._sources.values():
+            if isinstance(source, Shards):
+                source.keep = (self._ahead + 1) * self.batch_size
         self._buffers: list[Buffer] = []
         self._stream: Any = None
         self._pipeline: ImagePipeline | None = None
-        self._runs: Iterator[list[str]] = iter(())
+        self._pass: Pass | None = None
+        self._is_probed = False
         self._end_pass: Callable[[], None] | None = None
 
     def __len__(self) -> int:
-        return self._length
+        return count_batches(len(self.paths) - len(self._unreadable), self.batch_size, self._last_batch == "wrap")
 
     def __iter__(self) -> Iterator[Batch]:
         if self._end_pass is not None:
@@ -141,30 +180,33 @@ class ImageFeed(Feed):
             self._allocate()
         if self._pipeline is not None and self._pipeline.under_way:
             self._pipeline = None  # the pass before was left midway
-        self._runs = self._split_into_runs()
+        self._pass = Pass(
+            len(self.paths), self.batch_size, self._last_batch == "wrap", self._unreadable, self._run_size
+        )
         prefetcher = Prefetcher(self._buffers, self._fill, len(self))
         self._end_pass = prefetcher.close
         return _arrays(prefetcher)
 
+    @property
+    def skipped(self) -> list[str]:
+        """The samples that the passes so far have found unreadable and left out, in order; see `paths`."""
+        return [self.paths[number] for number in sorted(self._unreadable)]
+
     def describe(self) -> dict[str, Any]:
-        """The images in order, by path below their common folder, size and time; and what is done to them."""
+        """The samples in order, by path below their common folder, size and time; and what is done to them."""
         digest = hashlib.sha256()
-        root = os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in self.paths})
-        for path in map(os.path.abspath, self.paths):
-            try:
-                status = os.stat(path)
-            except OSError as error:
-                raise FastcalError(f"cannot read {path}: {error.strerror}; correct or remove it") from error
-            name = os.fsencode(os.path.relpath(path, root))
-            digest.update(b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns))
+        for source in self._sources.values():
+            source.add_to_digest(digest, lenient=self._skip)
         for key, values in sorted(self._constants.items()):
             add_to_digest(digest, key, values)
+        preprocess = {name: str(value.preprocess) for name, value in self._images.items()}
         return {
             "images": len(self.paths),
-            "batches": len(self),
             "batch_size": self.batch_size,
+            "last_batch": self._last_batch,
             "seed": self._seed,
-            "preprocess": str(self.preprocess),
+            "preprocess": preprocess if len(self._sources) > 1 else str(self.preprocess),
+            "skip_unreadable": self._skip,
             "samples": digest.hexdigest(),
         }
 
@@ -174,27 +216,32 @@ class ImageFeed(Feed):
             self._end_pass()
         self._buffers = []
         self._pipeline = None
+        for source in self._sources.values():
+            source.close()
 
-    def _count_batches(self, last_batch: str) -> int:
-        batches, over = divmod(len(self.paths), self.batch_size)
+    def _say_how_it_ends(self) -> None:
+        over = len(self.paths) % self.batch_size
         if not over:
-            return batches
-        if last_batch == "wrap":
+            return
+        if self._last_batch == "wrap":
             _log.info(
                 "%d images in batches of %d: the last is completed with the first %d",
                 len(self.paths), self.batch_size, self.batch_size - over,
             )  # fmt: skip
-            return batches + 1
+            return
         _log.info("%d images in batches of %d: the last %d are dropped", len(self.paths), self.batch_size, over)
-        if not batches:
+        if not len(self):
             raise FastcalError(
                 f"{len(self.paths)} images make no batch of {self.batch_size} when the last one is dropped; "
                 "use a smaller batch size, or wrap"
             )
-        return batches
 
     def _allocate(self) -> None:
-        shapes = {self.input_name: (self.batch_size, *self.preprocess.shape)}
+        shapes: dict[str, Shape] = {
+            name: ((self.batch_size, *value.preprocess.shape), np.float32) for name, value in self._images.items()
+        }
+        for name, source in self._arrays.items():
+            shapes[name] = (self.batch_size, *source.shape), source.dtype
         if self.gpu is None:
             self._buffers = [Buffer(shapes, self._constants) for _ in range(self._depth)]
             return
@@ -207,71 +254,169 @@ class ImageFeed(Feed):
             cupy.cuda.get_current_stream().synchronize()
         self._buffers = [DeviceBuffer(shapes, constants, device, self._stream) for _ in range(self._depth)]
 
-    def _fill(self, index: int, buffer: Buffer, ended: Callable[[], bool]) -> None:
-        if self._pipeline is None:
-            self._pipeline = self._start_pipeline()
-        pipeline, array, filled = self._pipeline, buffer.arrays[self.input_name], 0
+    def _fill(self, index: int, buffer: Buffer, ended: Callable[[], bool]) -> bool:
+        filled = 0
         with buffer.filling():
             while filled < self.batch_size and not ended():
-                while len(pipeline.under_way) < pipeline.ahead and (paths := next(self._runs, None)):
-                    pipeline.submit(paths)
-                upto = filled + len(pipeline.under_way[0])
+                pipeline = self._work_ahead(len(self) - index)
+                if pipeline is None:
+                    return False
+                run = pipeline.under_way[0]
+                upto = filled + len(run.numbers)
                 try:
-                    pipeline.collect(array[filled:upto], self._stream)
+                    pipeline.collect({name: buffer.arrays[name][filled:upto] for name in self._images}, self._stream)
                 except RuntimeError as error:
-                    self._pipeline = None
-                    raise self._explain(error, [path for paths in pipeline.under_way for path in paths]) from error
+                    self._recover(error, pipeline.under_way)
+                    continue
+                for name, values in run.arrays.items():
+                    buffer.put(name, slice(filled, upto), values)
                 filled = upto
+        return True
 
-    def _start_pipeline(self) -> ImagePipeline:
-        # On the CPU one run at a time: the ring already works ahead, and runs under way would have to end before the
-        # feed can stop. On a GPU the decoding of one batch and the resizing of the last overlap.
-        ahead = 1 if self.gpu is None else min(self._prefetch_queue_depth, len(self))
-        return ImagePipeline(
-            self.preprocess,
+    def _work_ahead(self, batches: int) -> ImagePipeline | None:
+        """The pipeline with as many runs under way as it may have; None at the end of the pass."""
+        assert self._pass is not None
+        while True:
+            if self._pipeline is None:
+                if not batches:
+                    return None
+                self._pipeline = self._start_pipeline(min(self._ahead, batches))
+            pipeline = self._pipeline
+            while len(pipeline.under_way) < pipeline.ahead and (run := self._pass.next_run()):
+                self._submit(pipeline, run)
+            if not pipeline.under_way:
+                return None
+            if pipeline.has_begun:
+                return pipeline
+            # Fewer runs are left than it begins with.
+            batches = len(pipeline.under_way)
+            self._pass.go_back(pipeline.under_way[0])
+            self._pipeline = None
+
+    def _submit(self, pipeline: ImagePipeline, run: Run) -> None:
+        assert self._pass is not None
+        try:
+            for name, source in self._arrays.items():
+                run.arrays[name] = source.fetch(run.numbers)
+            pipeline.submit(run, self._fetch(run))
+        except UnreadableError as error:
+            self._leave_out([error])
+            self._pass.go_back(run)
+
+    def _fetch(self, run: Run) -> dict[str, Any]:
+        return {name: value.source.fetch(run.numbers) for name, value in self._images.items()}
+
+    def _start_pipeline(self, ahead: int) -> ImagePipeline:
+        pipeline = ImagePipeline(
+            self._images,
             most=self._most_in_a_run,
             threads=self._threads,
             gpu=self.gpu,
             ahead=ahead,
             hw_decoder_load=self._hw_decoder_load,
         )
+        if not self._is_probed:
+            self._is_probed = True
+            if not self._can_decode_all_kinds(pipeline):
+                return self._start_pipeline(ahead)
+        return pipeline
 
-    def _explain(self, error: RuntimeError, paths: list[str]) -> FastcalError:
-        return find_unreadable(paths, self.preprocess.channels) or FastcalError(
-            f"DALI cannot prepare the images from {paths[0]} on: {_gist(error)}"
-        )
+    def _can_decode_all_kinds(self, pipeline: ImagePipeline) -> bool:
+        """Try the first image of each kind; whether they could all be prepared, or else the pipeline is of no use.
+
+        Raises:
+            FastcalError: Images of some kind cannot be decoded on this device.
+        """
+        kinds = [
+            (value, extension, numbers)
+            for value in self._images.values()
+            for extension, numbers in value.source.first_of_each_kind(_TRIED).items()
+        ]
+        firsts = sorted({numbers[0] for _, _, numbers in kinds})
+        try:
+            for place in range(0, len(firsts), self._most_in_a_run):
+                run = Run(firsts[place : place + self._most_in_a_run], 0, 0)
+                for _ in range(pipeline.ahead):
+                    pipeline.submit(run, self._fetch(run))
+                while pipeline.under_way:
+                    pipeline.collect(None)
+            return True
+        except (RuntimeError, UnreadableError):
+            for value, extension, numbers in kinds:
+                found = list(find_unreadable([value], numbers, self.gpu))
+                if len(found) == len(numbers) and not self._skip:
+                    tried = ", ".join(value.source.names[number] for number in numbers)
+                    raise FastcalError(
+                        f"DALI decodes no {extension} image here: tried {tried}; convert them or leave them out"
+                        if len(found) > 1
+                        else str(found[0])
+                    ) from None
+            return False
+
+    def _recover(self, error: RuntimeError, under_way: Collection[Run]) -> None:
+        """Leave out the samples that the pipeline failed on, and begin again with those that were under way.
+
+        Raises:
+            FastcalError: Samples are not left out, too many would be, or none of them is to blame.
+        """
+        assert self._pass is not None
+        self._pipeline = None
+        first, *later = under_way
+        others = [number for run in later for number in run.numbers]
+        for numbers, gpu in ((first.numbers, None), (others, None), (first.numbers + others, self.gpu)):
+            if self._leave_out(find_unreadable(self._images.values(), numbers, gpu)):
+                self._pass.go_back(first)
+                return
+        raise FastcalError(
+            f"DALI cannot prepare the images from {self.paths[first.numbers[0]]} on: {_gist(error)}"
+        ) from error
+
+    def _leave_out(self, errors: Iterable[UnreadableError]) -> bool:
+        """Leave out unreadable samples from now on; whether there were any.
+
+        Raises:
+            FastcalError: Samples are not left out, or too many would be.
+        """
+        before = len(self._unreadable)
+        for error in errors:
+            if not self._skip:
+                raise error
+            if error.number not in self._unreadable:
+                self._unreadable[error.number] = error
+                if len(self._unreadable) <= _SHOWN:
+                    _log.warning("skipped: %s", error)
+            bad, every = len(self._unreadable), len(self.paths)
+            if bad == every or bad > self._max_unreadable / 100 * every:
+                raise FastcalError(
+                    f"{bad} of {every} samples cannot be read, more than max_unreadable allows "
+                    f"({self._max_unreadable:g} %); the last was: {error}"
+                )
+        return len(self._unreadable) > before
+
+    @property
+    def _arrays(self) -> dict[str, Arrays]:
+        return {name: source for name, source in self._sources.items() if isinstance(source, Arrays)}
 
     @property
     def _most_in_a_run(self) -> int:
         return self.batch_size if self.gpu is not None else min(self.batch_size, _IMAGES_PER_THREAD * self._threads)
 
-    def _split_into_runs(self) -> Iterator[list[str]]:
-        """The images of a pass, in the parts that the pipeline prepares at once, none of them in two batches.
+    @property
+    def _run_size(self) -> RunSize | None:
+        """How large a run may be.
 
-        On a GPU a batch is one part. On the CPU a part is large enough to keep the threads busy, and small enough that
+        On a GPU a batch is one run. On the CPU a run is large enough to keep the threads busy, and small enough that
         stopping does not wait long for it to end.
         """
-        for first in range(0, len(self) * self.batch_size, self.batch_size):
-            run: list[str] = []
-            encoded = 0
-            for number in range(first, first + self.batch_size):
-                path = self.paths[number % len(self.paths)]
-                if self.gpu is None:
-                    size = _size(path)
-                    large = len(run) >= self._threads and encoded + size > _BYTES_PER_THREAD * self._threads
-                    if large or len(run) == self._most_in_a_run:
-                        yield run
-                        run, encoded = [], 0
-                    encoded += size
-                run.append(path)
-            yield run
-
-
-def _size(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError:  # the decoder reports what is gone
-        return 0
+        if self.gpu is not None:
+            return None
+        sources = [value.source for value in self._images.values()]
+        return RunSize(
+            most=self._most_in_a_run,
+            few=self._threads,
+            most_bytes=_BYTES_PER_THREAD * self._threads,
+            size_of=lambda number: sum(source.size(number) for source in sources),
+        )
 
 
 def _arrays(prefetcher: Prefetcher[Buffer]) -> Iterator[Batch]:
@@ -283,15 +428,6 @@ def _arrays(prefetcher: Prefetcher[Buffer]) -> Iterator[Batch]:
             buffer.give_back()
     finally:
         prefetcher.close()
-
-
-def _image_input(model: Model, name: str | None) -> ModelInput:
-    """The input of that name, or the only one."""
-    fitting = [value for value in model.inputs if name in (None, value.name)]
-    if len(fitting) != 1:
-        names = ", ".join(repr(value.name) for value in model.inputs)
-        raise FastcalError(f"{model.path} takes the inputs {names}; say which one takes the images (input name)")
-    return fitting[0]
 
 
 def _gist(error: RuntimeError) -> str:

@@ -1,17 +1,18 @@
 """The DALI pipeline that reads, decodes and prepares images."""
 
 import ctypes
-import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali import math as dali_math
 
-from fastcal.errors import FastcalError
 from fastcal.feed.preprocess import Preprocess
+from fastcal.feed.runs import Run
+from fastcal.feed.sources import ImageSource, UnreadableError
 
 _END_OF_JPEG = (0xFF, 0xD9)
 _END_OF_PNG = (0x60, 0x82)
@@ -28,111 +29,158 @@ _INTERPOLATIONS = {
 _DECODED = {"RGB": types.RGB, "BGR": types.BGR, "GRAY": types.GRAY}
 
 
+@dataclass(frozen=True)
+class ImageInput:
+    """An input that takes images.
+
+    Attributes:
+        source: Where they come from.
+        preprocess: What the network expects of them.
+    """
+
+    source: ImageSource
+    preprocess: Preprocess
+
+
 class ImagePipeline:
-    """Turns image files into a network's input.
+    """Turns encoded images into a network's inputs.
 
     Runs are submitted and collected in the same order; up to `ahead` may be under way.
 
     Args:
-        preprocess: What the network expects of an image.
-        most: The largest number of images in one run.
+        inputs: The inputs that take images, by name.
+        most: The largest number of samples in one run.
         threads: How many threads read and decode.
         gpu: The number of the GPU to work on; None for the CPU.
         ahead: How many runs are under way, DALI's prefetch queue depth. The first is worked on once so many have been
             submitted.
         hw_decoder_load: The share of JPEG images that a GPU's own JPEG decoder is given, where it has one.
+
+    Attributes:
+        under_way: The runs that were submitted and not yet collected, in order.
+        has_begun: Whether `ahead` runs have been submitted, so that they are worked on.
     """
 
     def __init__(
-        self, preprocess: Preprocess, *, most: int, threads: int, gpu: int | None, ahead: int, hw_decoder_load: float
+        self,
+        inputs: Mapping[str, ImageInput],
+        *,
+        most: int,
+        threads: int,
+        gpu: int | None,
+        ahead: int,
+        hw_decoder_load: float,
     ) -> None:
         self.ahead = ahead
-        self.under_way: deque[Sequence[str]] = deque()
-        self._started = False
+        self.under_way: deque[Run] = deque()
+        self._inputs = inputs
+        self.has_begun = False
         self._gpu = gpu is not None
         decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if self._gpu else {"device": "cpu"}
+        self._pipeline = Pipeline(batch_size=most, num_threads=threads, device_id=gpu, prefetch_queue_depth=ahead)
+        outputs = []
+        with self._pipeline:
+            for name, image_input in inputs.items():
+                fetched = fn.external_source(name=name, ndim=1, dtype=types.UINT8)
+                encoded = image_input.source.read_with_dali(fetched)
+                outputs.append(_prepare(encoded, image_input.preprocess, decoder))
+                if self._gpu:  # decodes what there is of a JPEG file that breaks off, and says nothing
+                    outputs.append(encoded[-2:])
+            self._pipeline.set_outputs(*outputs)
+        self._pipeline.build()
 
-        def define(encoded: Any) -> Any:
-            prepared = _prepare(encoded, preprocess, decoder)
-            # A GPU decodes what there is of a JPEG file that breaks off, and says nothing.
-            return (prepared, encoded[-2:]) if self._gpu else (prepared,)
+    def submit(self, run: Run, fetched: Mapping[str, Any]) -> None:
+        """Begin to prepare the samples of a run.
 
-        self._pipeline = _define(most, threads, gpu, ahead, define)
-
-    def submit(self, paths: Sequence[str]) -> None:
-        """Begin to prepare the images at `paths`."""
-        self._pipeline.feed_input("paths", _names(paths))
-        self.under_way.append(paths)
-        if self._started:
+        Args:
+            run: The run.
+            fetched: What the inputs' sources fetched for it.
+        """
+        for name in self._inputs:
+            self._pipeline.feed_input(name, fetched[name])
+        self.under_way.append(run)
+        if self.has_begun:
             self._pipeline.schedule_run()
         elif len(self.under_way) == self.ahead:
             self._pipeline.schedule_run()  # DALI's first call begins as many runs as its queue is deep
-            self._started = True
+            self.has_begun = True
 
-    def collect(self, out: Any, stream: Any = None) -> None:
-        """Copy what was prepared in the oldest run into `out`.
+    def collect(self, out: Mapping[str, Any] | None, stream: Any = None) -> None:
+        """Copy what was prepared in the oldest run into arrays.
 
         Args:
-            out: float32 array whose first dimension counts the run's images: NumPy's or, on a GPU, CuPy's.
+            out: For each input a float32 array whose first dimension counts the run's samples: NumPy's or, on a GPU,
+                CuPy's. None copies nothing.
             stream: On a GPU, the stream to copy on; the copy is under way when this returns.
 
         Raises:
             RuntimeError: DALI failed, or a JPEG file breaks off; the pipeline is of no use any more. `find_unreadable`
                 tells whose fault it is.
         """
-        prepared, *ends = self._pipeline.share_outputs(cuda_stream=stream)
+        outputs = self._pipeline.share_outputs(cuda_stream=stream)
         if self._gpu:
-            _check_ends(self.under_way[0], np.asarray(ends[0].as_tensor()))
-            address, on = ctypes.c_void_p(out.data.ptr), ctypes.c_void_p(stream.ptr)
-            prepared.copy_to_external(address, cuda_stream=on, non_blocking=True)
-        else:
-            np.copyto(out, np.asarray(prepared.as_tensor()))
-        del prepared, ends
+            for image_input, ends in zip(self._inputs.values(), outputs[1::2], strict=True):
+                _check_ends(image_input, self.under_way[0].numbers, np.asarray(ends.as_tensor()))
+            outputs = outputs[::2]
+        for name, prepared in zip(self._inputs, outputs, strict=True):
+            if out is None:
+                pass
+            elif self._gpu:
+                address, on = ctypes.c_void_p(out[name].data.ptr), ctypes.c_void_p(stream.ptr)
+                prepared.copy_to_external(address, cuda_stream=on, non_blocking=True)
+            else:
+                np.copyto(out[name], np.asarray(prepared.as_tensor()))
+            del prepared
+        del outputs
         self._pipeline.release_outputs()  # on a GPU in the stream's order: after the copy
         self.under_way.popleft()
 
 
-def find_unreadable(paths: Iterable[str], channels: str) -> FastcalError | None:
-    """The error that names the first of `paths` that cannot be decoded by itself; None where all can."""
-    for path in paths:
-        try:
-            if not os.path.getsize(path):
-                return FastcalError(f"{path} is empty (0 bytes); replace or remove it")
-        except OSError as error:
-            return FastcalError(f"cannot read {path}: {error.strerror}; it was there when the images were listed")
-        try:
-            pipeline = _define(1, 1, None, 1, lambda encoded: (_decode(encoded, channels, {"device": "cpu"}),))
-            pipeline.feed_input("paths", _names([path]))
-            pipeline.run()
-        except RuntimeError:
-            return FastcalError(f"{path} cannot be decoded: damaged, or no image DALI knows; replace or remove it")
-    return None
+def find_unreadable(
+    inputs: Iterable[ImageInput], numbers: Iterable[int], gpu: int | None = None
+) -> Iterator[UnreadableError]:
+    """Those samples of which an image cannot be read and prepared by itself.
+
+    Args:
+        inputs: The inputs that take images.
+        numbers: The samples.
+        gpu: Where to prepare them.
+    """
+    for image_input in inputs:
+        pipeline: ImagePipeline | None = None
+        for number in numbers:
+            name = image_input.source.names[number]
+            pipeline = pipeline or ImagePipeline(
+                {"image": image_input}, most=1, threads=1, gpu=gpu, ahead=1, hw_decoder_load=0
+            )
+            try:
+                if not image_input.source.content(number):
+                    yield UnreadableError(number, f"{name} is empty (0 bytes); replace or remove it")
+                    continue
+                pipeline.submit(Run([number], number, 0), {"image": image_input.source.fetch([number])})
+                pipeline.collect(None)
+            except OSError as error:
+                yield UnreadableError(
+                    number, f"cannot read {name}: {error.strerror}; it was there when the images were listed"
+                )
+            except UnreadableError as error:
+                yield error
+            except RuntimeError:
+                pipeline = None
+                yield UnreadableError(
+                    number, f"{name} cannot be decoded: damaged, or no image DALI knows; replace or remove it"
+                )
 
 
-def _define(most: int, threads: int, gpu: int | None, ahead: int, define: Callable[[Any], Any]) -> Any:
-    pipeline = Pipeline(batch_size=most, num_threads=threads, device_id=gpu, prefetch_queue_depth=ahead)
-    with pipeline:
-        names = fn.external_source(name="paths", ndim=1, dtype=types.UINT8)
-        # Reading is twice as fast as mapping files of this size into memory.
-        pipeline.set_outputs(*define(fn.io.file.read(names, dont_use_mmap=True)))
-    pipeline.build()
-    return pipeline
-
-
-def _names(paths: Sequence[str]) -> Any:
-    """Paths as DALI reads them: a row of bytes each, zeros at the end, which no path holds and the system ignores."""
-    return np.array([os.fsencode(path) for path in paths]).view(np.uint8).reshape(len(paths), -1)
-
-
-def _check_ends(paths: Sequence[str], ends: Any) -> None:
+def _check_ends(image_input: ImageInput, numbers: Sequence[int], ends: Any) -> None:
     """Raise RuntimeError if a JPEG file breaks off; `ends` are the last two bytes of each file."""
     known = (ends == _END_OF_JPEG).all(axis=1) | (ends == _END_OF_PNG).all(axis=1)
     for index in np.flatnonzero(~known):  # few: other formats, and what has something after the image
-        path = paths[int(index)]
-        with open(path, "rb") as file:
-            is_jpeg = file.read(2) == b"\xff\xd8"
-            if is_jpeg and not _has_end_of_image(b"\xff\xd8" + file.read()) and find_unreadable([path], "RGB"):
-                raise RuntimeError(f"encountered:\n{path} breaks off")
+        number = numbers[int(index)]
+        source = image_input.source
+        is_jpeg = source.content(number, 2) == b"\xff\xd8"
+        if is_jpeg and not _has_end_of_image(source.content(number)) and any(find_unreadable([image_input], [number])):
+            raise RuntimeError(f"encountered:\n{source.names[number]} breaks off")
 
 
 def _has_end_of_image(jpeg: bytes) -> bool:
@@ -143,12 +191,8 @@ def _has_end_of_image(jpeg: bytes) -> bool:
     return jpeg.find(b"\xff\xd9", place) >= 0
 
 
-def _decode(encoded: Any, channels: str, decoder: Mapping[str, Any]) -> Any:
-    return fn.decoders.image(encoded, output_type=_DECODED[channels], **decoder)
-
-
 def _prepare(encoded: Any, preprocess: Preprocess, decoder: Mapping[str, Any]) -> Any:
-    images = _decode(encoded, preprocess.channels, decoder)
+    images = fn.decoders.image(encoded, output_type=_DECODED[preprocess.channels], **decoder)
     size, position = _geometry(fn.peek_image_shape(encoded), preprocess)
     images = fn.resize(
         images,

@@ -120,6 +120,7 @@ def calibrate(
             for batch in batches:
                 observer.observe(batch, anonymous=getattr(feed, "anonymous", False))
         histograms = observer.histograms()
+    record = record.after(feed)
     if not histograms:
         raise FastcalError("the feed gave no batches; a calibration needs at least one")
     _warn_of_nonfinite(histograms)
@@ -246,6 +247,7 @@ def _timed(
                 return
             yield batch
             state.batches += 1
+            state.total = len(feed) if isinstance(feed, Sized) else None  # a feed that skips samples learns of them
             state.images += max((array.shape[0] for array in batch.values() if array.shape), default=0)
             state.seconds = time.perf_counter() - start
             if progress is not None:

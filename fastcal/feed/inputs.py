@@ -1,0 +1,147 @@
+"""What an `ImageFeed` has for each input: samples in their order and how they are prepared, held against the model."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastcal.errors import FastcalError
+from fastcal.feed import dataset
+from fastcal.feed.pipeline import ImageInput
+from fastcal.feed.preprocess import Preprocess
+from fastcal.feed.sources import Arrays, ImageSource, Source, open_source
+from fastcal.model import Model, ModelInput, format_shape
+
+#: Where the samples of an input come from: see `fastcal.ImageFeed`.
+Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def image_input(model: Model, name: str | None) -> ModelInput:
+    """The input of that name, or the only one."""
+    fitting = [value for value in model.inputs if name in (None, value.name)]
+    if len(fitting) != 1:
+        names = ", ".join(repr(value.name) for value in model.inputs)
+        raise FastcalError(f"{model.path} takes the inputs {names}; say which one takes the images (input name)")
+    return fitting[0]
+
+
+def open_sources(
+    data: Mapping[str, Data],
+    key: str | Mapping[str, str] | None,
+    *,
+    shuffle: bool,
+    seed: int,
+    balance: bool,
+    limit: int | None,
+) -> dict[str, Source]:
+    """The samples of each input, in order: those of one number belong together.
+
+    Args:
+        data: What the user names, by input.
+        key: What images are called in shards: for all inputs, or by input.
+        shuffle: See `fastcal.ImageFeed`, also for the others.
+        seed: Decides the shuffled order.
+        balance: Whether to take classes by turns.
+        limit: How many samples to take at most.
+
+    Raises:
+        FastcalError: There are no samples, or the inputs' do not fit each other.
+    """
+    keys = _by_input("key", key, data)
+    in_order = None if shuffle or balance else limit
+    sources, found = {}, []
+    for name, where in data.items():
+        try:
+            listing = dataset.list_files(where)
+            sources[name] = open_source(listing, limit=in_order, key=keys[name])
+        except FastcalError as error:
+            raise FastcalError(f"input {name!r}: {error}" if len(data) > 1 else str(error)) from error
+        if listing.sorted:
+            found.append(name)
+    if not any(isinstance(source, ImageSource) for source in sources.values()):
+        raise FastcalError("the data are arrays alone; an ImageFeed needs an input that takes images")
+    names = {name: source.names for name, source in sources.items()}
+    dataset.check_parallel(names, found)
+    first = next(iter(names.values()))
+    numbers = dataset.order(first, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
+    if numbers != range(len(first)):
+        for source in sources.values():
+            source.select(numbers)
+    return sources
+
+
+def image_inputs(
+    sources: Mapping[str, Source], preprocess: str | Preprocess | Mapping[str, str | Preprocess], model: Model | None
+) -> dict[str, ImageInput]:
+    """The inputs that take images, with their preprocessing as the model has it.
+
+    Args:
+        sources: The samples, by input.
+        preprocess: The preprocessing: for all inputs, or by input.
+        model: The model; None where it is not known.
+
+    Raises:
+        FastcalError: There is no such preprocessing, or the model contradicts it.
+    """
+    images = {name: source for name, source in sources.items() if isinstance(source, ImageSource)}
+    inputs = {}
+    for name, wanted in _by_input("preprocess", preprocess, images).items():
+        fitted = Preprocess.preset(wanted) if isinstance(wanted, str) else wanted
+        if model is not None:
+            value = _input_of(model, name)
+            if value.dtype.kind not in "fu":
+                raise FastcalError(f"{model.path} takes {value.dtype} for input {value}, images are float32")
+            try:
+                fitted = fitted.fit(value.shape)
+            except FastcalError as error:
+                raise FastcalError(f"{model.path}, input {value}: {error}") from error
+        inputs[name] = ImageInput(images[name], fitted)
+    return inputs
+
+
+def check_inputs(model: Model, sources: Mapping[str, Source], constants: Mapping[str, Any], batch_size: int) -> None:
+    """Hold names, shapes and types of what is given beside images against the model.
+
+    Raises:
+        FastcalError: They contradict each other; both sides are shown.
+    """
+    given = sources.keys() | constants.keys()
+    missing = [value.name for value in model.inputs if value.name not in given]
+    if missing:
+        raise FastcalError(
+            f"{model.path} takes the inputs {_quoted(value.name for value in model.inputs)}, the feed has none for "
+            f"{_quoted(missing)}; name data or constants for it"
+        )
+    arrays = {name: ((batch_size, *source.shape), source.dtype) for name, source in sources.items()
+              if isinstance(source, Arrays)}  # fmt: skip
+    arrays |= {name: (values.shape, values.dtype) for name, values in constants.items()}
+    for name, (shape, dtype) in arrays.items():
+        value = _input_of(model, name)
+        fits = len(shape) == len(value.shape) and all(
+            want in (None, have) for want, have in zip(value.shape, shape, strict=True)
+        )
+        if not fits or dtype != value.dtype:
+            raise FastcalError(
+                f"{model.path} takes {value.dtype} for input {value}, the arrays are {dtype} {format_shape(shape)}; "
+                "give arrays of that type and shape"
+            )
+
+
+def _input_of(model: Model, name: str) -> ModelInput:
+    for value in model.inputs:
+        if value.name == name:
+            return value
+    names = _quoted(value.name for value in model.inputs)
+    raise FastcalError(f"{model.path} takes the inputs {names}, and none of the name {name!r}")
+
+
+def _by_input(what: str, value: Any, names: Mapping[str, Any]) -> dict[str, Any]:
+    """The value for each input; one that is not given by input is for all."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    if value.keys() != names.keys():
+        raise FastcalError(f"{what} is given for {_quoted(value)}, images for {_quoted(names)}; name the same inputs")
+    return {name: value[name] for name in names}
+
+
+def _quoted(names: Any) -> str:
+    return ", ".join(map(repr, names))

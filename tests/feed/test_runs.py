@@ -1,0 +1,64 @@
+import itertools
+
+import pytest
+
+from fastcal.feed.runs import Pass, Run, RunSize, count_batches
+
+
+def batches_of(samples, batch_size, broken=(), ahead=1):
+    """Go through a pass as a feed does with so many runs under way, where the broken samples turn out to be so."""
+    unreadable, under_way, batches = samples._unreadable, [], [[]]
+    while True:
+        while len(under_way) < ahead and (run := samples.next_run()):
+            under_way.append(run)
+        if not under_way:
+            return [batch for batch in batches if len(batch) == batch_size]
+        bad = set(under_way[0].numbers) & set(broken)
+        if bad:
+            unreadable |= bad
+            samples.go_back(under_way[0])
+            under_way.clear()
+            continue
+        run = under_way.pop(0)
+        assert run.filled == len(batches[-1]) % batch_size
+        if len(batches[-1]) == batch_size:
+            batches.append([])
+        batches[-1] += run.numbers
+
+
+def expected(good, batch_size, wrap):
+    full, over = divmod(len(good), batch_size)
+    row = list(itertools.islice(itertools.cycle(good), (full + (wrap and over > 0)) * batch_size))
+    return [row[first : first + batch_size] for first in range(0, len(row), batch_size)]
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+@pytest.mark.parametrize("most", [1, 2, None])
+def test_batches_are_those_of_the_readable_samples(wrap, ahead, most):
+    size = most and RunSize(most=most, few=1, most_bytes=10**9, size_of=lambda number: 1)
+    for count in range(1, 7):
+        for batch_size in range(1, 9):
+            for broken in itertools.chain.from_iterable(itertools.combinations(range(count), k) for k in range(count)):
+                good = [number for number in range(count) if number not in broken]
+                unreadable = set()
+                for _ in range(2):  # in the second pass they are known
+                    samples = Pass(count, batch_size, wrap, unreadable, size)
+                    found = batches_of(samples, batch_size, broken, ahead)
+                    assert found == expected(good, batch_size, wrap)
+                    assert len(found) == count_batches(count - len(unreadable), batch_size, wrap)
+
+
+def test_large_samples_make_small_runs():
+    sizes = [1, 1, 9, 9, 1, 1, 1, 1]
+    samples = Pass(8, 8, True, set(), RunSize(most=4, few=2, most_bytes=10, size_of=sizes.__getitem__))
+    runs = []
+    while run := samples.next_run():
+        runs.append(run.numbers)
+    assert runs == [[0, 1], [2, 3], [4, 5, 6, 7]]
+
+
+def test_a_run_says_where_it_began():
+    samples = Pass(3, 2, True, {1}, None)
+    assert samples.next_run() == Run([0, 2], 0, 0)
+    assert samples.next_run() is None
