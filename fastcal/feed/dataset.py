@@ -200,7 +200,7 @@ def _of_one_kind(found: Mapping[str | None, list[str]], origin: str, others: int
     """The files to take samples from: all of one kind, but for arrays that lie beside images or shards."""
     kinds = [kind for kind in EXTENSIONS if kind in found]
     if len(kinds) > 1 and kinds[1] != "array":
-        examples = " and ".join(f"{kind}s ({found[kind][0]})" for kind in kinds)
+        examples = " and ".join(f"{kind}s ({min(found[kind])})" for kind in kinds)
         raise FastcalError(f"{origin} has {examples}; say which with a pattern, like 'folder/*.tar'")
     others += sum(len(found[kind]) for kind in kinds[1:])
     if others:

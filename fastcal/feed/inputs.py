@@ -8,7 +8,7 @@ from fastcal.errors import FastcalError
 from fastcal.feed import dataset
 from fastcal.feed.pipeline import ImageInput
 from fastcal.feed.preprocess import Preprocess
-from fastcal.feed.sources import Arrays, ImageSource, Source, open_source
+from fastcal.feed.sources import Arrays, ImageSource, Shards, Source, open_source
 from fastcal.model import Model, ModelInput, format_shape
 
 #: Where the samples of an input come from: see `fastcal.ImageFeed`.
@@ -57,6 +57,11 @@ def open_sources(
             raise FastcalError(f"input {name!r}: {error}" if len(data) > 1 else str(error)) from error
         if listing.sorted:
             found.append(name)
+        if isinstance(sources[name], Shards) and (shuffle or balance):
+            raise FastcalError(
+                f"{listing.paths[0]}: shards are read from front to back, neither shuffled nor balanced; list them in "
+                "another order, or unpack them into folders"
+            )
     if not any(isinstance(source, ImageSource) for source in sources.values()):
         raise FastcalError("the data are arrays alone; an ImageFeed needs an input that takes images")
     names = {name: source.names for name, source in sources.items()}

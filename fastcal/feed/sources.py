@@ -268,12 +268,7 @@ class Shards(ImageSource):
         """DALI's reader."""
 
     def select(self, numbers: Sequence[int]) -> None:
-        """Keep only these samples, in this order, and number them anew."""
-        if numbers != range(len(numbers)):
-            raise FastcalError(
-                "shards are read from front to back, neither shuffled nor balanced; list the shards in another order, "
-                "or unpack them into folders"
-            )
+        """Keep only these samples, the first ones."""
         del self.names[len(numbers) :], self._records[len(numbers) :]
 
     def read_with_dali(self, fetched: Any) -> Any:
@@ -335,12 +330,16 @@ class Shards(ImageSource):
                 pipeline.set_outputs(self._operator(shards, indices))
             pipeline.build()  # reads the indices
         while True:
+            name = self.names[self._next]
             try:
-                yield np.asarray(pipeline.run()[0].at(0)).tobytes()
+                image = np.asarray(pipeline.run()[0].at(0))
             except RuntimeError as error:
                 raise FastcalError(
-                    f"DALI cannot read {self.names[self._next]}; was the shard changed since it was listed?"
+                    f"DALI cannot read the shards from {name} on; were they changed since they were listed?"
                 ) from error
+            if not image.ndim:
+                raise FastcalError(f"{name} has no image; {self._remedy}")
+            yield image.tobytes()
 
 
 class TarShards(Shards):
@@ -354,7 +353,9 @@ class TarShards(Shards):
 
     def __init__(self, shards: list[str], limit: int | None, key: str | None) -> None:
         self._key = key
-        self._remedy = "the images' extension is the key" if key else "images are .jpg, .png and so on"
+        self._remedy = (
+            f"the images' extension is the key, {'here ' + repr(key) if key else 'by default .jpg, .png, ...'}"
+        )
         super().__init__(shards, limit)
 
     def _list_samples(self, shard: str) -> Iterator[tuple[str, int, int]]:
@@ -402,7 +403,7 @@ class TFRecords(Shards):
 
     def __init__(self, shards: list[str], limit: int | None, key: str | None) -> None:
         self._key = key or TFRECORD_KEY
-        self._remedy = "is it a TFRecord file?"
+        self._remedy = f"the images' feature is the key, here {self._key!r}"
         super().__init__(shards, limit)
 
     def _list_samples(self, shard: str) -> Iterator[tuple[str, int, int]]:
@@ -421,15 +422,6 @@ class TFRecords(Shards):
                     offset, number = offset + size, number + 1
         except OSError as error:
             raise FastcalError(f"cannot read {shard}: {error.strerror}; check the path") from error
-
-    def fetch(self, numbers: Sequence[int]) -> Any:
-        """What these samples are prepared from."""
-        for number in numbers:
-            if not self._read(number):
-                raise FastcalError(
-                    f"{self.names[number]} has no feature {self._key!r} with an image; name the right one with key"
-                )
-        return super().fetch(numbers)
 
     def _index(self, records: Sequence[_Record]) -> str:
         return "".join(f"{record.offset} {record.size}\n" for record in records)
