@@ -79,7 +79,7 @@ class ArrayFeed(Feed):
     def __init__(self, batches: Iterable[Batch]) -> None:
         if not isinstance(batches, Sized) or isinstance(batches, Mapping):
             raise FastcalError(f"ArrayFeed takes a list of dicts, not a {type(batches).__name__}; pass list(...) of it")
-        self._batches = [{name: _array(values) for name, values in batch.items()} for batch in batches]
+        self._batches = [{name: as_array(values) for name, values in batch.items()} for batch in batches]
         if not self._batches:
             raise FastcalError("ArrayFeed got no batches; give it at least one")
         first = self._batches[0]
@@ -118,6 +118,7 @@ def add_to_digest(digest: Any, name: str, array: Any) -> None:
     digest.update(np.ascontiguousarray(array).tobytes())
 
 
-def _array(values: Any) -> Any:
+def as_array(values: Any) -> Any:
+    """The values as an array of the type that a batch has them in: float32 in place of float64."""
     array = values if hasattr(values, "__cuda_array_interface__") else np.asarray(values)
     return array.astype("float32") if array.dtype == np.float64 else array

@@ -11,7 +11,7 @@ import numpy as np
 from fastcal.errors import FastcalError
 from fastcal.feed.buffers import Buffer, DeviceBuffer, Shape
 from fastcal.feed.device import resolve
-from fastcal.feed.feed import Batch, Feed, add_to_digest
+from fastcal.feed.feed import Batch, Feed, add_to_digest, as_array
 from fastcal.feed.inputs import Data, check_inputs, image_input, image_inputs, open_sources
 from fastcal.feed.pipeline import ImagePipeline, find_unreadable
 from fastcal.feed.prefetch import Prefetcher
@@ -133,7 +133,7 @@ class ImageFeed(Feed):
             data = {input_name or "input": data}
         elif input_name is not None:
             raise FastcalError(f"input_name {input_name!r} is for data of one input; a dict of data names its inputs")
-        self._constants = {name: np.asarray(values) for name, values in (constants or {}).items()}
+        self._constants = {name: as_array(values) for name, values in (constants or {}).items()}
         for name in self._constants.keys() & data.keys():
             raise FastcalError(f"input {name!r} takes samples; it cannot be a constant too")
         self._sources = open_sources(data, key, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
@@ -195,7 +195,9 @@ class ImageFeed(Feed):
     def describe(self) -> dict[str, Any]:
         """The samples in order, by path below their common folder, size and time; and what is done to them."""
         digest = hashlib.sha256()
-        for source in self._sources.values():
+        for name, source in self._sources.items():
+            if len(self._sources) > 1:
+                digest.update(f"{name}\0".encode())
             source.add_to_digest(digest, lenient=self._skip)
         for key, values in sorted(self._constants.items()):
             add_to_digest(digest, key, values)

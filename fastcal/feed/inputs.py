@@ -46,6 +46,8 @@ def open_sources(
     Raises:
         FastcalError: There are no samples, or the inputs' do not fit each other.
     """
+    if not data:
+        raise FastcalError("there is no data; name at least one input and where its samples are")
     keys = _by_input("key", key, data)
     in_order = None if shuffle or balance else limit
     sources, found = {}, []

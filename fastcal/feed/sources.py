@@ -17,6 +17,7 @@ from nvidia.dali import tfrecord as dali_tfrecord
 from fastcal.errors import FastcalError
 from fastcal.feed.contained import ContainedDecoder, is_hazardous
 from fastcal.feed.dataset import Listing, common_folder, kind_of
+from fastcal.feed.feed import as_array
 
 #: The feature that holds the encoded image in TensorFlow's own data sets.
 TFRECORD_KEY = "image/encoded"
@@ -210,7 +211,7 @@ class Arrays(Source):
         except (OSError, ValueError, EOFError) as error:
             reason = getattr(error, "strerror", None) or "damaged, or no array of numbers"
             raise UnreadableError(number, f"cannot read {path}: {reason}; replace or remove it") from error
-        return array.astype(np.float32) if array.dtype == np.float64 else array
+        return as_array(array)
 
 
 class _Record(NamedTuple):
