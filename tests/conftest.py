@@ -61,6 +61,14 @@ def photographs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def real_photographs():
+    """Paths of photographs that scikit-image ships, JPEG and PNG files in colour and in grey."""
+    folder = Path(importlib.util.find_spec("skimage").origin).parent / "data"
+    names = "astronaut.png camera.png chelsea.png coffee.png motorcycle_left.png retina.jpg rocket.jpg"
+    return [folder / name for name in names.split()]
+
+
 @pytest.fixture
 def onnx_file(tmp_path):
     """A function that writes a model given in ONNX's text format (the graph alone) to a file, with initializers."""

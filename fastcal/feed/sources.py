@@ -465,7 +465,7 @@ def _contain(decoder: ContainedDecoder, source: ImageSource, number: int) -> Any
     try:
         return np.frombuffer(decoder.decode(content), np.uint8)
     except ValueError as error:
-        raise UnreadableError(number, f"{name} cannot be decoded: {error}; replace or remove it") from error
+        raise UnreadableError(number, f"{name} cannot be decoded: it {error}; replace or remove it") from error
 
 
 def _add_files(digest: Any, paths: Sequence[str], lenient: bool) -> None:

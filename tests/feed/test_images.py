@@ -9,13 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fastcal import FastcalError, ImageFeed, Preprocess
-
-
-def open_upright(path):
-    return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+from references import PRESETS, crop, difference_from_preset, letterbox, open_upright, stretch
 
 
 def all_of(feed):
@@ -23,71 +20,11 @@ def all_of(feed):
         return [batch["input"].copy() for batch in feed]
 
 
-def crop(image, size=(224, 224), fraction=0.875, filter=Image.Resampling.BILINEAR):
-    """Resize(size / 0.875) and CenterCrop(size) as torchvision's source has them; for other than squares, as timm's."""
-    short = [int(side / fraction) for side in size]
-    width, height = image.size
-    if short[0] / height >= short[1] / width:
-        new = (int(short[0] * width / height), short[0])
-    else:
-        new = (short[1], int(short[1] * height / width))
-    image = image.resize(new, filter)
-    left, top = round((new[0] - size[1]) / 2), round((new[1] - size[0]) / 2)
-    return np.asarray(image.crop((left, top, left + size[1], top + size[0])), np.float32)
-
-
-def bilinear(pixels, height, width):
-    """Bilinear resizing at half-pixel centres without antialiasing, as OpenCV's INTER_LINEAR."""
-    for axis, size in ((0, height), (1, width)):
-        place = np.clip((np.arange(size) + 0.5) * pixels.shape[axis] / size - 0.5, 0, pixels.shape[axis] - 1)
-        low = np.floor(place).astype(int)
-        high = np.minimum(low + 1, pixels.shape[axis] - 1)
-        weight = (place - low).reshape(-1, 1, 1) if axis == 0 else (place - low).reshape(1, -1, 1)
-        pixels = pixels.take(low, axis) * (1 - weight) + pixels.take(high, axis) * weight
-    return pixels
-
-
-def letterbox(image, size=(640, 640)):
-    """Ultralytics' LetterBox, as its source has it."""
-    width, height = image.size
-    ratio = min(size[0] / height, size[1] / width)
-    new_width, new_height = round(width * ratio), round(height * ratio)
-    left, top = round((size[1] - new_width) / 2 - 0.1), round((size[0] - new_height) / 2 - 0.1)
-    out = np.full((*size, 3), 114, np.float32)
-    pixels = bilinear(np.asarray(image, np.float32), new_height, new_width)
-    out[top : top + new_height, left : left + new_width] = np.rint(pixels)
-    return out
-
-
-def stretch(image, size=(224, 224), filter=Image.Resampling.BILINEAR):
-    return np.asarray(image.resize(size[::-1], filter), np.float32)
-
-
-def clip(image):
-    return crop(image, fraction=1, filter=Image.Resampling.BICUBIC)
-
-
-def stretch_to_bgr(image):
-    return stretch(image)[..., ::-1]
-
-
-@pytest.mark.parametrize(
-    ("preset", "reference", "scale", "mean", "std"),
-    [
-        ("imagenet", crop, 1 / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ("clip", clip, 1 / 255, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
-        ("tf", stretch, 1 / 127.5, 1, 1),
-        ("caffe", stretch_to_bgr, 1, [103.939, 116.779, 123.68], 1),
-        ("yolo", letterbox, 1 / 255, 0, 1),
-        ("unit", stretch, 1 / 255, 0, 1),
-        ("raw", stretch, 1, 0, 1),
-    ],
-)
-def test_presets_are_what_the_trainers_do(photographs, preset, reference, scale, mean, std):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_what_the_trainers_do(photographs, preset):
     feed = ImageFeed(photographs, preprocess=preset, batch_size=1)
     for path, batch in zip(feed.paths, all_of(feed), strict=True):
-        pixels = (batch[0].transpose(1, 2, 0) * std + mean) / scale
-        difference = np.abs(pixels - reference(open_upright(path)))
+        difference = difference_from_preset(preset, batch[0], open_upright(path))
         assert difference.mean() < 0.5
         assert np.percentile(difference, 99.9) <= 2.01
 

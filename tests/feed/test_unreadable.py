@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fuzzing
 from conftest import DIGITS
 from fastcal import FastcalError, ImageFeed, Preprocess
 
@@ -173,3 +174,9 @@ def test_the_command_says_and_records_it(digits, tmp_path, run_fastcal):
     assert run_fastcal(*again).returncode == 0
     assert (tmp_path / "a.cache").read_bytes() == (tmp_path / "b.cache").read_bytes()
     assert "skipped" not in json.loads((tmp_path / "b.cache.json").read_text())["made_from"]
+
+
+@pytest.mark.parametrize("extension", fuzzing.FORMATS)
+def test_mutated_images(tmp_path, extension):
+    intact = fuzzing.write(tmp_path, extension, 48, seed=3)
+    assert 0 < fuzzing.go_through(tmp_path, intact) <= 48 - len(intact)

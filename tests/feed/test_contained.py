@@ -1,0 +1,110 @@
+"""JPEG 2000 is decoded in a process of its own, whose crash costs one image."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastcal import FastcalError, ImageFeed, Preprocess
+from fastcal.feed import contained
+from fastcal.feed.contained import ContainedDecoder
+
+NATIVE = Preprocess(size=(20, 30))
+
+
+def encode(level, kind="JPEG2000", **options):
+    encoded = io.BytesIO()
+    Image.new("RGB", (30, 20), (level, 0, 255)).save(encoded, kind, **options)
+    return encoded.getvalue()
+
+
+def start(program):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", program], **pipes, start_new_session=True)
+
+
+@pytest.fixture
+def decoder():
+    decoder = ContainedDecoder()
+    yield decoder
+    decoder.close()
+
+
+def pixels(ppm):
+    with Image.open(io.BytesIO(ppm)) as image:
+        return np.asarray(image)[0, 0].tolist()
+
+
+def test_jpeg_2000_comes_out_as_pixels_and_all_else_as_it_is(decoder):
+    jpeg = encode(7, "JPEG")
+    assert decoder.decode(jpeg) is jpeg
+    assert decoder.decode(b"") == b""
+    assert decoder._process is None
+    assert pixels(decoder.decode(encode(7))) == [7, 0, 255]
+    process = decoder._process
+    assert pixels(decoder.decode(encode(8, no_jp2=True))) == [8, 0, 255]
+    assert decoder._process is process
+
+
+#: The process with a decoder that crashes at what ends in "crash", and on everything that comes after "overwrite".
+CRASHING = """
+import os, signal
+from fastcal.feed import contained
+decode, overwritten = contained._decode, []
+def crash_or_decode(pipeline, content):
+    if content.endswith(b"crash") or overwritten:
+        os.kill(os.getpid(), signal.SIGABRT)
+    if content.endswith(b"overwrite"):
+        overwritten.append(content)
+    return decode(pipeline, content)
+contained._decode = crash_or_decode
+contained._work()
+"""
+
+
+def test_what_cannot_be_decoded_is_told_from_what_crashes(decoder, monkeypatch):
+    monkeypatch.setattr(contained, "_start", lambda: start(CRASHING))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^is damaged, or no image DALI knows$"):
+            decoder.decode(encode(7)[:90])
+        assert pixels(decoder.decode(encode(9))) == [9, 0, 255]
+        with pytest.raises(ValueError, match=r"^crashes the decoder \(SIGABRT\)$"):
+            decoder.decode(encode(7) + b"crash")
+    assert pixels(decoder.decode(encode(10) + b"overwrite")) == [10, 0, 255]
+    assert pixels(decoder.decode(encode(11))) == [11, 0, 255]  # it is not to blame
+
+
+def test_what_takes_too_long_is_given_up(decoder, monkeypatch):
+    monkeypatch.setattr(contained, "_start", lambda: start("import time; time.sleep(60)"))
+    monkeypatch.setattr(contained, "_TIMEOUT", 0.1)
+    with pytest.raises(ValueError, match=r"^takes longer than 0.1 s$"):
+        decoder.decode(encode(7))
+    assert decoder._process is None
+
+
+def test_a_process_that_cannot_be_started_is_no_crash(decoder, monkeypatch):
+    monkeypatch.setattr(contained, "_start", lambda: start("import sys; sys.exit(3)"))
+    with pytest.raises(FastcalError, match="no process for JPEG 2000 can be started: it ends with status 3"):
+        decoder.decode(encode(7))
+
+
+def test_the_image_that_crashes_is_named_or_skipped(tmp_path, monkeypatch):
+    """With a crash of our own in the process: OpenJPEG's come at some image after the one that overwrote memory."""
+    monkeypatch.setattr(contained, "_start", lambda: start(CRASHING))
+    for number in range(6):
+        (tmp_path / f"{number}.jp2").write_bytes(encode(number))
+    (tmp_path / "3.jp2").write_bytes(encode(3) + b"crash")
+    with (
+        ImageFeed(tmp_path, preprocess=NATIVE, batch_size=2) as feed,
+        pytest.raises(
+            FastcalError, match=r"3.jp2 cannot be decoded: it crashes the decoder \(SIGABRT\); replace or remove it"
+        ),
+    ):
+        list(feed)
+    feed = ImageFeed(tmp_path, preprocess=NATIVE, batch_size=1, skip_unreadable=True, max_unreadable=20)
+    with feed:
+        assert [int(batch["input"][0, 0, 0, 0]) for batch in feed] == [0, 1, 2, 4, 5]
+    assert feed.skipped == [str(tmp_path / "3.jp2")]
