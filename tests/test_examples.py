@@ -137,14 +137,44 @@ def test_trtexec_builds_an_engine(tmp_path, commands):
     assert "PASSED" in (folder / "digits.log").read_text()
 
 
+def run_example(script, folder):
+    """Run an example's script; returns what it said."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, EXAMPLES / script]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @needs_cpu_extra
 def test_quantized_digits_are_recognized_as_well(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, EXAMPLES / "quantize" / "compare.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    top1 = {name: float(share.rstrip("%")) for name, share in map(str.split, done.stdout.splitlines())}
+    said = run_example("quantize/compare.py", tmp_path)
+    top1 = {name: float(share.rstrip("%")) for name, share in map(str.split, said.splitlines())}
     assert list(top1) == ["FP32", "minmax", "entropy2", "percentile"]
     assert top1["FP32"] == 99.8  # what examples/digits/README.md says of PyTorch on the same images
     assert max(list(top1.values())[1:]) >= top1["FP32"] - 1
     assert sorted(os.listdir(tmp_path)) == ["digits.entropy2.onnx", "digits.minmax.onnx", "digits.percentile.onnx"]
+
+
+@needs_cpu_extra
+def test_shards_make_the_cache_that_the_images_make(tmp_path):
+    said = run_example("webdataset/calibrate.py", tmp_path)
+    scales = fastcal.CalibrationCache.load(tmp_path / "digits.cache").scales
+    assert said == (
+        f"digits.cache: {len(scales)} scales from 256 images, shards/digits-000000.tar:00000000.jpg and so on\n"
+    )
+    assert sorted(os.listdir(tmp_path / "shards")) == [f"digits-{number:06}.tar" for number in range(3)]
+    with fastcal.ImageFeed(EXAMPLES / "digits" / "images", model=EXAMPLES / "digits" / "digits.onnx") as feed:
+        assert fastcal.calibrate(EXAMPLES / "digits" / "digits.onnx", feed).scales == scales
+
+
+@needs_cpu_extra
+def test_both_inputs_of_a_network_are_fed(tmp_path):
+    said = run_example("two_inputs/calibrate.py", tmp_path)
+    scales = fastcal.CalibrationCache.load(tmp_path / "pairs.cache").scales
+    assert re.fullmatch(rf"pairs.cache: {len(scales)} scales from 256 pairs; scores are up to [\d.]+ apart\n", said)
+    both = {name.removeprefix("left_"): scale for name, scale in scales.items() if name.startswith("left_")}
+    assert len(both) > 5
+    for name, scale in both.items():  # of the same images in another order
+        assert scales[f"right_{name}"] == pytest.approx(scale, rel=0.2)
+    assert scales["difference"] > 0

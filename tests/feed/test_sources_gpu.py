@@ -1,0 +1,127 @@
+"""On a GPU: unreadable images, shards, several inputs and every format, as on the CPU."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_formats import variants
+from test_inputs import data_of, scene_numbers, scenes  # noqa: F401 - a fixture
+from test_shards import as_files, encoded, shards  # noqa: F401 - fixtures
+from test_unreadable import write_numbered
+
+from fastcal import FastcalError, ImageFeed, Preprocess
+
+pytestmark = pytest.mark.gpu
+
+SMALL = Preprocess(size=(16, 16))
+
+
+def all_of(feed):
+    """The batches of a pass, copied to the host."""
+    with feed:
+        return [
+            {name: array.get() if hasattr(array, "get") else array.copy() for name, array in batch.items()}
+            for batch in feed
+        ]
+
+
+def numbers(batches):
+    return [np.rint(batch["input"].mean(axis=(1, 2, 3)) / 5).astype(int).tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        ({3}, [[0, 1, 2, 4], [5, 6, 7, 8], [9, 0, 1, 2]]),
+        ({0, 1, 2, 3, 4}, [[5, 6, 7, 8], [9, 5, 6, 7]]),
+        ({8, 9}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ({0, 9}, [[1, 2, 3, 4], [5, 6, 7, 8]]),
+    ],
+)
+def test_the_next_images_fill_up(tmp_path, depth, broken, expected):
+    write_numbered(tmp_path, 10, broken)
+    feed = ImageFeed(
+        tmp_path, preprocess=SMALL, batch_size=4, device="cuda", skip_unreadable=True, max_unreadable=50,
+        prefetch_queue_depth=depth,
+    )  # fmt: skip
+    for _ in range(3):
+        assert numbers(all_of(feed)) == expected
+        assert len(feed) == len(expected)
+    assert feed.skipped == [str(tmp_path / f"{number:02}.jpg") for number in sorted(broken)]
+
+
+def test_a_truncated_jpeg_is_as_unreadable_as_on_the_cpu(tmp_path):
+    for progressive in (False, True):
+        path = tmp_path / f"{progressive}.jpg"
+        Image.effect_noise((200, 150), 80).convert("RGB").save(path, progressive=progressive)
+        whole = path.read_bytes()
+        for missing in (1, 2, 3, 10, 100, 1000, len(whole) // 2, len(whole) - 700, len(whole) - 100):
+            (tmp_path / f"{progressive} {missing:06}.jpg").write_bytes(whole[:-missing])
+    skipped = {}
+    for device in ("cpu", "cuda"):
+        feed = ImageFeed(
+            tmp_path, preprocess=SMALL, batch_size=4, device=device, skip_unreadable=True, max_unreadable=100
+        )
+        all_of(feed)
+        skipped[device] = feed.skipped
+    assert skipped["cuda"] == skipped["cpu"]
+    assert len(skipped["cpu"]) >= 10
+
+
+def test_shards_give_what_files_do(as_files, shards):  # noqa: F811 - fixtures
+    folder, _ = shards
+    for options in ({"batch_size": 3}, {"batch_size": 16}, {"batch_size": 4, "limit": 5}):
+        expected = all_of(ImageFeed(as_files, preprocess=SMALL, device="cuda", **options))
+        feed = ImageFeed(folder, preprocess=SMALL, device="cuda", **options)
+        for _ in range(2):
+            for one, other in zip(all_of(feed), expected, strict=True):
+                np.testing.assert_array_equal(one["input"], other["input"])
+
+
+def test_several_inputs_and_arrays(scenes):  # noqa: F811 - a fixture
+    import cupy
+
+    feed = ImageFeed(data_of(scenes), preprocess=SMALL, batch_size=3, device="cuda")
+    with feed:
+        batch = next(iter(feed))
+        for array in batch.values():
+            assert isinstance(array, cupy.ndarray)
+            assert array.dtype == np.float32
+    assert scene_numbers(all_of(feed)) == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    (scenes / "right" / "3.png").write_bytes(b"no image")
+    (scenes / "left" / "6.npy").write_bytes(b"no array")
+    feed = ImageFeed(
+        data_of(scenes), preprocess=SMALL, batch_size=3, device="cuda", skip_unreadable=True, max_unreadable=50
+    )
+    for _ in range(2):
+        assert scene_numbers(all_of(feed)) == [0, 1, 2, 4, 5, 0]
+
+
+def test_every_format_is_decoded_as_on_the_cpu(real_photographs, tmp_path):
+    for name, data in variants(real_photographs[3]):
+        (tmp_path / name).write_bytes(data)
+    preprocess = Preprocess(size=(160, 200))
+    on_cpu, on_gpu = (
+        ImageFeed(tmp_path, preprocess=preprocess, batch_size=1, device=device) for device in ("cpu", "cuda")
+    )
+    worst = {}
+    for path, one, other in zip(on_cpu.paths, all_of(on_cpu), all_of(on_gpu), strict=True):
+        difference = np.abs(one["input"] - other["input"])
+        worst[path.rpartition("/")[2]] = float(difference.mean()), float(np.percentile(difference, 99.9))
+    print(worst)
+    assert max(mean for mean, _ in worst.values()) <= 1
+    assert max(high for _, high in worst.values()) <= 8
+
+
+def test_what_cannot_be_decoded_is_named_before_the_first_batch(tmp_path):
+    for number in range(6):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{number}.jpg")
+        (tmp_path / f"{number + 6}.tif").write_bytes(b"II*\0 no image")
+    with (
+        ImageFeed(tmp_path, preprocess=SMALL, batch_size=2, device="cuda") as feed,
+        pytest.raises(
+            FastcalError,
+            match=r"DALI decodes no .tif image here: tried .*6.tif, .*7.tif, .*8.tif; convert them or leave",
+        ),
+    ):
+        next(iter(feed))
