@@ -1,12 +1,12 @@
-"""Decoding in a process of its own, for what crashes the process that decodes it.
+"""Decoding in a process of its own, for what may crash the process that decodes it.
 
-2,000 damaged JPEG 2000 images crashed a process that decoded them with DALI 2.4 on the CPU 22 times: some make the
-decoder overwrite memory, and it is a later one that crashes. As many damaged JPEG, PNG, BMP, WebP, TIFF and PNM images
-never did.
+Of damaged JPEG 2000 and PNM images some make the decoders of DALI 2.4 overwrite memory, and a process that decodes some
+hundreds of them crashes. Thousands of damaged JPEG, PNG, BMP, WebP and TIFF images never did that.
 """
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -24,29 +24,47 @@ _DECODED, _FAILED, _CRASHED = b"+", b"-", b"!"
 # The exit status of a child that nothing was left for.
 _NO_MORE = 3
 
+_HAZARDOUS = (".jp2", ".pbm", ".pgm", ".pnm", ".ppm")
+
 # How a JPEG 2000 file begins, and the bare code stream.
 _JPEG_2000 = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
 
+_PNM = tuple(b"P%d" % number for number in range(1, 8))
+
+# The header of a PNM file of 8-bit pixels: their number of channels is 1 (P5) or 3 (P6).
+_PLAIN_PNM = re.compile(rb"P([56])\s+(\d{1,6})\s+(\d{1,6})\s+255\s")
+
 
 def is_hazardous(path: str | os.PathLike[str]) -> bool:
-    """Whether files of this name are to be decoded here."""
-    return os.path.splitext(path)[1].lower() == ".jp2"
+    """Whether a file of this name may be one that is to be decoded here."""
+    return os.path.splitext(path)[1].lower() in _HAZARDOUS
+
+
+def _is_safe(content: bytes) -> bool:
+    """Whether an image may be decoded anywhere: of another format, or a plain PNM file with all its pixels."""
+    if not content.startswith(_PNM):
+        return not content.startswith(_JPEG_2000)
+    header = _PLAIN_PNM.match(content)
+    if header is None:
+        return False
+    channels = 1 if header[1] == b"5" else 3
+    return len(content) - header.end() >= int(header[2]) * int(header[3]) * channels > 0
 
 
 class ContainedDecoder:
-    """Decodes JPEG 2000 images in a process of its own, which starts with the first and may crash or hang."""
+    """Decodes images that are not safe, in a process of its own, which may crash or hang."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._is_fresh = True
 
     def decode(self, content: bytes) -> bytes:
-        """An image that is safe to decode: `content` itself or, of JPEG 2000, its pixels as a PPM file.
+        """An image that is safe to decode: `content` itself where it is, else its pixels as a PPM file.
 
         Raises:
             ValueError: It cannot be decoded.
         """
-        if not content.startswith(_JPEG_2000):
+        if _is_safe(content):
             return content
         was_fresh = self._is_fresh
         answer = self._ask(content)
@@ -77,7 +95,7 @@ class ContainedDecoder:
         except (BrokenPipeError, EOFError):
             status = process.wait()
             self.close()
-            raise FastcalError(f"no process for JPEG 2000 can be started: it ends with status {status}") from None
+            raise FastcalError(f"the process that decodes JPEG 2000 and PNM ends with status {status}") from None
         self._is_fresh = not answer.startswith(_DECODED)
         return answer
 

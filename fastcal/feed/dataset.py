@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -159,7 +159,7 @@ def _stems(paths: Sequence[str]) -> list[str]:
     return [os.path.splitext(os.path.relpath(path, root))[0] for path in paths]
 
 
-def common_folder(paths: Sequence[str]) -> str:
+def common_folder(paths: Iterable[str]) -> str:
     """The folder that all files lie in, or in folders of it."""
     return os.path.commonpath({os.path.dirname(path) for path in paths})
 

@@ -469,7 +469,7 @@ def _contain(decoder: ContainedDecoder, source: ImageSource, number: int) -> Any
 
 
 def _add_files(digest: Any, paths: Sequence[str], lenient: bool) -> None:
-    root = common_folder([os.path.abspath(path) for path in paths])
+    root = common_folder(map(os.path.abspath, paths))
     for path in map(os.path.abspath, paths):
         name = os.fsencode(os.path.relpath(path, root))
         try:

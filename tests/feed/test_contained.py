@@ -1,4 +1,4 @@
-"""JPEG 2000 is decoded in a process of its own, whose crash costs one image."""
+"""JPEG 2000 and odd PNM images are decoded in a process of its own, whose crash costs one image."""
 
 import io
 import subprocess
@@ -38,11 +38,22 @@ def pixels(ppm):
         return np.asarray(image)[0, 0].tolist()
 
 
-def test_jpeg_2000_comes_out_as_pixels_and_all_else_as_it_is(decoder):
-    jpeg = encode(7, "JPEG")
-    assert decoder.decode(jpeg) is jpeg
-    assert decoder.decode(b"") == b""
+def test_what_is_not_safe_comes_out_as_pixels_and_all_else_as_it_is(decoder):
+    for safe in (
+        encode(7, "JPEG"),
+        encode(7, "PNG"),
+        encode(7, "PPM"),
+        b"",
+        b"P6 2 1 255 123456 and more",
+        b"P5\n1\t1 255\n1",
+    ):
+        assert decoder.decode(safe) is safe
     assert decoder._process is None
+    assert pixels(decoder.decode(b"P3 1 1 255 3 4 5\n")) == [3, 4, 5]
+    assert pixels(decoder.decode(b"P6 #odd\n1 1 255\n\3\4\5")) == [3, 4, 5]
+    for unsafe in (b"P6 2 1 255 12345", b"P6 0 1 255 1", b"P5 9999999 1 255 ", b"P6"):
+        with pytest.raises(ValueError, match=r"is damaged, or no image"):
+            decoder.decode(unsafe)
     assert pixels(decoder.decode(encode(7))) == [7, 0, 255]
     process = decoder._process
     assert pixels(decoder.decode(encode(8, no_jp2=True))) == [8, 0, 255]
@@ -87,7 +98,7 @@ def test_what_takes_too_long_is_given_up(decoder, monkeypatch):
 
 def test_a_process_that_cannot_be_started_is_no_crash(decoder, monkeypatch):
     monkeypatch.setattr(contained, "_start", lambda: start("import sys; sys.exit(3)"))
-    with pytest.raises(FastcalError, match="no process for JPEG 2000 can be started: it ends with status 3"):
+    with pytest.raises(FastcalError, match="the process that decodes JPEG 2000 and PNM ends with status 3"):
         decoder.decode(encode(7))
 
 
