@@ -92,7 +92,7 @@ def build(
         made = f"{output}, {decimal(len(engine))}, built in {seconds:.0f} s"
         _print_build_summary(calibrator, feed, progress.last, made, cache)
         finish(
-            engine=output, bytes=len(engine), build_seconds=seconds, cache=cache,
+            engine=output, bytes=len(engine), build_seconds=seconds, cache=cache, skipped=feed.skipped,
             calibrated=asdict(progress.last) if progress.last.batches else None,
         )  # fmt: skip
 

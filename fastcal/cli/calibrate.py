@@ -8,7 +8,7 @@ from rich.console import Console
 import fastcal
 from fastcal.cache import largest_size
 from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs
-from fastcal.cli.terminal import finish, images, prepared, print_rows, progress_bar, rate, terminal, waiting
+from fastcal.cli.terminal import count_used, finish, images, prepared, print_rows, progress_bar, rate, terminal, waiting
 from fastcal.files import check_writable
 
 if TYPE_CHECKING:
@@ -84,10 +84,11 @@ def outcome(cache: fastcal.CalibrationCache, feed: "fastcal.ImageFeed", progress
         "header": cache.header,
         "algorithm": cache.algorithm,
         "tensors": len(cache.scales),
-        "images": min(len(feed.paths), progress.images),
+        "images": count_used(feed, progress),
+        "skipped": feed.skipped,
         "batches": progress.batches,
         "batch_size": feed.batch_size,
-        "preprocess": str(feed.preprocess),
+        "preprocess": prepared(feed),
         "seconds": progress.seconds,
         "waited": progress.waited,
     }

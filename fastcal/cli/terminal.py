@@ -233,14 +233,18 @@ def _print_event(event: str, /, **content: Any) -> None:
         print(json.dumps({"event": event} | content), flush=True)
 
 
-def images(feed: fastcal.ImageFeed, progress: fastcal.Progress) -> str:
+def images(feed: "fastcal.ImageFeed", progress: fastcal.Progress) -> str:
     """How many images were used, and how many were not."""
-    used = min(len(feed.paths) - len(feed.skipped), progress.images)
     skipped = f"; {len(feed.skipped)} skipped as unreadable" if feed.skipped else ""
-    return f"{used} in {progress.batches} batches of {feed.batch_size}{skipped}"
+    return f"{count_used(feed, progress)} in {progress.batches} batches of {feed.batch_size}{skipped}"
 
 
-def prepared(feed: fastcal.ImageFeed) -> str:
+def count_used(feed: "fastcal.ImageFeed", progress: fastcal.Progress) -> int:
+    """How many images were used."""
+    return min(len(feed.paths) - len(feed.skipped), progress.images)
+
+
+def prepared(feed: "fastcal.ImageFeed") -> str:
     """What is done to the images."""
     if isinstance(feed.preprocess, fastcal.Preprocess):
         return str(feed.preprocess)

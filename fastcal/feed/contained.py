@@ -82,6 +82,9 @@ class ContainedDecoder:
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
 
+    def __del__(self) -> None:
+        self.close()
+
     def _ask(self, content: bytes) -> bytes:
         self._process = process = self._process or _start()
         assert process.stdin is not None
