@@ -70,7 +70,6 @@ def test_other_images_make_it_stale(cache):
     fewer = fastcal.ImageFeed(DIGITS / "test", model=MODEL, batch_size=45, limit=45)
     assert set(fastcal.check_cache(cache, MODEL, fewer).stale) == {
         "images (90 then, 45 now)",
-        "batches (2 then, 1 now)",
         "samples",
     }
     other = fastcal.ImageFeed(DIGITS / "test", preprocess="unit", model=MODEL, batch_size=45, limit=90)

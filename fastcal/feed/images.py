@@ -12,7 +12,7 @@ from fastcal.errors import FastcalError
 from fastcal.feed.buffers import Buffer, DeviceBuffer, Shape
 from fastcal.feed.device import resolve
 from fastcal.feed.feed import Batch, Feed, add_to_digest, as_array
-from fastcal.feed.inputs import Data, check_inputs, image_input, image_inputs, open_sources
+from fastcal.feed.inputs import Data, check_inputs, image_input, image_inputs, name_inputs, open_sources
 from fastcal.feed.pipeline import ImagePipeline, find_unreadable
 from fastcal.feed.prefetch import Prefetcher
 from fastcal.feed.preprocess import Preprocess
@@ -114,35 +114,20 @@ class ImageFeed(Feed):
         prefetch_queue_depth: int = 2,
         hw_decoder_load: float = 0.9,
     ) -> None:
-        if last_batch not in ("wrap", "drop"):
-            raise FastcalError(f"there is no last_batch {last_batch!r}; choose wrap or drop")
-        for name, value, least in (
-            ("batch_size", batch_size, 1), ("limit", limit, 1), ("depth", depth, 2), ("threads", threads, 1),
-            ("prefetch_queue_depth", prefetch_queue_depth, 1),
-        ):  # fmt: skip
-            if value is not None and value < least:
-                raise FastcalError(f"{name} is {value}; it must be at least {least}")
-        if not 0 <= max_unreadable <= 100:
-            raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
+        _check_settings(
+            last_batch, max_unreadable, batch_size=batch_size, limit=limit, depth=depth, threads=threads,
+            prefetch_queue_depth=prefetch_queue_depth,
+        )  # fmt: skip
         network = None if model is None else Model.of(model)
-        self.anonymous = False
-        if not isinstance(data, Mapping):
-            if network is not None:
-                input_name = image_input(network, input_name).name
-            self.anonymous = input_name is None and not constants
-            data = {input_name or "input": data}
-        elif input_name is not None:
-            raise FastcalError(f"input_name {input_name!r} is for data of one input; a dict of data names its inputs")
+        named = name_inputs(data, input_name, network)
+        self.anonymous = not isinstance(data, Mapping) and network is None and input_name is None and not constants
         self._constants = {name: as_array(values) for name, values in (constants or {}).items()}
-        for name in self._constants.keys() & data.keys():
-            raise FastcalError(f"input {name!r} takes samples; it cannot be a constant too")
-        self._sources = open_sources(data, key, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
+        self._sources = open_sources(named, key, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
         self._images = image_inputs(self._sources, preprocess, network)
         if network is not None and batch_size is None:
             batch_size = image_input(network, next(iter(self._images))).shape[0]
         self.batch_size = batch_size or BATCH_SIZE
-        if network is not None and (len(data) > 1 or constants):
-            check_inputs(network, self._sources, self._constants, self.batch_size)
+        check_inputs(network, self._sources, self._constants, self.batch_size)
         settings = {name: value.preprocess for name, value in self._images.items()}
         self.preprocess = settings if len(settings) > 1 else next(iter(settings.values()))
         self.paths = next(iter(self._sources.values())).names
@@ -178,8 +163,9 @@ class ImageFeed(Feed):
             self._end_pass()
         if not self._buffers:
             self._allocate()
-        if self._pipeline is not None and self._pipeline.under_way:
-            self._pipeline = None  # the pass before was left midway
+        pipeline = self._pipeline
+        if pipeline is not None and (pipeline.under_way or pipeline.ahead < min(self._ahead, len(self))):
+            self._pipeline = None  # the pass before was left midway, or begun again near its end
         self._pass = Pass(
             len(self.paths), self.batch_size, self._last_batch == "wrap", self._unreadable, self._run_size
         )
@@ -326,6 +312,8 @@ class ImageFeed(Feed):
     def _can_decode_all_kinds(self, pipeline: ImagePipeline) -> bool:
         """Try the first image of each kind; whether they could all be prepared, or else the pipeline is of no use.
 
+        Where samples are skipped, kinds that cannot be decoded are only logged.
+
         Raises:
             FastcalError: Images of some kind cannot be decoded on this device.
         """
@@ -346,13 +334,14 @@ class ImageFeed(Feed):
         except (RuntimeError, UnreadableError):
             for value, extension, numbers in kinds:
                 found = list(find_unreadable([value], numbers, self.gpu))
-                if len(found) == len(numbers) and not self._skip:
-                    tried = ", ".join(value.source.names[number] for number in numbers)
-                    raise FastcalError(
-                        f"DALI decodes no {extension} image here: tried {tried}; convert them or leave them out"
-                        if len(found) > 1
-                        else str(found[0])
-                    ) from None
+                if len(found) < len(numbers):
+                    continue
+                tried = ", ".join(value.source.names[number] for number in numbers)
+                text = f"DALI decodes no {extension} image here: tried {tried}; convert them or leave them out"
+                if not self._skip:
+                    raise FastcalError(text if len(found) > 1 else str(found[0])) from None
+                if len(found) > 1:
+                    _log.warning("%s", text)
             return False
 
     def _recover(self, error: RuntimeError, under_way: Collection[Run]) -> None:
@@ -389,10 +378,8 @@ class ImageFeed(Feed):
                     _log.warning("skipped: %s", error)
             bad, every = len(self._unreadable), len(self.paths)
             if bad == every or bad > self._max_unreadable / 100 * every:
-                raise FastcalError(
-                    f"{bad} of {every} samples cannot be read, more than max_unreadable allows "
-                    f"({self._max_unreadable:g} %); the last was: {error}"
-                )
+                which = "all" if bad == every else f"more than max_unreadable allows ({self._max_unreadable:g} %)"
+                raise FastcalError(f"{bad} of {every} samples cannot be read, {which}; the last was: {error}")
         return len(self._unreadable) > before
 
     @property
@@ -419,6 +406,17 @@ class ImageFeed(Feed):
             most_bytes=_BYTES_PER_THREAD * self._threads,
             size_of=lambda number: sum(source.size(number) for source in sources),
         )
+
+
+def _check_settings(last_batch: str, max_unreadable: float, **numbers: int | None) -> None:
+    if last_batch not in ("wrap", "drop"):
+        raise FastcalError(f"there is no last_batch {last_batch!r}; choose wrap or drop")
+    for name, value in numbers.items():
+        least = 2 if name == "depth" else 1
+        if value is not None and value < least:
+            raise FastcalError(f"{name} is {value}; it must be at least {least}")
+    if not 0 <= max_unreadable <= 100:
+        raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
 
 
 def _arrays(prefetcher: Prefetcher[Buffer]) -> Iterator[Batch]:

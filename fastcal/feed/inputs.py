@@ -24,6 +24,28 @@ def image_input(model: Model, name: str | None) -> ModelInput:
     return fitting[0]
 
 
+def name_inputs(data: Data | Mapping[str, Data], name: str | None, model: Model | None) -> dict[str, Data]:
+    """The data by input.
+
+    Args:
+        data: What the user names, by input or for the one that there is.
+        name: That one's name; None where it has none.
+        model: The model; None where it is not known.
+
+    Raises:
+        FastcalError: The model has other inputs, or a name is given for several.
+    """
+    if not isinstance(data, Mapping):
+        if model is not None:
+            name = image_input(model, name).name
+        return {name or "input": data}
+    if name is not None:
+        raise FastcalError(f"input_name {name!r} is for data of one input; a dict of data names its inputs")
+    if not data:
+        raise FastcalError("there is no data; name at least one input and where its samples are")
+    return dict(data)
+
+
 def open_sources(
     data: Mapping[str, Data],
     key: str | Mapping[str, str] | None,
@@ -46,8 +68,6 @@ def open_sources(
     Raises:
         FastcalError: There are no samples, or the inputs' do not fit each other.
     """
-    if not data:
-        raise FastcalError("there is no data; name at least one input and where its samples are")
     keys = _by_input("key", key, data)
     in_order = None if shuffle or balance else limit
     sources, found = {}, []
@@ -105,12 +125,20 @@ def image_inputs(
     return inputs
 
 
-def check_inputs(model: Model, sources: Mapping[str, Source], constants: Mapping[str, Any], batch_size: int) -> None:
+def check_inputs(
+    model: Model | None, sources: Mapping[str, Source], constants: Mapping[str, Any], batch_size: int
+) -> None:
     """Hold names, shapes and types of what is given beside images against the model.
 
+    One input that takes images may be all that is given: the others come from elsewhere.
+
     Raises:
-        FastcalError: They contradict each other; both sides are shown.
+        FastcalError: An input is given twice, or they contradict the model; both sides are shown.
     """
+    for name in constants.keys() & sources.keys():
+        raise FastcalError(f"input {name!r} takes samples; it cannot be a constant too")
+    if model is None or len(sources) + len(constants) == 1:
+        return
     given = sources.keys() | constants.keys()
     missing = [value.name for value in model.inputs if value.name not in given]
     if missing:

@@ -17,7 +17,7 @@ class Exact:
     PIL itself rounds and clips to 8 bits between rows and columns, and leaves out what lies beyond the edges.
     """
 
-    beyond = 64
+    beyond = 16
 
     def __init__(self, image):
         self.size = image.size

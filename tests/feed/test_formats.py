@@ -143,7 +143,7 @@ def test_resizing_of_photographs(real_photographs, resize, interpolation):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_of_extreme_images(tmp_path, preset):
     """Single pixels, single rows and columns, ribbons, chessboards, and what needs no resizing, to the level."""
-    sizes = [(1, 1), (1, 300), (300, 1), (2, 3), (60, 9), (9, 60), (224, 224), (256, 256), (225, 223), (640, 640)]
+    sizes = [(1, 1), (1, 20), (20, 1), (2, 3), (60, 9), (9, 60), (224, 224), (256, 256), (225, 223), (640, 640)]
     for number, (width, height) in enumerate(sizes):
         pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"noise {width}x{height}.png")
