@@ -37,7 +37,7 @@ _PLAIN_PNM = re.compile(rb"P([56])\s+(\d{1,6})\s+(\d{1,6})\s+255\s")
 
 def is_hazardous(path: str | os.PathLike[str]) -> bool:
     """Whether a file of this name may be one that is to be decoded here."""
-    return os.path.splitext(path)[1].lower() in _HAZARDOUS
+    return os.fspath(path).lower().endswith(_HAZARDOUS)
 
 
 def _is_safe(content: bytes) -> bool:

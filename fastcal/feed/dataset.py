@@ -26,6 +26,8 @@ _KINDS = {extension: kind for kind, extensions in EXTENSIONS.items() for extensi
 #: How TensorFlow's own tools name the files of a data set: train-00017-of-01024.
 _TENSORFLOW_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+
 #: A range of numbers as WebDataset's users write it: train-{000000..000146}.tar.
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -69,6 +71,8 @@ def list_files(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
         if glob.has_magic(str(path)):
             return _matching(str(path))
         raise FastcalError(f"no such file or folder: {path}; name a folder of images or a list file")
+    if path.name.lower().endswith(_COMPRESSED):
+        raise FastcalError(f"{path} is compressed; shards are read as they are, so decompress it to a .tar file")
     if kind_of(path) is not None:
         return _existing([str(path)], str(path))
     return _in_list_file(path)
@@ -192,7 +196,7 @@ def _matching(pattern: str) -> Listing:
         if (kind := kind_of(path)) is not None:
             found[kind].append(path)
     if not found:
-        raise FastcalError(f"no image matches {pattern}; images are {', '.join(EXTENSIONS['image'])} files")
+        raise FastcalError(f"no image or shard matches {pattern}; images are {', '.join(EXTENSIONS['image'])} files")
     return _of_one_kind(found, pattern, 0)
 
 

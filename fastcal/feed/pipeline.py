@@ -121,6 +121,7 @@ class ImagePipeline:
         if self._gpu:
             for image_input, ends in zip(self._inputs.values(), outputs[1::2], strict=True):
                 _check_ends(image_input, self.under_way[0].numbers, np.asarray(ends.as_tensor()))
+                del ends
             outputs = outputs[::2]
         for name, prepared in zip(self._inputs, outputs, strict=True):
             if out is None:

@@ -97,9 +97,10 @@ def test_one_class_is_not_balanced(folder):
         ("missing", r"no such file or folder: .*missing"),
         ("empty", r"empty is empty; name a folder with .bmp, .*"),
         ("texts", r"texts has 1 files, none of them an image"),
-        ("*.gif", r"no image matches .*\*.gif; images are .bmp, "),
+        ("*.gif", r"no image or shard matches .*\*.gif; images are .bmp, "),
         ("nothing.txt", r"list file .*nothing.txt is empty"),
         ("wrong.txt", r"wrong.txt, entry 2: no such file: .*gone.jpg"),
+        ("train.tar.gz", r"train.tar.gz is compressed; shards are read as they are, so decompress it"),
         ("binary.bin", r"cannot read list file .*binary.bin: .*one image path a line"),
     ],
 )
@@ -109,6 +110,7 @@ def test_no_images(folder, data, message):
     (folder / "texts" / "readme.md").write_text("x")
     (folder / "nothing.txt").write_text("\n\n")
     (folder / "wrong.txt").write_text("b.JPG\ngone.jpg\n")
+    (folder / "train.tar.gz").write_bytes(b"\x1f\x8b")
     (folder / "binary.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FastcalError, match=message):
         list_images(folder / data)
