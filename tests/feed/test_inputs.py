@@ -90,6 +90,20 @@ def test_a_scene_is_skipped_as_a_whole(scenes):
         list(feed)
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+def test_fewer_batches_are_left_than_were_begun_with(scenes, ahead):
+    """After scene 1 the pipeline begins again with as many batches as there may be, most of which there are not."""
+    (scenes / "left" / "1.png").write_bytes(b"no image")
+    for number in (4, 5, 6):
+        (scenes / "left" / f"{number}.npy").write_bytes(b"no array")
+    feed = ImageFeed(
+        data_of(scenes), preprocess=SMALL, batch_size=1, skip_unreadable=True, max_unreadable=60, device="cpu"
+    )
+    feed._ahead = ahead  # as on a GPU
+    for _ in range(3):
+        assert scene_numbers(all_of(feed)) == [0, 2, 3]
+
+
 def test_inputs_have_preprocessings_of_their_own(scenes):
     preprocess = {"left": "unit", "right": Preprocess(size=(5, 6), channels="GRAY", layout="NHWC")}
     data = {"left": scenes / "left", "right": scenes / "right"}
