@@ -10,7 +10,7 @@ import numpy as np
 
 from fastcal.errors import FastcalError
 from fastcal.feed import dataset
-from fastcal.feed.buffers import Buffer, DeviceBuffer
+from fastcal.feed.buffers import Buffer, DeviceBuffer, hand_out
 from fastcal.feed.device import resolve
 from fastcal.feed.feed import Batch, Feed, add_to_digest
 from fastcal.feed.pipeline import ImagePipeline, find_unreadable
@@ -144,7 +144,7 @@ class ImageFeed(Feed):
         self._runs = self._split_into_runs()
         prefetcher = Prefetcher(self._buffers, self._fill, len(self))
         self._end_pass = prefetcher.close
-        return _arrays(prefetcher)
+        return hand_out(prefetcher)
 
     def describe(self) -> dict[str, Any]:
         """The images in order, by path below their common folder, size and time; and what is done to them."""
@@ -172,6 +172,7 @@ class ImageFeed(Feed):
         """End a pass that is under way, and release the buffers and the pipeline; a new iteration takes them again."""
         if self._end_pass is not None:
             self._end_pass()
+            self._end_pass = None  # it refers to the buffers
         self._buffers = []
         self._pipeline = None
 
@@ -194,7 +195,7 @@ class ImageFeed(Feed):
         return batches
 
     def _allocate(self) -> None:
-        shapes = {self.input_name: (self.batch_size, *self.preprocess.shape)}
+        shapes = {self.input_name: ((self.batch_size, *self.preprocess.shape), np.float32)}
         if self.gpu is None:
             self._buffers = [Buffer(shapes, self._constants) for _ in range(self._depth)]
             return
@@ -272,17 +273,6 @@ def _size(path: str) -> int:
         return os.path.getsize(path)
     except OSError:  # the decoder reports what is gone
         return 0
-
-
-def _arrays(prefetcher: Prefetcher[Buffer]) -> Iterator[Batch]:
-    """The buffers' arrays, each valid until the next is asked for."""
-    try:
-        for buffer in prefetcher:
-            buffer.wait()
-            yield buffer.arrays
-            buffer.give_back()
-    finally:
-        prefetcher.close()
 
 
 def _image_input(model: Model, name: str | None) -> ModelInput:
