@@ -7,7 +7,7 @@ from rich.console import Console
 
 import fastcal
 from fastcal.cache import largest_size
-from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs
+from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs, data_rows, data_used
 from fastcal.cli.terminal import finish, print_rows, progress_bar, rate, terminal, waiting
 from fastcal.files import check_writable
 
@@ -43,7 +43,7 @@ def calibrate(
 
 
 def calibrate_on(
-    console: Console, network: "Model", feed: "fastcal.ImageFeed", options: CalibrationOptions, **more: Any
+    console: Console, network: "Model", feed: "fastcal.Feed", options: CalibrationOptions, **more: Any
 ) -> tuple[fastcal.CalibrationCache, fastcal.Progress]:
     """Calibrate with a progress bar; returns the cache and how far it came."""
     with feed, progress_bar(console, "preparing the network", "picking the scales") as progress:
@@ -61,15 +61,18 @@ def calibrate_on(
 
 
 def print_summary(
-    cache: fastcal.CalibrationCache, feed: "fastcal.ImageFeed", progress: fastcal.Progress, /, **written: str
+    cache: fastcal.CalibrationCache,
+    feed: "fastcal.ImageFeed | fastcal.NumpyFeed",
+    progress: fastcal.Progress,
+    /,
+    **written: str,
 ) -> None:
     """Print what was calibrated, and the rows of what was written."""
     nonzero = [name for name in cache.scales if cache.scales[name]]
     widest = max(nonzero, key=lambda name: cache.scales[name], default=None)
     narrowest = min(nonzero, key=lambda name: cache.scales[name], default=None)
     print_rows(
-        images=f"{min(len(feed.paths), progress.images)} in {progress.batches} batches of {feed.batch_size}",
-        prepared=f"{feed.preprocess}",
+        **data_rows(feed, progress),
         speed=f"{rate(progress)}, {waiting(progress)}",
         tensors=f"{len(cache.scales)}, scales by {cache.algorithm}",
         widest=f"{cache.scales[widest]:.6g} for {widest}" if widest else "all scales are 0",
@@ -78,16 +81,17 @@ def print_summary(
     )
 
 
-def outcome(cache: fastcal.CalibrationCache, feed: "fastcal.ImageFeed", progress: fastcal.Progress) -> dict[str, Any]:
+def outcome(
+    cache: fastcal.CalibrationCache, feed: "fastcal.ImageFeed | fastcal.NumpyFeed", progress: fastcal.Progress
+) -> dict[str, Any]:
     """What was calibrated, as JSON has it."""
     return {
         "header": cache.header,
         "algorithm": cache.algorithm,
         "tensors": len(cache.scales),
-        "images": min(len(feed.paths), progress.images),
+        **data_used(feed, progress),
         "batches": progress.batches,
         "batch_size": feed.batch_size,
-        "preprocess": str(feed.preprocess),
         "seconds": progress.seconds,
         "waited": progress.waited,
     }

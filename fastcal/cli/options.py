@@ -35,7 +35,9 @@ class FeedOptions:
     data: Annotated[
         str,
         typer.Argument(
-            metavar="DATA", help="A folder of images, a pattern, or a list file with one image path a line."
+            metavar="DATA",
+            help="A folder of images, a pattern, or a list file with one image path a line; or .npy or .npz files with "
+            "what the model takes.",
         ),
     ]
     preprocess: Annotated[
@@ -61,8 +63,12 @@ class FeedOptions:
     ] = "wrap"
     threads: Annotated[int | None, typer.Option(help="Threads to use.", show_default="one per core")] = None
 
-    def feed(self, network: "Model") -> "fastcal.ImageFeed":
-        """The images as batches for the model."""
+    def feed(self, network: "Model") -> "fastcal.ImageFeed | fastcal.NumpyFeed":
+        """The images, or arrays, as batches for the model."""
+        from fastcal.feed.numpy_files import are_arrays
+
+        if are_arrays(self.data):
+            return self._array_feed(network)
         return fastcal.ImageFeed(
             self.data,
             preprocess=_preprocess(self.preprocess, self.size),
@@ -75,6 +81,22 @@ class FeedOptions:
             limit=self.limit,
             last_batch=self.last_batch,
             threads=self.threads,
+        )
+
+    def _array_feed(self, network: "Model") -> "fastcal.NumpyFeed":
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("preprocess", "size", "balance"):
+            if getattr(self, name) != defaults[name]:
+                raise FastcalError(f"{self.data} has arrays, which are taken as they are; --{name} is for images")
+        return fastcal.NumpyFeed(
+            self.data,
+            model=network,
+            batch_size=self.batch_size,
+            input_name=self.input_name,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            limit=self.limit,
+            last_batch=self.last_batch,
         )
 
 
@@ -125,6 +147,22 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     return run
+
+
+def data_rows(feed: "fastcal.ImageFeed | fastcal.NumpyFeed", progress: fastcal.Progress) -> dict[str, str]:
+    """What a summary says of the data that were calibrated with."""
+    used = data_used(feed, progress)
+    preprocess = used.pop("preprocess", None)
+    ((kind, count),) = used.items()
+    rows = {kind: f"{count} in {progress.batches} batches of {feed.batch_size}"}
+    return rows if preprocess is None else rows | {"prepared": preprocess}
+
+
+def data_used(feed: "fastcal.ImageFeed | fastcal.NumpyFeed", progress: fastcal.Progress) -> dict[str, Any]:
+    """How many images or samples were calibrated with, and how images were prepared."""
+    if isinstance(feed, fastcal.NumpyFeed):
+        return {"samples": min(feed.samples, progress.images)}
+    return {"images": min(len(feed.paths), progress.images), "preprocess": str(feed.preprocess)}
 
 
 def check_outputs(network: "Model", outputs: Mapping[str, str | None]) -> None:
