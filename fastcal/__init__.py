@@ -26,8 +26,10 @@ if TYPE_CHECKING:
         MinMaxCalibrator,
     )
     from fastcal.errors import FastcalError
-    from fastcal.feed.feed import ArrayFeed, Feed
+    from fastcal.feed.arrays import ArrayFeed
+    from fastcal.feed.feed import Feed
     from fastcal.feed.images import ImageFeed
+    from fastcal.feed.numpy_files import NumpyFeed
     from fastcal.feed.preprocess import Preprocess
     from fastcal.observe.calibration import calibrate
     from fastcal.progress import Progress
@@ -46,6 +48,7 @@ __all__ = [
     "ImageFeed",
     "LegacyCalibrator",
     "MinMaxCalibrator",
+    "NumpyFeed",
     "Preprocess",
     "Progress",
     "build_engine",
@@ -58,7 +61,7 @@ __all__ = [
 logging.getLogger("fastcal").addHandler(logging.NullHandler())  # else Python prints warnings that nobody handles
 
 _MODULES = {
-    "ArrayFeed": "fastcal.feed.feed",
+    "ArrayFeed": "fastcal.feed.arrays",
     "CacheCheck": "fastcal.cache_check",
     "CacheDiff": "fastcal.cache_diff",
     "CalibrationCache": "fastcal.cache",
@@ -70,6 +73,7 @@ _MODULES = {
     "ImageFeed": "fastcal.feed.images",
     "LegacyCalibrator": "fastcal.calibrators",
     "MinMaxCalibrator": "fastcal.calibrators",
+    "NumpyFeed": "fastcal.feed.numpy_files",
     "Preprocess": "fastcal.feed.preprocess",
     "Progress": "fastcal.progress",
     "build_engine": "fastcal.build",

@@ -8,7 +8,6 @@ from typing import Any
 
 from fastcal.calibrators import EntropyCalibrator2, FeedCalibrator  # first: it says what is wrong with TensorRT
 from fastcal.errors import FastcalError
-from fastcal.feed.feed import Batch, Feed
 from fastcal.files import check_writable, write_atomically
 from fastcal.model import Model
 from fastcal.network import Logger, parse, start_builder, tactic_bits, trt
@@ -21,7 +20,7 @@ _log = logging.getLogger("fastcal")
 
 def build_engine(
     model: str | os.PathLike[str] | Model,
-    calibrator: FeedCalibrator | Feed | Iterable[Batch],
+    calibrator: Any,
     *,
     calibration: str = "fastcal",
     tf32: bool = False,
@@ -40,7 +39,7 @@ def build_engine(
 
     Args:
         model: The ONNX file.
-        calibrator: One of fastcal's calibrators, or a feed or batches for an `EntropyCalibrator2`.
+        calibrator: One of fastcal's calibrators; or a feed, or what `ArrayFeed` takes, for an `EntropyCalibrator2`.
         calibration: Who calibrates: "fastcal", at the speed of the data, or "tensorrt", in its builder on one CPU core.
             The scales are the same.
         tf32: Whether fastcal's calibration may use TF32: see `fastcal.calibrate`.

@@ -1,12 +1,11 @@
 """`check_cache`: whether a calibration cache is complete and still true for a model."""
 
 import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastcal.cache import CalibrationCache
-from fastcal.feed.feed import Feed
+from fastcal.feed.arrays import as_feed
 from fastcal.model import Model
 from fastcal.record import Record
 
@@ -36,7 +35,7 @@ class CacheCheck:
 def check_cache(
     cache: CalibrationCache,
     model: str | os.PathLike[str] | Model,
-    feed: Feed | Iterable[Mapping[str, Any]] | None = None,
+    feed: Any = None,
 ) -> CacheCheck:
     """Compare a cache with a model, and its record with the model and the batches.
 
@@ -46,17 +45,25 @@ def check_cache(
     Args:
         cache: The cache, its record loaded with it.
         model: The ONNX file.
-        feed: The batches that the cache should have been made from, e.g. an `ImageFeed`; None does not compare them.
+        feed: The batches that the cache should have been made from, a `Feed` or whatever else `calibrate` was given;
+            None does not compare them.
 
     Raises:
         FastcalError: The file is not an ONNX model.
     """
     network = Model.of(model)
     known = network.tensors | {name for name in cache.scales if name.startswith("(Unnamed Layer*")}
-    record = cache.record
     return CacheCheck(
         missing=tuple(name for name in network.calibrated if name not in cache.scales),
         unknown=tuple(name for name in cache.scales if name not in known),
-        stale=() if record is None else tuple(Record.of(feed, network).differences(record)),
-        recorded=record is not None,
+        stale=() if cache.record is None else tuple(_record(feed, network).differences(cache.record)),
+        recorded=cache.record is not None,
     )
+
+
+def _record(feed: Any, network: Model) -> Record:
+    """What a calibration with these batches would be made from."""
+    if feed is None:
+        return Record.of(None, network)
+    with as_feed(feed, [value.name for value in network.inputs], "cpu") as batches:
+        return Record.of(batches, network)

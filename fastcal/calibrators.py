@@ -9,7 +9,7 @@ soon as they can: when `with calibrator:` around the build ends, or at `calibrat
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +19,9 @@ import numpy as np
 
 from fastcal.cache import CalibrationCache, check_algorithm, check_tensorrt_version, largest_size
 from fastcal.errors import FastcalError
-from fastcal.feed.device import wait_until_filled
-from fastcal.feed.feed import ArrayFeed, Batch, Feed
+from fastcal.feed.arrays import ArrayFeed
+from fastcal.feed.device import type_of, wait_until_filled
+from fastcal.feed.feed import Batch, Feed, length
 from fastcal.files import check_writable
 from fastcal.model import Model, format_shape, match_names
 from fastcal.progress import Progress
@@ -67,8 +68,8 @@ class FeedCalibrator:
     """What the five classes share: what TensorRT calls, and what it must not lose.
 
     Args:
-        feed: The batches: a `Feed`, or what `ArrayFeed` takes. Arrays on the GPU are read where they are; others are
-            copied there.
+        feed: The batches: a `Feed`, or what `ArrayFeed` takes, with the inputs of `model` for its names. A feed's
+            arrays on the GPU are read where they are; others are copied there.
         cache: Where to keep the cache. It is used while it is true: its header and the record beside it must name the
             same algorithm, TensorRT version, model (where known), samples in order and preprocessing; else TensorRT
             calibrates again and the log says what differs. The old file is replaced when the new one is complete.
@@ -87,7 +88,7 @@ class FeedCalibrator:
 
     def __init__(
         self,
-        feed: Feed | Iterable[Batch],
+        feed: Any,
         *,
         cache: str | os.PathLike[str] | None = None,
         model: str | os.PathLike[str] | Model | None = None,
@@ -95,10 +96,12 @@ class FeedCalibrator:
     ) -> None:
         self._batches: Iterator[Batch] | None = None
         self._base.__init__(self)
-        self.feed = feed if isinstance(feed, Feed) else ArrayFeed(feed)
+        self._model = None if model is None else Model.of(model)
+        self._owns_feed = not isinstance(feed, Feed)
+        names = None if self._model is None else [value.name for value in self._model.inputs]
+        self.feed: Feed = ArrayFeed(feed, names) if self._owns_feed else feed
         self.stats = CalibratorStats()
         self._cache = None if cache is None else Path(cache)
-        self._model = None if model is None else Model.of(model)
         self._progress = progress
         self._wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
         self._held: list[Any] = []
@@ -114,8 +117,12 @@ class FeedCalibrator:
     # What TensorRT calls.
 
     def get_batch_size(self) -> int:
-        """The number of samples in a batch."""
-        return self.feed.batch_size
+        """The number of samples in a batch; 1 where the feed fails to tell, and then there is no batch."""
+        try:
+            return self.feed.batch_size
+        except BaseException as error:
+            self._fail(error)
+            return 1
 
     def get_batch(self, names: Sequence[str], *_: Any) -> list[int] | None:
         """Device addresses of the next batch.
@@ -256,6 +263,8 @@ class FeedCalibrator:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._end_pass()
+        if self._owns_feed:
+            self.feed.close()
         if error is None:
             self.check()
 
@@ -282,8 +291,9 @@ class FeedCalibrator:
             self._batches = iter(self.feed)
         batch = next(self._batches, None)
         if batch is None:
-            if self.stats.batches < len(self.feed):
-                raise FastcalError(f"the feed ended after {self.stats.batches} of {len(self.feed)} batches")
+            total = length(self.feed)
+            if total is None or self.stats.batches < total:
+                raise FastcalError(f"the feed ended after {self.stats.batches} of {total or 'its'} batches")
             self._end_pass()
             self._ended = True
             return None
@@ -294,8 +304,8 @@ class FeedCalibrator:
         return [_address(array) for array in self._held]
 
     def _check_array(self, name: str, array: Any) -> None:
-        shape, dtype = tuple(array.shape), _dtype(array)
-        wanted_shape, wanted_dtype = self._wanted.get(name, (shape, dtype))
+        shape, dtype = tuple(array.shape), type_of(array)
+        wanted_shape, wanted_dtype = self._wanted.setdefault(name, (shape, dtype))  # or as the first batch
         if shape != wanted_shape:
             raise FastcalError(
                 f"TensorRT reads input {name!r} as {format_shape(wanted_shape)}, the batches are "
@@ -325,7 +335,8 @@ class FeedCalibrator:
     def _report(self, now: float) -> None:
         if self._progress is not None and self.stats.batches:
             seconds = self.stats.waited + self.stats.builder_seconds + now - self._left
-            self._progress(Progress(self.stats.batches, self.stats.images, len(self.feed), seconds, self.stats.waited))
+            stats, total = self.stats, length(self.feed)
+            self._progress(Progress(stats.batches, stats.images, total, seconds, stats.waited))
 
     def _count(self, entered: float, images: int) -> None:
         left = time.perf_counter()
@@ -382,13 +393,6 @@ def _address(array: Any) -> int:
     return int(array.__cuda_array_interface__["data"][0])
 
 
-def _dtype(array: Any) -> Any:
-    """The array's type as NumPy's, also where the array is not (PyTorch's, say)."""
-    if hasattr(array, "__cuda_array_interface__"):
-        return np.dtype(array.__cuda_array_interface__["typestr"])
-    return np.dtype(array.dtype)
-
-
 class EntropyCalibrator2(FeedCalibrator, trt.IInt8EntropyCalibrator2):  # type: ignore[misc]
     """TensorRT's `IInt8EntropyCalibrator2`, what TensorRT recommends for convolutional networks.
 
@@ -433,7 +437,7 @@ class LegacyCalibrator(FeedCalibrator, trt.IInt8LegacyCalibrator):  # type: igno
 
     def __init__(
         self,
-        feed: Feed | Iterable[Batch],
+        feed: Any,
         *,
         quantile: float = 0.9999,
         regression_cutoff: float = 1.0,
@@ -482,7 +486,7 @@ class Calibrator(FeedCalibrator, trt.IInt8Calibrator):  # type: ignore[misc]
 
     def __init__(
         self,
-        feed: Feed | Iterable[Batch],
+        feed: Any,
         *,
         algorithm: Any = trt.CalibrationAlgoType.ENTROPY_CALIBRATION_2,
         **options: Any,

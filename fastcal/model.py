@@ -13,6 +13,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from fastcal.errors import FastcalError
+from fastcal.feed.device import type_of
 
 _FLOAT = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
@@ -165,7 +166,7 @@ class Model:
 
 
 def match_batch(inputs: Sequence[ModelInput], label: str, batch: Mapping[str, Any], anonymous: bool) -> dict[str, Any]:
-    """A batch's arrays by a network's input names, once names and shapes are seen to fit.
+    """A batch's arrays by a network's input names, once names, shapes and types are seen to fit.
 
     Args:
         inputs: What the network takes.
@@ -174,11 +175,16 @@ def match_batch(inputs: Sequence[ModelInput], label: str, batch: Mapping[str, An
         anonymous: Whether the batch's one array was given no name and so goes to the network's one input.
 
     Raises:
-        FastcalError: An input is missing, unknown, or of another shape; both sides are shown.
+        FastcalError: An input is missing, unknown, of another shape, or of a type that cannot be converted; both sides
+            are shown.
     """
     arrays = match_names([value.name for value in inputs], label, batch, anonymous)
     for value in inputs:
         _check_shape(value, label, tuple(arrays[value.name].shape))
+        dtype = type_of(arrays[value.name])
+        if not np.can_cast(dtype, value.dtype, "same_kind"):  # a float to an integer would be cut off
+            raise FastcalError(f"{label} takes input {value.name!r} as {value.dtype}, the batches are {dtype}; convert "
+                               "them")  # fmt: skip
     return arrays
 
 

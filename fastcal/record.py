@@ -30,9 +30,9 @@ class Record:
     entries: Mapping[str, Any]
 
     @classmethod
-    def of(cls, feed: Any, model: Model | None, **settings: Any) -> "Record":
+    def of(cls, feed: Feed | None, model: Model | None, **settings: Any) -> "Record":
         """The record of a calibration of `model` (None: not known) with the batches of `feed` and some settings."""
-        entries = feed.describe() if isinstance(feed, Feed) else {}
+        entries = {} if feed is None else feed.describe()
         if model is not None:
             entries["model"] = model.digest
         entries |= {name: value for name, value in settings.items() if value is not None}
@@ -53,7 +53,7 @@ class Record:
             if name not in earlier.entries:
                 found.append(f"{name} (not recorded)")
             elif earlier.entries[name] != value:
-                short = len(str(value)) <= _LONG and name not in ("model", "samples")
+                short = len(str(value)) <= _LONG and name not in ("model", "samples", "first_batch")
                 found.append(f"{name} ({earlier.entries[name]} then, {value} now)" if short else name)
         return found
 

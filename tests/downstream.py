@@ -46,9 +46,14 @@ def feeds(folder: Path) -> list[fastcal.Feed]:
     images = fastcal.ImageFeed(folder, preprocess=preprocess, model="model.onnx", balance=True, limit=10)
     assert_type(images.paths, list[str])
     arrays = fastcal.ArrayFeed([{"input": np.zeros((1, 3, 8, 8), np.float32)}])
+    tensors = fastcal.NumpyFeed({"input": folder / "tensors"}, model="model.onnx", batch_size=4, shuffle=True)
+    assert_type(tensors.samples, int)
+    loader = fastcal.ArrayFeed(lambda: iter([(np.zeros((1, 3)), "label")]), names=["input"], last_batch="drop")
+    assert_type(loader.batch_size, int)
     for batch in images:
         print({name: array.shape for name, array in batch.items()})
-    return [images, arrays, Recordings(), fastcal.ImageFeed(["a.jpg", Path("b.jpg")], preprocess="unit")]
+    own = Recordings()
+    return [images, arrays, own, tensors, loader, fastcal.ImageFeed(["a.jpg", Path("b.jpg")], preprocess="unit")]
 
 
 def scales(folder: Path) -> fastcal.CalibrationCache:

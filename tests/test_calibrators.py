@@ -265,6 +265,37 @@ print(len(serve(calibrator)), error_of(calibrator.check))
     assert printed == "1 OSError: no terminal\n"
 
 
+def test_batches_that_fail_where_tensorrt_asks_for_their_size(run):
+    printed = run("""
+def batches():
+    raise OSError("no such host")
+    yield
+calibrator = fastcal.EntropyCalibrator2(batches())
+print(calibrator.get_batch_size(), calibrator.get_batch(["a"]), error_of(calibrator.check))
+""")
+    assert printed == "1 None OSError: no such host\n"
+
+
+def test_a_pass_that_another_ends_is_no_whole_one(run):
+    printed = run("""
+feed = fastcal.ArrayFeed(lambda: ({"a": np.ones((2, 3), "f4")} for _ in range(5)), device="cpu")
+calibrator = fastcal.EntropyCalibrator2(feed)
+calibrator._on_device = lambda name, array: OnDevice(1, array.shape)  # as if there were a GPU
+print(calibrator.get_batch_size(), calibrator.get_batch(["a"]))
+next(iter(feed))
+while calibrator.get_batch(["a"]):
+    pass
+print(error_of(calibrator.check))
+calibrator.rewind()
+print(len(list(iter(lambda: calibrator.get_batch(["a"]), None))), error_of(calibrator.check), len(feed))
+""")
+    assert printed.splitlines() == [
+        "2 [1]",
+        "FastcalError: the feed ended after 1 of its batches",
+        "5 None 5",
+    ]
+
+
 def test_a_calibrator_by_the_name_of_its_algorithm(run):
     printed = run("""
 from fastcal.calibrators import make_calibrator
@@ -286,9 +317,12 @@ print(error_of(lambda: make_calibrator("percentile", Numbered(), quantile=2.0)))
 
 def test_arrays_that_tensorrt_would_read_wrongly(run):
     printed = run("""
+class Given(Numbered):
+    def __iter__(self):
+        return iter([{"a": OnDevice(1)}, {"a": self.names}])
 for array in (OnDevice(1, strides=(1, 2, 3, 4)), OnDevice(1, shape=(2, 3, 8, 8))):
-    calibrator = fastcal.EntropyCalibrator2(fastcal.ArrayFeed([{"a": array}]))
-    calibrator._wanted = {"a": ((4, 3, 8, 8), np.dtype("f4"))}
+    calibrator = fastcal.EntropyCalibrator2(Given(names=array))
+    assert calibrator.get_batch(["a"]) == [1]
     assert calibrator.get_batch(["a"]) is None
     print(error_of(calibrator.check))
 """)

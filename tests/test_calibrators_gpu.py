@@ -7,7 +7,7 @@ import pytest
 
 import fastcal
 from conftest import DIGITS, SQUEEZENET, needs_squeezenet
-from fastcal import ArrayFeed, FastcalError, Feed, ImageFeed, Preprocess
+from fastcal import FastcalError, Feed, ImageFeed, Preprocess
 
 pytestmark = pytest.mark.gpu
 
@@ -130,17 +130,21 @@ def test_scales_of_squeezenet_are_those_from_resident_batches(trt, builder, tact
     assert len(differ) <= (0 if name == "MinMaxCalibrator" else 4), differ
 
 
-def test_arrays_on_the_cpu_are_copied_to_the_gpu(trt, builder, tactics, tmp_path):
+def test_arrays_reach_tensorrt_from_wherever_they_are(trt, builder, tactics, tmp_path):
     import cupy
 
     random = np.random.default_rng(0)
     batches = [random.standard_normal(SHAPE, dtype=np.float32) for _ in range(3)]
     theirs = resident(trt, "EntropyCalibrator2", [cupy.asarray(batch) for batch in batches])
     build(trt, builder, one_layer(trt, builder), theirs, tactics)
-    ours = fastcal.EntropyCalibrator2([{"input": batch} for batch in batches], cache=tmp_path / "x.cache")
-    with ours:
-        build(trt, builder, one_layer(trt, builder), ours, tactics)
-    assert (tmp_path / "x.cache").read_bytes() == theirs.cache
+    labelled = [(batch, np.arange(len(batch))) for batch in batches]  # as a DataLoader gives them
+    on_device = [cupy.asarray(batch) for batch in batches]
+    for given in ([{"input": batch} for batch in batches], (pair for pair in labelled), lambda: on_device):
+        ours = fastcal.EntropyCalibrator2(given, cache=tmp_path / "x.cache")
+        with ours:
+            build(trt, builder, one_layer(trt, builder), ours, tactics)
+        assert (tmp_path / "x.cache").read_bytes() == theirs.cache
+        (tmp_path / "x.cache").unlink()
 
 
 def test_two_inputs_are_handed_over_in_tensorrts_order(trt, builder, tactics, tmp_path):
@@ -238,6 +242,21 @@ def test_a_builder_that_stops_after_one_batch(feed, tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastcal")]
 
 
+class Given(Feed):
+    """One batch of one array, handed on as it is."""
+
+    batch_size = 4
+
+    def __init__(self, array):
+        self.array = array
+
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        return iter([{"input": self.array}])
+
+
 def test_arrays_of_others_are_waited_for():
     import cupy
 
@@ -255,7 +274,7 @@ def test_arrays_of_others_are_waited_for():
             cupy.copyto(target, source)
         ended = cupy.cuda.Event()
         ended.record()
-    calibrator = fastcal.EntropyCalibrator2(ArrayFeed([{"input": Foreign}]))
+    calibrator = fastcal.EntropyCalibrator2(Given(Foreign))
     assert calibrator.get_batch(["input"]) == [target.data.ptr]
     assert ended.done
 
@@ -264,10 +283,9 @@ def test_torch_tensors_or_others_with_the_cuda_array_interface_are_read_where_th
     import cupy
 
     array = cupy.zeros(SHAPE, cupy.float32)
-    calibrator = fastcal.EntropyCalibrator2(ArrayFeed([{"input": array}]))
+    calibrator = fastcal.EntropyCalibrator2(Given(array))
     assert calibrator.get_batch(["input"]) == [array.data.ptr]
-    turned = ArrayFeed([{"input": array.transpose(0, 1, 3, 2)}])
-    calibrator = fastcal.EntropyCalibrator2(turned)
+    calibrator = fastcal.EntropyCalibrator2(Given(array.transpose(0, 1, 3, 2)))
     assert calibrator.get_batch(["input"]) is None
     with pytest.raises(FastcalError, match="not contiguous"):
         calibrator.check()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import typer
 
@@ -79,6 +80,30 @@ def test_a_sample_of_every_class(run_fastcal, tmp_path):
     assert fastcal.ImageFeed(data, model=MODEL, balance=True, limit=20).paths == by_turns
     feed = fastcal.ImageFeed(by_turns, model=MODEL, batch_size=20)
     assert fastcal.calibrate(MODEL, feed).scales == fastcal.CalibrationCache.load(tmp_path / "x").scales
+
+
+def test_arrays_are_taken_as_they_are(run_fastcal, tmp_path, images):
+    arrays = tmp_path / "arrays"
+    arrays.mkdir()
+    with fastcal.ImageFeed(images, model=MODEL, batch_size=13) as feed:
+        batches = [np.array(batch["image"]) for batch in feed]
+        expected = fastcal.calibrate(MODEL, feed).scales
+    np.save(arrays / "0.npy", batches[0])
+    np.save(arrays / "1.npy", batches[1])
+    np.savez(tmp_path / "all.npz", image=np.concatenate(batches), label=np.zeros(26))
+    for data in (arrays, tmp_path / "all.npz"):
+        done = run_fastcal("calibrate", MODEL, data, "-o", tmp_path / "x.cache", "--batch-size", 13)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("samples    26 in 2 batches of 13\nspeed ")
+        assert fastcal.CalibrationCache.load(tmp_path / "x.cache").scales == expected
+    for option in ("--preprocess=unit", "--balance"):
+        done = run_fastcal("calibrate", MODEL, arrays, "-o", tmp_path / "y.cache", option)
+        name = option.partition("=")[0]
+        assert (done.returncode, done.stderr) == (
+            2, f"error: {arrays} has arrays, which are taken as they are; {name} is for images\n"
+        )  # fmt: skip
+    np.save(images / "beside.npy", batches[0])
+    assert run_fastcal("calibrate", MODEL, images, "-o", tmp_path / "y.cache").stdout.startswith("images ")
 
 
 def test_preprocessing_from_a_file(run_fastcal, tmp_path, images):
@@ -232,9 +257,9 @@ import time
 from fastcal import files, interrupt
 interrupt.end_soon_after_ctrl_c()
 files.write_atomically("x.cache", b"scales")
-print("ready", flush=True)
 while True:
     try:
+        print("ready", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         pass

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import fastcal
-from conftest import ROOT
+from conftest import DIGITS, ROOT
 
 EXAMPLES = ROOT / "examples"
 
@@ -178,3 +179,38 @@ def test_both_inputs_of_a_network_are_fed(tmp_path):
     for name, scale in both.items():  # of the same images in another order
         assert scales[f"right_{name}"] == pytest.approx(scale, rel=0.2)
     assert scales["difference"] > 0
+
+
+def calibrate_with(example, folder):
+    """Run an example without a GPU; returns what it said, and the scales it found."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / example / "calibrate.py"], cwd=folder, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert set(os.listdir(folder)) == {"digits.cache", "digits.cache.json"}
+    return done.stdout, fastcal.CalibrationCache.load(folder / "digits.cache").scales
+
+
+@needs_cpu_extra
+def test_a_dataloader_gives_the_scales_of_its_batches(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    said, scales = calibrate_with("dataloader", tmp_path)
+    monkeypatch.syspath_prepend(DIGITS)
+    from prepare import prepare
+
+    images = np.stack([prepare(path) for path in sorted((DIGITS / "images").rglob("*.jpg"))])
+    batches = [{"image": images[first : first + 32]} for first in range(0, 256, 32)]
+    assert scales == fastcal.calibrate(DIGITS / "digits.onnx", batches, engine="onnxruntime").scales
+    assert said == f"digits.cache: {len(scales)} scales from 256 images\n"
+
+
+@needs_cpu_extra
+def test_a_pipeline_that_does_what_an_image_feed_does_gives_its_scales(tmp_path):
+    said, scales = calibrate_with("dali_pipeline", tmp_path)
+    with fastcal.ImageFeed(DIGITS / "images", model=DIGITS / "digits.onnx", device="cpu") as feed:
+        assert scales == pytest.approx(
+            fastcal.calibrate(DIGITS / "digits.onnx", feed, engine="onnxruntime").scales, rel=1e-3
+        )
+    assert said == f"digits.cache: {len(scales)} scales from 8 batches of 32\n"

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from prepare import prepare
 from sklearn.datasets import load_digits
 from torch import nn
 
 HERE = Path(__file__).parent
 CALIBRATION_IMAGES = 256
-MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 def draw(digit, random):
@@ -30,12 +30,6 @@ def draw(digit, random):
     canvas.paste(strength, tuple(random.integers(2, 7, 2)))
     alpha = np.asarray(canvas, np.float32)[..., None] / 255
     return Image.fromarray(np.uint8(np.rint(alpha * ink + (1 - alpha) * paper)))
-
-
-def prepare(path):
-    """What the network takes: torchvision's resize, centre crop and normalization, in PIL and NumPy."""
-    image = Image.open(path).convert("RGB").resize((36, 36), Image.Resampling.BILINEAR).crop((2, 2, 34, 34))
-    return ((np.asarray(image, np.float32) / 255 - MEAN) / STD).transpose(2, 0, 1)
 
 
 class Block(nn.Module):

@@ -11,8 +11,8 @@ from rich.filesize import decimal
 
 import fastcal
 from fastcal.cache import largest_size
-from fastcal.cli.options import CalibrationOptions, check_outputs
-from fastcal.cli.terminal import finish, images, prepared, print_rows, progress_bar, rate, terminal, waiting
+from fastcal.cli.options import CalibrationOptions, check_outputs, data_rows
+from fastcal.cli.terminal import finish, print_rows, progress_bar, rate, terminal, waiting
 from fastcal.errors import FastcalError
 from fastcal.files import check_writable, write_atomically
 
@@ -109,16 +109,16 @@ def _check_gpu() -> None:
 
 
 def _print_build_summary(
-    calibrator: "FeedCalibrator", feed: "fastcal.ImageFeed", progress: fastcal.Progress, engine: str, cache: str | None
+    calibrator: "FeedCalibrator",
+    feed: "fastcal.ImageFeed | fastcal.NumpyFeed",
+    progress: fastcal.Progress,
+    engine: str,
+    cache: str | None,
 ) -> None:
     stats = calibrator.stats
     rows = {"images": "none: the scales are those of the cache"}
     if progress.batches:
-        rows = {
-            "images": images(feed, progress),
-            "prepared": prepared(feed),
-            "speed": f"{rate(progress)}, {waiting(progress)}",
-        }
+        rows = data_rows(feed, progress) | {"speed": f"{rate(progress)}, {waiting(progress)}"}
     if stats.batches:
         first, worst = stats.waited_first * 1e3, stats.waited_worst * 1e3
         rows["get_batch"] = f"{first:.1f} ms for the first batch, {worst:.2f} ms at most for the others"

@@ -7,8 +7,8 @@ from rich.console import Console
 
 import fastcal
 from fastcal.cache import largest_size
-from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs
-from fastcal.cli.terminal import count_used, finish, images, prepared, print_rows, progress_bar, rate, terminal, waiting
+from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs, data_rows, data_used
+from fastcal.cli.terminal import finish, print_rows, progress_bar, rate, terminal, waiting
 from fastcal.files import check_writable
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def calibrate(
 
 
 def calibrate_on(
-    console: Console, network: "Model", feed: "fastcal.ImageFeed", options: CalibrationOptions, **more: Any
+    console: Console, network: "Model", feed: "fastcal.Feed", options: CalibrationOptions, **more: Any
 ) -> tuple[fastcal.CalibrationCache, fastcal.Progress]:
     """Calibrate with a progress bar; returns the cache and how far it came."""
     with feed, progress_bar(console, "preparing the network", "picking the scales") as progress:
@@ -61,15 +61,18 @@ def calibrate_on(
 
 
 def print_summary(
-    cache: fastcal.CalibrationCache, feed: "fastcal.ImageFeed", progress: fastcal.Progress, /, **written: str
+    cache: fastcal.CalibrationCache,
+    feed: "fastcal.ImageFeed | fastcal.NumpyFeed",
+    progress: fastcal.Progress,
+    /,
+    **written: str,
 ) -> None:
     """Print what was calibrated, and the rows of what was written."""
     nonzero = [name for name in cache.scales if cache.scales[name]]
     widest = max(nonzero, key=lambda name: cache.scales[name], default=None)
     narrowest = min(nonzero, key=lambda name: cache.scales[name], default=None)
     print_rows(
-        images=images(feed, progress),
-        prepared=prepared(feed),
+        **data_rows(feed, progress),
         speed=f"{rate(progress)}, {waiting(progress)}",
         tensors=f"{len(cache.scales)}, scales by {cache.algorithm}",
         widest=f"{cache.scales[widest]:.6g} for {widest}" if widest else "all scales are 0",
@@ -78,17 +81,17 @@ def print_summary(
     )
 
 
-def outcome(cache: fastcal.CalibrationCache, feed: "fastcal.ImageFeed", progress: fastcal.Progress) -> dict[str, Any]:
+def outcome(
+    cache: fastcal.CalibrationCache, feed: "fastcal.ImageFeed | fastcal.NumpyFeed", progress: fastcal.Progress
+) -> dict[str, Any]:
     """What was calibrated, as JSON has it."""
     return {
         "header": cache.header,
         "algorithm": cache.algorithm,
         "tensors": len(cache.scales),
-        "images": count_used(feed, progress),
-        "skipped": feed.skipped,
+        **data_used(feed, progress),
         "batches": progress.batches,
         "batch_size": feed.batch_size,
-        "preprocess": prepared(feed),
         "seconds": progress.seconds,
         "waited": progress.waited,
     }

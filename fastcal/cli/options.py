@@ -37,7 +37,7 @@ class FeedOptions:
         typer.Argument(
             metavar="DATA",
             help="A folder of images, a pattern, a list file with one image path a line, tar shards, TFRecord files; "
-            "for several inputs NAME=DATA,NAME=DATA.",
+            "for several inputs NAME=DATA,NAME=DATA; or .npy or .npz files with what the model takes.",
         ),
     ]
     preprocess: Annotated[
@@ -76,10 +76,15 @@ class FeedOptions:
     ] = 5.0
     threads: Annotated[int | None, typer.Option(help="Threads to use.", show_default="one per core")] = None
 
-    def feed(self, network: "Model") -> "fastcal.ImageFeed":
-        """The images as batches for the model."""
+    def feed(self, network: "Model") -> "fastcal.ImageFeed | fastcal.NumpyFeed":
+        """The images, or arrays, as batches for the model."""
+        from fastcal.feed.numpy_files import are_arrays
+
+        data = _by_input(self.data, network)
+        if isinstance(data, str) and are_arrays(data):
+            return self._array_feed(network)
         return fastcal.ImageFeed(
-            _by_input(self.data, network),
+            data,
             preprocess=_preprocess(self.preprocess, self.size),
             model=network,
             batch_size=self.batch_size,
@@ -93,6 +98,23 @@ class FeedOptions:
             skip_unreadable=self.skip_unreadable,
             max_unreadable=self.max_unreadable,
             threads=self.threads,
+        )
+
+    def _array_feed(self, network: "Model") -> "fastcal.NumpyFeed":
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("preprocess", "size", "key", "balance", "skip_unreadable", "max_unreadable"):
+            if getattr(self, name) != defaults[name]:
+                option = "--" + name.replace("_", "-")
+                raise FastcalError(f"{self.data} has arrays, which are taken as they are; {option} is for images")
+        return fastcal.NumpyFeed(
+            self.data,
+            model=network,
+            batch_size=self.batch_size,
+            input_name=self.input_name,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            limit=self.limit,
+            last_batch=self.last_batch,
         )
 
 
@@ -143,6 +165,28 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     return run
+
+
+def data_rows(feed: "fastcal.ImageFeed | fastcal.NumpyFeed", progress: fastcal.Progress) -> dict[str, str]:
+    """What a summary says of the data that were calibrated with."""
+    used = data_used(feed, progress)
+    preprocess, skipped = used.pop("preprocess", None), used.pop("skipped", [])
+    ((kind, count),) = used.items()
+    rows = {kind: f"{count} in {progress.batches} batches of {feed.batch_size}"}
+    if skipped:
+        rows[kind] += f"; {len(skipped)} skipped as unreadable"
+    return rows if preprocess is None else rows | {"prepared": preprocess}
+
+
+def data_used(feed: "fastcal.ImageFeed | fastcal.NumpyFeed", progress: fastcal.Progress) -> dict[str, Any]:
+    """How many images or samples were calibrated with, which were not, and how images were prepared."""
+    if isinstance(feed, fastcal.NumpyFeed):
+        return {"samples": min(feed.samples, progress.images)}
+    used = min(len(feed.paths) - len(feed.skipped), progress.images)
+    prepared = str(feed.preprocess)
+    if not isinstance(feed.preprocess, fastcal.Preprocess):
+        prepared = "; ".join(f"{name}: {preprocess}" for name, preprocess in feed.preprocess.items())
+    return {"images": used, "skipped": feed.skipped, "preprocess": prepared}
 
 
 def check_outputs(network: "Model", outputs: Mapping[str, str | None]) -> None:

@@ -233,24 +233,6 @@ def _print_event(event: str, /, **content: Any) -> None:
         print(json.dumps({"event": event} | content), flush=True)
 
 
-def images(feed: "fastcal.ImageFeed", progress: fastcal.Progress) -> str:
-    """How many images were used, and how many were not."""
-    skipped = f"; {len(feed.skipped)} skipped as unreadable" if feed.skipped else ""
-    return f"{count_used(feed, progress)} in {progress.batches} batches of {feed.batch_size}{skipped}"
-
-
-def count_used(feed: "fastcal.ImageFeed", progress: fastcal.Progress) -> int:
-    """How many images were used."""
-    return min(len(feed.paths) - len(feed.skipped), progress.images)
-
-
-def prepared(feed: "fastcal.ImageFeed") -> str:
-    """What is done to the images."""
-    if isinstance(feed.preprocess, fastcal.Preprocess):
-        return str(feed.preprocess)
-    return "; ".join(f"{name}: {preprocess}" for name, preprocess in feed.preprocess.items())
-
-
 def rate(progress: fastcal.Progress) -> str:
     """How many images a second there were, as text."""
     return f"{progress.images / progress.seconds:.0f} images/s"

@@ -1,10 +1,13 @@
 """The slots of a feed's ring: arrays that are filled and read by turns."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+
+from fastcal.feed.device import to_host
+from fastcal.feed.prefetch import Prefetcher
 
 #: The shape and type of an array.
 Shape = tuple[tuple[int, ...], Any]
@@ -14,7 +17,7 @@ class Buffer:
     """Arrays in host memory, filled and read by threads that take turns.
 
     Args:
-        shapes: Shapes and types of the arrays to allocate, by input name.
+        shapes: Shapes and types of the arrays to allocate now, by input name; `reserve` allocates others.
         constants: Further arrays by input name, which stay as they are.
 
     Attributes:
@@ -27,9 +30,23 @@ class Buffer:
     def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return np.empty(shape, dtype)
 
-    def put(self, name: str, place: slice, values: Any) -> None:
-        """Copy a NumPy array into a part of one of the arrays."""
-        self.arrays[name][place] = values
+    def reserve(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
+        """Have an array of that shape and type for an input; for the thread that fills, as is `put`."""
+        array = self.arrays.get(name)
+        if array is None or (array.shape, array.dtype) != (shape, dtype):
+            self.arrays[name] = self._allocate(shape, dtype)
+
+    def put(self, name: str, place: Any, values: Any) -> None:
+        """Copy an array of NumPy's or CuPy's, which is filled, into a part of one of the arrays.
+
+        It may be written to again when this returns.
+
+        Args:
+            name: The input.
+            place: The part: a slice of the first dimension, or ... for all.
+            values: What to copy there.
+        """
+        np.copyto(self.arrays[name][place], to_host(values))
 
     @contextmanager
     def filling(self) -> Iterator[None]:
@@ -51,7 +68,7 @@ class DeviceBuffer(Buffer):
     second before it fills them again.
 
     Args:
-        shapes: Shapes and types of the arrays to allocate, by input name.
+        shapes: Shapes and types of the arrays to allocate now, by input name.
         constants: Further CuPy arrays by input name, which stay as they are.
         device: The GPU, a `cupy.cuda.Device`.
         stream: The non-blocking stream that fills.
@@ -67,13 +84,33 @@ class DeviceBuffer(Buffer):
             self._filled = cupy.cuda.Event(disable_timing=True)
             self._read = cupy.cuda.Event(disable_timing=True)
             super().__init__(shapes, constants)
+        self._staging: dict[str, Any] = {}
 
     def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return self._cupy.empty(shape, dtype)
+        with self._stream:  # memory that this stream alone has used, or nobody: others may still be using theirs
+            return self._cupy.empty(shape, dtype)
 
-    def put(self, name: str, place: slice, values: Any) -> None:
-        """Copy a NumPy array into a part of one of the arrays, on the stream that fills."""
-        self.arrays[name][place].set(values, stream=self._stream)
+    def put(self, name: str, place: Any, values: Any) -> None:
+        """Copy an array into a part of one of the arrays, on the feed's stream; from the host through pinned memory."""
+        target = self.arrays[name][place]
+        with self._stream:
+            if isinstance(values, self._cupy.ndarray):
+                target[...] = values
+                self._stream.synchronize()  # its owner may write to it now, or free it
+            else:
+                pinned = self._pinned(name)[place]
+                np.copyto(pinned, values)
+                target.set(pinned, stream=self._stream)
+
+    def _pinned(self, name: str) -> Any:
+        """Pinned memory in the form of one of the arrays, kept for the next batch."""
+        from cupyx import empty_pinned
+
+        self._filled.synchronize()  # the last batch has left it
+        array, pinned = self.arrays[name], self._staging.get(name)
+        if pinned is None or (pinned.shape, pinned.dtype) != (array.shape, array.dtype):
+            pinned = self._staging[name] = empty_pinned(array.shape, array.dtype)
+        return pinned
 
     @contextmanager
     def filling(self) -> Iterator[None]:
@@ -91,3 +128,14 @@ class DeviceBuffer(Buffer):
         """For the consumer, when it has read, or has enqueued its reading on CuPy's current stream."""
         with self._device:
             self._read.record(self._cupy.cuda.get_current_stream())
+
+
+def hand_out(prefetcher: Prefetcher[Buffer]) -> Generator[Mapping[str, Any], None, None]:
+    """The arrays of the buffers of a pass, each valid until the next are asked for."""
+    try:
+        for buffer in prefetcher:
+            buffer.wait()
+            yield buffer.arrays
+            buffer.give_back()
+    finally:
+        prefetcher.close()

@@ -3,7 +3,12 @@
 import re
 from typing import Any
 
+import numpy as np
+
 from fastcal.errors import FastcalError
+
+#: DLPack's numbers of CUDA's memory on a device and its managed memory.
+_DLPACK_CUDA = (2, 13)
 
 
 def resolve(device: str) -> int | None:
@@ -48,6 +53,46 @@ def to_host(array: Any) -> Any:
 
         return cupy.asnumpy(array)
     return array
+
+
+def is_on_gpu(array: Any) -> bool:
+    """Whether it is an array on a GPU: any library's that has the CUDA array interface or speaks DLPack."""
+    if hasattr(array, "__cuda_array_interface__"):
+        return True
+    return hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in _DLPACK_CUDA
+
+
+def type_of(array: Any) -> np.dtype[Any]:
+    """An array's type as NumPy's, also where the array is not (PyTorch's, say)."""
+    if hasattr(array, "__cuda_array_interface__"):
+        array_type: np.dtype[Any] = np.dtype(array.__cuda_array_interface__["typestr"])
+    else:
+        array_type = np.asarray(array).dtype
+    return array_type
+
+
+def as_cupy(array: Any) -> Any:
+    """Another library's array on a GPU as CuPy's, over the same memory, once it is filled.
+
+    Raises:
+        FastcalError: CuPy is not installed.
+    """
+    try:
+        import cupy
+    except ImportError as error:
+        raise FastcalError(
+            f"a {type(array).__name__} lies on a GPU, and CuPy, which reads it, is not installed: "
+            "pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'"
+        ) from error
+    if hasattr(array, "__cuda_array_interface__"):
+        imported = cupy.asarray(array)
+        with imported.device:
+            wait_until_filled(array)
+        return imported
+    imported = cupy.from_dlpack(array)  # which CuPy's current stream waits for
+    with imported.device:
+        cupy.cuda.get_current_stream().synchronize()
+    return imported
 
 
 def wait_until_filled(array: Any) -> None:

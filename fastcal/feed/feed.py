@@ -1,15 +1,11 @@
-"""What every feed is, and the feed of arrays that the caller has."""
+"""What every feed is."""
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-
-from fastcal.errors import FastcalError
-from fastcal.feed.device import to_host
 
 #: Arrays by input name. The first dimension of each counts samples.
 Batch = Mapping[str, Any]
@@ -34,7 +30,7 @@ class Feed(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of batches in a pass."""
+        """The number of batches in a pass; TypeError where it is not known yet."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
@@ -64,61 +60,21 @@ class Feed(ABC):
         self.close()
 
 
-class ArrayFeed(Feed):
-    """Batches that the caller has, as they are.
-
-    Args:
-        batches: Dicts of arrays by input name. All have the same names and the same first dimension. float64 arrays
-            become float32; other types stay.
-
-    Raises:
-        FastcalError: There are no batches, they can be gone through only once (a generator), or names or first
-            dimensions differ.
-    """
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        if not isinstance(batches, Sized) or isinstance(batches, Mapping):
-            raise FastcalError(f"ArrayFeed takes a list of dicts, not a {type(batches).__name__}; pass list(...) of it")
-        self._batches = [{name: as_array(values) for name, values in batch.items()} for batch in batches]
-        if not self._batches:
-            raise FastcalError("ArrayFeed got no batches; give it at least one")
-        first = self._batches[0]
-        sizes = {array.shape[0] for array in first.values() if array.shape}
-        if len(sizes) != 1:
-            raise FastcalError(f"the arrays of batch 0 have first dimensions {sorted(sizes)}; one size is needed")
-        self.batch_size = sizes.pop()
-        for index, batch in enumerate(self._batches):
-            if batch.keys() != first.keys():
-                raise FastcalError(f"batch {index} has the inputs {sorted(batch)}, batch 0 has {sorted(first)}")
-            for name, array in batch.items():
-                if array.shape != first[name].shape:
-                    raise FastcalError(
-                        f"batch {index} has {name!r} of shape {array.shape}, batch 0 of shape {first[name].shape}; "
-                        "all batches need one shape"
-                    )
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._batches)
-
-    def describe(self) -> dict[str, Any]:
-        """A digest of all names, types, shapes and values."""
-        digest = hashlib.sha256()
-        for batch in self._batches:
-            for name, array in sorted(batch.items()):
-                add_to_digest(digest, name, to_host(array))
-        return {"batches": len(self), "batch_size": self.batch_size, "samples": digest.hexdigest()}
-
-
 def add_to_digest(digest: Any, name: str, array: Any) -> None:
     """Add a NumPy array, its name, type and shape to a hash of `hashlib`."""
     digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
     digest.update(np.ascontiguousarray(array).tobytes())
 
 
+def length(feed: Feed) -> int | None:
+    """The number of batches in a pass; None where the feed does not know it yet."""
+    try:
+        return len(feed)
+    except TypeError:
+        return None
+
+
 def as_array(values: Any) -> Any:
-    """The values as an array of the type that a batch has them in: float32 in place of float64."""
-    array = values if hasattr(values, "__cuda_array_interface__") else np.asarray(values)
-    return array.astype("float32") if array.dtype == np.float64 else array
+    """The values as a NumPy array of the type that a batch has them in: float32 in place of float64."""
+    array = np.asarray(values)
+    return array.astype(np.float32) if array.dtype == np.float64 else array

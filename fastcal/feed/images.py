@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastcal.errors import FastcalError
-from fastcal.feed.buffers import Buffer, DeviceBuffer, Shape
+from fastcal.feed.buffers import Buffer, DeviceBuffer, Shape, hand_out
 from fastcal.feed.device import resolve
 from fastcal.feed.feed import Batch, Feed, add_to_digest, as_array
 from fastcal.feed.inputs import Data, check_inputs, image_input, image_inputs, name_inputs, open_sources
@@ -171,7 +171,7 @@ class ImageFeed(Feed):
         )
         prefetcher = Prefetcher(self._buffers, self._fill, len(self))
         self._end_pass = prefetcher.close
-        return _arrays(prefetcher)
+        return hand_out(prefetcher)
 
     @property
     def skipped(self) -> list[str]:
@@ -202,6 +202,7 @@ class ImageFeed(Feed):
         """End a pass that is under way, and release the buffers and the pipeline; a new iteration takes them again."""
         if self._end_pass is not None:
             self._end_pass()
+            self._end_pass = None  # it refers to the buffers
         self._buffers = []
         self._pipeline = None
         for source in self._sources.values():
@@ -417,17 +418,6 @@ def _check_settings(last_batch: str, max_unreadable: float, **numbers: int | Non
             raise FastcalError(f"{name} is {value}; it must be at least {least}")
     if not 0 <= max_unreadable <= 100:
         raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
-
-
-def _arrays(prefetcher: Prefetcher[Buffer]) -> Iterator[Batch]:
-    """The buffers' arrays, each valid until the next is asked for."""
-    try:
-        for buffer in prefetcher:
-            buffer.wait()
-            yield buffer.arrays
-            buffer.give_back()
-    finally:
-        prefetcher.close()
 
 
 def _gist(error: RuntimeError) -> str:

@@ -85,7 +85,7 @@ def open_sources(
                 "another order, or unpack them into folders"
             )
     if not any(isinstance(source, ImageSource) for source in sources.values()):
-        raise FastcalError("the data are arrays alone; an ImageFeed needs an input that takes images")
+        raise FastcalError("the data are arrays alone, which a NumpyFeed takes; name data with images too")
     names = {name: source.names for name, source in sources.items()}
     dataset.check_parallel(names, found)
     first = next(iter(names.values()))

@@ -1,6 +1,7 @@
 """A ring of buffers: one thread fills the next while the consumer reads the last it was given."""
 
 import atexit
+import itertools
 import threading
 import weakref
 from collections import deque
@@ -25,12 +26,12 @@ class Prefetcher(Generic[Buffer], Iterator[Buffer]):
 
     Args:
         buffers: At least two buffers; they are reused in this order.
-        fill: Called in the thread as fill(index, buffer, ended) for index 0, 1, ... count - 1, until it returns False.
-            Once ended() is true, what it fills is not used, and it should return.
+        fill: Called in the thread as fill(index, buffer, ended) for index 0, 1, ... until it returns False. Once
+            ended() is true, what it fills is not used, and it should return.
         count: How many buffers to hand out at most.
     """
 
-    def __init__(self, buffers: Sequence[Buffer], fill: Fill[Buffer], count: int) -> None:
+    def __init__(self, buffers: Sequence[Buffer], fill: Fill[Buffer], count: int | None = None) -> None:
         self._ring = _Ring(buffers)
         thread = threading.Thread(target=self._ring.produce, args=(fill, count), name="fastcal-prefetch", daemon=True)
         self.close = _stopper(self._ring, thread)
@@ -63,9 +64,9 @@ class _Ring(Generic[Buffer]):
         self.idle = threading.Event()  # set when the thread is through with `fill`
         self._error: BaseException | None = None
 
-    def produce(self, fill: Fill[Buffer], count: int) -> None:
+    def produce(self, fill: Fill[Buffer], count: int | None) -> None:
         try:
-            for index in range(count):
+            for index in itertools.count() if count is None else range(count):
                 with self._changed:
                     self._changed.wait_for(lambda: self._free or self._ended)
                     if self._ended:

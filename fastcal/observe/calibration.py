@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -18,8 +18,9 @@ from fastcal.cache import (
     installed_tensorrt_version,
 )
 from fastcal.errors import FastcalError, missing
+from fastcal.feed.arrays import as_feed
 from fastcal.feed.device import resolve
-from fastcal.feed.feed import Feed
+from fastcal.feed.feed import Feed, length
 from fastcal.model import Model
 from fastcal.observe.histogram import Histogram
 from fastcal.observe.scales import pick_scales
@@ -52,7 +53,7 @@ class _Observer(Protocol):
 
 def calibrate(
     model: Any,
-    feed: Iterable[Mapping[str, Any]],
+    feed: Any,
     *,
     algorithm: str = "entropy2",
     quantile: float = 0.9999,
@@ -74,7 +75,8 @@ def calibrate(
 
     Args:
         model: The ONNX file; for TensorRT, a `tensorrt.INetworkDefinition` will do too.
-        feed: Batches: dicts of arrays by input name, e.g. an `ImageFeed`. The first dimension counts samples.
+        feed: The batches: a `Feed`, an `ImageFeed` for instance; or what `ArrayFeed` takes, with the network's inputs
+            for its names, in batches of any size.
         algorithm: "entropy2" (TensorRT's recommendation for convolutional networks), "entropy", "minmax" or
             "percentile".
         quantile: For "percentile", the share of values that is not clipped.
@@ -109,18 +111,20 @@ def calibrate(
         settings |= {"quantile": quantile, "regression_cutoff": _NO_REGRESSION}
     if until_stable is not None:
         settings["until_stable"] = until_stable
-    record = Record.of(feed, network if is_file else None, **settings)
-    if engine == "tensorrt":
-        observing = _on_tensorrt(network, feed, tf32, optimization_level, tactic_sources)
-    else:
-        observing = _on_onnxruntime(network, threads)
-    with observing as observer:
-        looks = _Looks(observer, algorithm, quantile, until_stable)
-        with closing(_timed(feed, progress, looks.are_stable)) as batches:
-            for batch in batches:
-                observer.observe(batch, anonymous=getattr(feed, "anonymous", False))
-        histograms = observer.histograms()
-    record = record.after(feed)
+    device = "auto" if engine == "tensorrt" else "cpu"
+    with as_feed(feed, _input_names(network), device) as batches:
+        record = Record.of(batches, network if is_file else None, **settings)
+        if engine == "tensorrt":
+            observing = _on_tensorrt(network, batches, tf32, optimization_level, tactic_sources)
+        else:
+            observing = _on_onnxruntime(network, threads)
+        with observing as observer:
+            looks = _Looks(observer, algorithm, quantile, until_stable)
+            with closing(_timed(batches, progress, looks.are_stable)) as timed:
+                for batch in timed:
+                    observer.observe(batch, anonymous=batches.anonymous)
+            histograms = observer.histograms()
+        record = record.after(batches)
     if not histograms:
         raise FastcalError("the feed gave no batches; a calibration needs at least one")
     _warn_of_nonfinite(histograms)
@@ -185,6 +189,13 @@ def _choose(engine: str, is_file: bool) -> str:
     return "tensorrt" if there or not is_file else "onnxruntime"
 
 
+def _input_names(network: Any) -> list[str] | None:
+    """The names of a network's inputs."""
+    if isinstance(network, Model):
+        return [value.name for value in network.inputs]
+    return [network.get_input(index).name for index in range(getattr(network, "num_inputs", 0))] or None
+
+
 @contextmanager
 def _on_onnxruntime(model: Model | Any, threads: int | None) -> Iterator[_Observer]:
     if not isinstance(model, Model):
@@ -199,12 +210,11 @@ def _on_onnxruntime(model: Model | Any, threads: int | None) -> Iterator[_Observ
 
 
 @contextmanager
-def _on_tensorrt(network: Any, feed: Any, tf32: bool, level: int | None, tactic_sources: Any) -> Iterator[_Observer]:
-    gpu = getattr(feed, "gpu", None)
+def _on_tensorrt(network: Any, feed: Feed, tf32: bool, level: int | None, tactic_sources: Any) -> Iterator[_Observer]:
     if level is None:
-        level = int(isinstance(feed, Feed) and len(feed) * feed.batch_size >= _MANY)
+        level = int((length(feed) or 0) * feed.batch_size >= _MANY)
     try:
-        gpu = resolve("cuda") if gpu is None else gpu
+        gpu = resolve("cuda") if feed.gpu is None else feed.gpu
     except FastcalError as error:
         raise FastcalError(f"engine tensorrt: {error}; engine onnxruntime works here") from error
     import cupy
@@ -229,13 +239,13 @@ def _tensorrt_version(asked: str | None) -> str:
 
 
 def _timed(
-    feed: Iterable[Mapping[str, Any]], progress: Callable[[Progress], None] | None, enough: Callable[[int], bool]
+    feed: Feed, progress: Callable[[Progress], None] | None, enough: Callable[[int], bool]
 ) -> Generator[Mapping[str, Any], None, None]:
     """The feed's batches until there were enough images, and a report after each has been used.
 
     Ends the feed's pass when closed.
     """
-    state = Progress(total=len(feed) if isinstance(feed, Sized) else None)
+    state = Progress(total=length(feed))
     start = time.perf_counter()
     batches = iter(feed)
     try:
@@ -247,7 +257,8 @@ def _timed(
                 return
             yield batch
             state.batches += 1
-            state.total = len(feed) if isinstance(feed, Sized) else None  # a feed that skips samples learns of them
+            if state.total is not None:
+                state.total = length(feed)  # less where samples were skipped
             state.images += max((array.shape[0] for array in batch.values() if array.shape), default=0)
             state.seconds = time.perf_counter() - start
             if progress is not None:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from fastcal import FastcalError, ImageFeed, Preprocess
+from fastcal.feed.pipeline import ImagePipeline
 from references import PRESETS, crop, difference_from_preset, letterbox, open_upright, stretch
 
 
@@ -131,13 +132,17 @@ def test_large_batches_are_prepared_in_several_runs(photographs):
     np.testing.assert_array_equal(many[0], few[0])
 
 
-def test_large_files_are_prepared_in_smaller_runs(tmp_path, photographs):
+def test_large_files_are_prepared_in_smaller_runs(tmp_path, photographs, monkeypatch):
     for index in range(5):
         image = (photographs / f"{index}.{'png' if index % 2 else 'jpg'}").read_bytes()
         (tmp_path / f"{index}.jpg").write_bytes(image + bytes(3 << 20))  # decoders stop at the image's end
     whole = all_of(ImageFeed(photographs, preprocess=SMALL, batch_size=5, limit=5, threads=2))
-    feed = ImageFeed(tmp_path, preprocess=SMALL, batch_size=5, threads=2)
-    np.testing.assert_array_equal(all_of(feed), whole)
+    runs, submit = [], ImagePipeline.submit
+    monkeypatch.setattr(
+        ImagePipeline, "submit", lambda self, run, fetched: runs.append(run.numbers) or submit(self, run, fetched)
+    )
+    np.testing.assert_array_equal(all_of(ImageFeed(tmp_path, preprocess=SMALL, batch_size=5, threads=2)), whole)
+    assert runs == [[0], [0, 1], [2, 3], [4]]  # the first is the trial of the one kind
 
 
 def test_shuffle_and_limit(photographs):

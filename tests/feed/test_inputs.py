@@ -237,7 +237,7 @@ def test_arrays_of_other_shapes_are_no_unreadable_ones(scenes):
 
 
 def test_wrong_uses_are_named(scenes):
-    with pytest.raises(FastcalError, match="the data are arrays alone; an ImageFeed needs an input that takes images"):
+    with pytest.raises(FastcalError, match="the data are arrays alone, which a NumpyFeed takes; name data"):
         ImageFeed({"pose": f"{scenes}/left/*.npy"})
     with pytest.raises(FastcalError, match="the data are arrays alone"):
         ImageFeed(f"{scenes}/left/*.npy")

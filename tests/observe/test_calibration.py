@@ -123,6 +123,35 @@ def test_any_iterable_of_batches_will_do(onnx_file):
     assert calibrate(onnx_file(SCALED), batches, algorithm="minmax").scales["y"] == float(np.float32(10) / 127)
 
 
+def test_a_loader_s_labels_are_left_out_and_its_last_batch_is_as_it_is(onnx_file):
+    seen = []
+    loader = [(np.full((size, 2), size, "f4"), np.arange(size)) for size in (3, 3, 1)]
+    cache = calibrate(
+        onnx_file(SCALED), lambda: iter(loader), algorithm="percentile", quantile=0.5,
+        progress=lambda state: seen.append((state.images, state.total)),
+    )  # fmt: skip
+    assert seen == [(3, None), (6, None), (7, None)]
+    assert cache.scales["x"] == pytest.approx(3 / 127, rel=1e-3)
+
+
+def test_two_inputs_take_a_tuples_arrays_in_the_models_order(onnx_file):
+    path = onnx_file("f (float[N, 2] left, float[N, 2] right) => (float[N, 2] y) { y = Sub(left, right) }")
+    left, right, label = np.full((3, 2), 5, "f4"), np.full((3, 2), 2, "f4"), np.zeros(3)
+    for batch in ((left, right, label), {"right": right, "label": label, "left": left}):
+        scales = calibrate(path, [batch], algorithm="minmax").scales
+        assert {name: round(scale * 127) for name, scale in scales.items()} == {"left": 5, "right": 2, "y": 3}
+    with pytest.raises(fastcal.FastcalError, match="batch 0 has 1 arrays without names, and none for input 'right'"):
+        calibrate(path, [left])
+
+
+def test_types_are_converted_to_the_models_but_no_float_is_cut_off(onnx_file):
+    path = onnx_file("f (float[N, 2] x, int32[N, 1] i) => (float[N, 1] y) { y = GatherElements<axis = 1>(x, i) }")
+    batch = {"x": np.uint8([[255, 3]]), "i": np.int64([[1]])}
+    assert calibrate(path, [batch], algorithm="minmax").scales["y"] == float(np.float32(3) / 127)
+    with pytest.raises(fastcal.FastcalError, match="takes input 'i' as int32, the batches are float32; convert them"):
+        calibrate(path, [batch | {"i": np.float32([[1]])}])
+
+
 FIXED = "f (float[4, 3, 8, 8] image) => (float[4, 3, 8, 8] y) { y = Relu(image) }"
 
 
@@ -141,33 +170,32 @@ def test_batches_that_do_not_fit_are_shown_beside_the_model(onnx_file, name, sha
 
 
 def test_it_stops_when_no_scale_moves_any_longer(onnx_file, caplog):
-    asked = []
-
-    def batches(values):
-        for value in values:
-            asked.append(value)
-            yield {"x": np.full((10, 2), value, "f4")}
+    used = []
 
     def run(values, percent):
-        asked.clear()
-        return calibrate(onnx_file(SCALED), batches(values), algorithm="minmax", until_stable=percent)
+        used.clear()
+        batches = ({"x": np.full((10, 2), value, "f4")} for value in values)
+        return calibrate(
+            onnx_file(SCALED), batches, algorithm="minmax", until_stable=percent,
+            progress=lambda state: used.append(state.images),
+        )  # fmt: skip
 
     with caplog.at_level(logging.INFO, "fastcal"):
         cache = run([1, 1, 2, 2, 2, 2, 2, 9], 1)
-    assert len(asked) == 6  # moved at the third, and not at the three after it
+    assert len(used) == 6  # moved at the third, and not at the three after it
     assert cache.record.entries.items() >= {"until_stable": 1, "precision": "FP32"}.items()
     assert cache.scales["y"] == float(np.float32(4) / 127)
     assert "stable after 60 images" in caplog.text
     assert run([1, 1.02, 1.04, 1.06, 1.08], 1).scales["x"] == float(np.float32(1.08) / 127)
-    assert len(asked) == 5
+    assert len(used) == 5
     run([1, 1.02, 1.04, 1.06, 1.08], 5)
-    assert len(asked) == 4
+    assert len(used) == 4
     run([0] * 9, 1)
-    assert len(asked) == 3
+    assert len(used) == 3
     # Looks come after 10, 20, ... 110 images; then after 130, 150: 2 at the eleventh batch is seen at once and
     # three looks later, after 170 images, it ends.
     run([*range(1, 12)] + [11] * 20, 1)
-    assert len(asked) == 17
+    assert len(used) == 17
 
 
 @pytest.mark.parametrize("percent", [0, -1, float("nan")])
