@@ -161,6 +161,10 @@ class ImageFeed(Feed):
     def __iter__(self) -> Iterator[Batch]:
         if self._end_pass is not None:
             self._end_pass()
+            if self.gpu is not None:
+                import cupy
+
+                cupy.cuda.Device(self.gpu).synchronize()  # who left that pass midway may still read its batch
         if not self._buffers:
             self._allocate()
         pipeline = self._pipeline
