@@ -76,11 +76,13 @@ def build(builder, logger, model, calibrator):
 def excess(histogram, scale):
     """By how much more than the smallest divergence that of a scale is, as a share of the smallest."""
     bins = round(scale * 127 / histogram.width - 0.5)
-    if bins > BINS:  # a later batch exceeded the first by a rounding error in TensorRT's run, and its range doubled
+    if bins > BINS:  # a later batch exceeded the first in TensorRT's run, and its range doubled
         histogram = deepcopy(histogram)
         histogram.widen(histogram.range * (1 + 1e-6))
         bins = round(scale * 127 / histogram.width - 0.5)
     found = divergences(histogram.counts[None])[0]
+    if not 128 <= bins <= BINS or not found.min() > 0:
+        return float("inf")
     return found[bins - 128] / found.min() - 1
 
 
@@ -113,6 +115,8 @@ def compare(path):
         theirs = CalibrationCache.from_bytes(reference.cache).scales
         assert theirs.keys() == ours.keys(), theirs.keys() ^ ours.keys()
         off = {name: abs(ours[name] - scale) / (scale or 1) for name, scale in theirs.items()}
+        for name in (name for name, share in off.items() if share > 1e-5):
+            print(f"{path.stem}, {algorithm}: {name} TensorRT {theirs[name]:.8g}, fastcal {ours[name]:.8g}")
         if algorithm == "minmax":
             row.append(f"{max(off.values()):.1e}")
     differ = [name for name in off if off[name] > 1e-5]

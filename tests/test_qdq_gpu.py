@@ -71,7 +71,8 @@ class Builder:
 
 def convolutions(trt, engine):
     """How many convolutions an engine has, and how many of them read INT8."""
-    layers = json.loads(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    layers = json.loads(information, strict=False)  # TensorRT's own JSON has control characters in its strings
     found = [layer for layer in layers["Layers"] if layer.get("ParameterType") == "Convolution"]
     return len(found), sum("int8" in layer["Inputs"][0]["Format/Datatype"].lower() for layer in found)
 

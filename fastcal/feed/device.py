@@ -105,4 +105,4 @@ def wait_until_filled(array: Any) -> None:
     if stream is not None:
         import cupy
 
-        cupy.cuda.ExternalStream(stream).synchronize()  # 1 is CUDA's own handle of its default stream
+        cupy.cuda.runtime.streamSynchronize(stream)  # 1 is CUDA's own handle of its default stream

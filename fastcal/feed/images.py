@@ -72,7 +72,9 @@ class ImageFeed(Feed):
         device: "auto" (a GPU where there is one and CuPy is installed, else the CPU), "cpu", "cuda" or "cuda:N". On a
             GPU, images are decoded and prepared there and the batches are CuPy arrays, filled on a stream of the
             feed's own and ready for any stream; reading that is enqueued on a stream other than CuPy's current one
-            must have ended before the next batch is asked for.
+            must have ended before the next batch is asked for. Its JPEG decoder does not interpolate colours between
+            their samples, so pixels differ from the CPU's by about a level on average; and it takes JPEG files of RGB
+            components, which are rare, for YCbCr.
         depth: How many buffers there are, at least 2.
         threads: How many threads read and decode; by default one per core that this process may use, on a GPU 8 at
             most.
@@ -300,7 +302,10 @@ class ImageFeed(Feed):
         return {name: value.source.fetch(run.numbers) for name, value in self._images.items()}
 
     def _start_pipeline(self, ahead: int) -> ImagePipeline:
-        pipeline = ImagePipeline(
+        if not self._is_probed:
+            self._is_probed = True
+            self._try_kinds()
+        return ImagePipeline(
             self._images,
             most=self._most_in_a_run,
             threads=self._threads,
@@ -308,46 +313,27 @@ class ImageFeed(Feed):
             ahead=ahead,
             hw_decoder_load=self._hw_decoder_load,
         )
-        if not self._is_probed:
-            self._is_probed = True
-            if not self._can_decode_all_kinds(pipeline):
-                return self._start_pipeline(ahead)
-        return pipeline
 
-    def _can_decode_all_kinds(self, pipeline: ImagePipeline) -> bool:
-        """Try the first image of each kind; whether they could all be prepared, or else the pipeline is of no use.
-
-        Where samples are skipped, kinds that cannot be decoded are only logged.
+    def _try_kinds(self) -> None:
+        """Try the first image of each kind that comes after the first batch, in a pipeline of its own.
 
         Raises:
-            FastcalError: Images of some kind cannot be decoded on this device.
+            FastcalError: Images of some kind cannot be decoded on this device. Where samples are skipped, that is only
+                logged.
         """
-        kinds = [
-            (value, extension, numbers)
-            for value in self._images.values()
-            for extension, numbers in value.source.first_of_each_kind(_TRIED).items()
-        ]
-        firsts = sorted({numbers[0] for _, _, numbers in kinds})
-        try:
-            for place in range(0, len(firsts), self._most_in_a_run):
-                run = Run(firsts[place : place + self._most_in_a_run], 0, 0)
-                for _ in range(pipeline.ahead):
-                    pipeline.submit(run, self._fetch(run))
-                while pipeline.under_way:
-                    pipeline.collect(None)
-            return True
-        except (RuntimeError, UnreadableError):
-            for value, extension, numbers in kinds:
-                found = list(find_unreadable([value], numbers, self.gpu))
+        for value in self._images.values():
+            for extension, numbers in value.source.first_of_each_kind(_TRIED).items():
+                if numbers[0] < self.batch_size or not any(find_unreadable([value], numbers[:1], self.gpu)):
+                    continue
+                found = [*find_unreadable([value], numbers, self.gpu)]
                 if len(found) < len(numbers):
                     continue
                 tried = ", ".join(value.source.names[number] for number in numbers)
                 text = f"DALI decodes no {extension} image here: tried {tried}; convert them or leave them out"
                 if not self._skip:
-                    raise FastcalError(text if len(found) > 1 else str(found[0])) from None
+                    raise FastcalError(text if len(found) > 1 else str(found[0]))
                 if len(found) > 1:
                     _log.warning("%s", text)
-            return False
 
     def _recover(self, error: RuntimeError, under_way: Collection[Run]) -> None:
         """Leave out the samples that the pipeline failed on, and begin again with those that were under way.
