@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         LegacyCalibrator,
         MinMaxCalibrator,
     )
+    from fastcal.comparison import Comparison, compare
     from fastcal.errors import FastcalError
     from fastcal.feed.arrays import ArrayFeed
     from fastcal.feed.feed import Feed
@@ -41,6 +42,7 @@ __all__ = [
     "CacheDiff",
     "CalibrationCache",
     "Calibrator",
+    "Comparison",
     "EntropyCalibrator",
     "EntropyCalibrator2",
     "FastcalError",
@@ -54,6 +56,7 @@ __all__ = [
     "build_engine",
     "calibrate",
     "check_cache",
+    "compare",
     "diff_caches",
     "quantize",
 ]
@@ -66,6 +69,7 @@ _MODULES = {
     "CacheDiff": "fastcal.cache_diff",
     "CalibrationCache": "fastcal.cache",
     "Calibrator": "fastcal.calibrators",
+    "Comparison": "fastcal.comparison",
     "EntropyCalibrator": "fastcal.calibrators",
     "EntropyCalibrator2": "fastcal.calibrators",
     "FastcalError": "fastcal.errors",
@@ -79,6 +83,7 @@ _MODULES = {
     "build_engine": "fastcal.build",
     "calibrate": "fastcal.observe.calibration",
     "check_cache": "fastcal.cache_check",
+    "compare": "fastcal.comparison",
     "diff_caches": "fastcal.cache_diff",
     "quantize": "fastcal.qdq",
 }

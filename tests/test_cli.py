@@ -1,6 +1,7 @@
 """The command line as a user meets it: in a process of its own."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -132,6 +133,48 @@ def test_the_default_version_is_said(run_fastcal, tmp_path, images):
     done = run_fastcal("calibrate", MODEL, images, "-o", tmp_path / "x.cache", "--batch-size", 26)
     assert done.stderr == "note: TensorRT is not installed here: the cache is written for TensorRT 10.16.1\n"
     assert fastcal.CalibrationCache.load(tmp_path / "x.cache").tensorrt_version == "10.16.1"
+
+
+def test_compare_prints_a_table_a_verdict_and_json(run_fastcal, tmp_path, images):
+    words = ("--batch-size", 13, "--cache", tmp_path / "bgr.cache")
+    (tmp_path / "p.toml").write_text('preset = "imagenet"\nchannels = "BGR"\n')
+    options = ("-o", tmp_path / "bgr.cache", "--preprocess", tmp_path / "p.toml")
+    assert run_fastcal("calibrate", MODEL, images, *options).returncode == 0
+    table = run_fastcal("compare", MODEL, images, *words)
+    assert (table.returncode, table.stderr) == (0, "")
+    done = run_fastcal("compare", MODEL, images, *words, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    *progress, said = map(json.loads, done.stdout.splitlines())
+    assert {line["event"] for line in progress} == {"progress"}
+    assert said["images"] == 26
+    lines = table.stdout.splitlines()
+    assert lines[-1] == f"verdict: {said['verdict']}"
+    assert "bgr.cache" in said["verdict"]
+    assert "its record has other preprocessing: crop 0.875 to 32x32, BGR" in said["verdict"]
+    assert list(said["qualities"]) == ["entropy2", "minmax", "percentile", "bgr.cache"]
+    for line, (label, quality) in zip(lines[3:], said["qualities"].items(), strict=False):
+        name, *values = line.split()
+        worst = min(quality["tensors"], key=lambda tensor: quality["tensors"][tensor]["sqnr"])
+        assert name == label
+        assert values[:2] == [f"{quality['sqnr']:.1f}", "dB"]
+        assert values[2] == f"{quality['agreement']:.1%}"
+        assert values[-1] == worst
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("compare", MODEL, "images", "--cache", "no.cache"), "cannot read calibration cache no.cache"),
+        (("compare", MODEL, "images", "--cache", MODEL), "digits.onnx is neither a calibration cache nor"),
+        (("compare", MODEL, "images", "--quantile", "0"), r"quantile 0.0 is not in \(0, 1\]"),
+    ],
+)
+def test_what_is_wrong_with_a_comparison_is_one_line(run_fastcal, tmp_path, images, words, message):
+    done = run_fastcal(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.match("error: .*" + message, done.stderr.splitlines()[-1])
+    assert [line for line in done.stderr.splitlines() if not line.startswith("note: ")] == done.stderr.splitlines()[-1:]
+    assert os.listdir(tmp_path) == ["images"]
 
 
 def break_nothing(tmp_path, images):

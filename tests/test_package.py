@@ -42,6 +42,7 @@ except fastcal.FastcalError as error:
             run,
             "engine onnxruntime needs ONNX Runtime, which is not installed: pip install 'fastcal[cpu]'",
         ),
+        ("onnxruntime", "compare", "compare needs ONNX Runtime, which is not installed: pip install 'fastcal[cpu]'"),
         ("numba", run, "engine onnxruntime needs numba, which is not installed: pip install 'fastcal[cpu]'"),
     ):
         command = [sys.executable, "-c", program, module, name]

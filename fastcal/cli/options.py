@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EngineOption = Annotated[
     str, typer.Option(help=f"What runs the network: {', '.join(ENGINES)} (TensorRT where it and a GPU are).")
 ]
+QuantileOption = Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")]
 UntilStableOption = Annotated[
     float | None, typer.Option(metavar="PERCENT", help="Stop when no scale moves by more than this any longer.")
 ]
@@ -123,7 +124,7 @@ class CalibrationOptions(FeedOptions):
     """What every command that calibrates asks for: the model, its images, and how scales are picked."""
 
     algorithm: Annotated[str, typer.Option(help=f"How scales are picked: {', '.join(ALGORITHMS)}.")] = "entropy2"
-    quantile: Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")] = 0.9999
+    quantile: QuantileOption = 0.9999
     tf32: Annotated[bool, typer.Option("--tf32", help="On a GPU: run the network in TF32, which is faster.")] = False
     tactic_sources: Annotated[
         str | None,
