@@ -83,7 +83,12 @@ def judge(folder: Path, cache: fastcal.CalibrationCache) -> bool:
 
 
 def look(folder: Path, cache: fastcal.CalibrationCache) -> str:
-    images = feeds(folder)[0]
+    images, arrays, *_ = feeds(folder)
+    preview = fastcal.preview(images, count=8)
+    assert_type(preview, fastcal.Preview)
+    assert_type([channel.mean for channel in preview.channels], list[float])
+    preview.save(folder / "sheet.png")
+    assert_type(fastcal.preview(arrays, preprocess="unit", input_name="input").pixels, npt.NDArray[np.float32])
     comparison = fastcal.compare("model.onnx", images, caches={"mine": cache, "old": "old.cache"}, progress=show)
     assert_type(comparison, fastcal.Comparison)
     for name, tensor in comparison.qualities[comparison.best].tensors.items():
@@ -93,6 +98,7 @@ def look(folder: Path, cache: fastcal.CalibrationCache) -> str:
         print(
             {name: histogram.clipped(127 * cache.scales[name]) for name, histogram in cache.observed.histograms.items()}
         )
+    fastcal.write_report(cache, folder / "report.html", about={"images": str(folder)})
     return comparison.verdict
 
 
