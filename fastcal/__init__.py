@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         LegacyCalibrator,
         MinMaxCalibrator,
     )
+    from fastcal.comparison import Comparison, compare
+    from fastcal.contact_sheet import Preview, preview
     from fastcal.errors import FastcalError
     from fastcal.feed.arrays import ArrayFeed
     from fastcal.feed.feed import Feed
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from fastcal.observe.calibration import calibrate
     from fastcal.progress import Progress
     from fastcal.qdq import quantize
+    from fastcal.report import write_report
 
 __all__ = [
     "ArrayFeed",
@@ -41,6 +44,7 @@ __all__ = [
     "CacheDiff",
     "CalibrationCache",
     "Calibrator",
+    "Comparison",
     "EntropyCalibrator",
     "EntropyCalibrator2",
     "FastcalError",
@@ -50,12 +54,16 @@ __all__ = [
     "MinMaxCalibrator",
     "NumpyFeed",
     "Preprocess",
+    "Preview",
     "Progress",
     "build_engine",
     "calibrate",
     "check_cache",
+    "compare",
     "diff_caches",
+    "preview",
     "quantize",
+    "write_report",
 ]
 
 logging.getLogger("fastcal").addHandler(logging.NullHandler())  # else Python prints warnings that nobody handles
@@ -66,6 +74,7 @@ _MODULES = {
     "CacheDiff": "fastcal.cache_diff",
     "CalibrationCache": "fastcal.cache",
     "Calibrator": "fastcal.calibrators",
+    "Comparison": "fastcal.comparison",
     "EntropyCalibrator": "fastcal.calibrators",
     "EntropyCalibrator2": "fastcal.calibrators",
     "FastcalError": "fastcal.errors",
@@ -75,12 +84,16 @@ _MODULES = {
     "MinMaxCalibrator": "fastcal.calibrators",
     "NumpyFeed": "fastcal.feed.numpy_files",
     "Preprocess": "fastcal.feed.preprocess",
+    "Preview": "fastcal.contact_sheet",
     "Progress": "fastcal.progress",
     "build_engine": "fastcal.build",
     "calibrate": "fastcal.observe.calibration",
     "check_cache": "fastcal.cache_check",
+    "compare": "fastcal.comparison",
     "diff_caches": "fastcal.cache_diff",
+    "preview": "fastcal.contact_sheet",
     "quantize": "fastcal.qdq",
+    "write_report": "fastcal.report",
 }
 
 

@@ -12,6 +12,7 @@ from fastcal.errors import FastcalError
 from fastcal.files import write_atomically
 
 if TYPE_CHECKING:
+    from fastcal.observe.observations import Observations
     from fastcal.record import Record
 
 #: The TensorRT version a cache is written for where none is installed and none is asked for: the last 10.x release.
@@ -47,6 +48,7 @@ class CalibrationCache:
         quantile: For "percentile", the share of values that is not clipped.
         cutoff: For "percentile", Legacy calibration's regression cutoff.
         record: What the cache was made from, where that is known.
+        observed: What the calibration saw, its histograms for instance, if this is its result; not written to the file.
     """
 
     scales: dict[str, float] = field(default_factory=dict)
@@ -55,6 +57,7 @@ class CalibrationCache:
     quantile: float | None = None
     cutoff: float | None = None
     record: "Record | None" = field(default=None, compare=False)
+    observed: "Observations | None" = field(default=None, compare=False, repr=False)
 
     @property
     def header(self) -> str:

@@ -223,7 +223,7 @@ def examine(tell: Callable[[str], None]) -> Findings:
         lacking = [_PROBES[need].label for need in probe.needs if findings[need].status != "works"]
         if (probe.where == "gpu" and not cuda) or lacking:
             reason = f"needs {', '.join(lacking)}" if cuda else "there is no GPU"
-            findings[name] = Finding(probe.label, "unused", _installed(probe.wheels), reason)
+            findings[name] = Finding(probe.label, "unused", installed(probe.wheels), reason)
         else:
             tell(probe.label)
             findings[name] = _run(name, probe)
@@ -244,7 +244,7 @@ def attempt(name: str) -> None:
         found = (error.name or "").partition(".")[0] != probe.module
         result = {"broken": str(error)} if found else {"missing": "not installed" if error.name else str(error)}
     except Exception as error:
-        missing = isinstance(error.__cause__, ModuleNotFoundError) and not _installed(probe.wheels)
+        missing = isinstance(error.__cause__, ModuleNotFoundError) and not installed(probe.wheels)
         result = {"missing": "not installed"} if missing else {"broken": str(error) or type(error).__name__}
     print(json.dumps(result))
 
@@ -252,7 +252,7 @@ def attempt(name: str) -> None:
 def _run(name: str, probe: _Probe) -> Finding:
     """Try one library in a process of its own."""
     program = f"import sys; sys.path[:] = {sys.path!r}; from fastcal.doctor import attempt; attempt({name!r})"
-    finding = Finding(probe.label, "broken", _installed(probe.wheels))
+    finding = Finding(probe.label, "broken", installed(probe.wheels))
     try:
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, errors="replace", timeout=_SECONDS
@@ -308,8 +308,8 @@ def _fix(finding: Finding, probe: _Probe, extra: str) -> str:
     return f"pip install --force-reinstall {names[0] if names else of_extra}"
 
 
-def _installed(wheels: str) -> list[str]:
-    """The installed packages whose names match, with their versions."""
+def installed(wheels: str) -> list[str]:
+    """The installed packages whose names match a regular expression, with their versions."""
     found = {(dist.name or "").lower().replace("_", "-"): dist.version for dist in distributions()}
     return sorted(f"{name} {found[name]}" for name in found if wheels and re.fullmatch(wheels, name))
 
@@ -321,7 +321,7 @@ def _system() -> dict[str, str]:
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": f"{release[1] if release else platform.system()}, {platform.machine()}, "
         f"{' '.join(platform.libc_ver())}, {len(os.sched_getaffinity(0))} cores",
-        "packages": ", ".join(_installed(_FURTHER)),
+        "packages": ", ".join(installed(_FURTHER)),
     }
 
 

@@ -8,13 +8,21 @@ class FastcalError(Exception):
     """
 
 
-# Packages that the extra "cpu" brings, by the module whose absence tells.
-_PACKAGES = {"flatbuffers": "ONNX Runtime", "numba": "numba", "nvidia": "NVIDIA DALI", "onnxruntime": "ONNX Runtime"}
+# Packages and the extra that brings each, by the module whose absence tells.
+_PACKAGES = {
+    "flatbuffers": ("ONNX Runtime", "cpu"),
+    "jinja2": ("Jinja2", "report"),
+    "matplotlib": ("Matplotlib", "report"),
+    "numba": ("numba", "cpu"),
+    "nvidia": ("NVIDIA DALI", "cpu"),
+    "onnxruntime": ("ONNX Runtime", "cpu"),
+}
 
 
 def missing(what: str, error: ModuleNotFoundError) -> Exception:
     """The error to raise where `what` cannot be had for want of a package; `error` itself where no extra brings it."""
-    package = _PACKAGES.get((error.name or "").partition(".")[0])
-    if package is None:
+    known = _PACKAGES.get((error.name or "").partition(".")[0])
+    if known is None:
         return error
-    return FastcalError(f"{what} needs {package}, which is not installed: pip install 'fastcal[cpu]'")
+    package, extra = known
+    return FastcalError(f"{what} needs {package}, which is not installed: pip install 'fastcal[{extra}]'")

@@ -11,7 +11,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+settings.register_profile("untimed", deadline=None)  # a first example may wait for numba
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "examples" / "digits"

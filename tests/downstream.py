@@ -82,6 +82,26 @@ def judge(folder: Path, cache: fastcal.CalibrationCache) -> bool:
     return not diff and not check
 
 
+def look(folder: Path, cache: fastcal.CalibrationCache) -> str:
+    images, arrays, *_ = feeds(folder)
+    preview = fastcal.preview(images, count=8)
+    assert_type(preview, fastcal.Preview)
+    assert_type([channel.mean for channel in preview.channels], list[float])
+    preview.save(folder / "sheet.png")
+    assert_type(fastcal.preview(arrays, preprocess="unit", input_name="input").pixels, npt.NDArray[np.float32])
+    comparison = fastcal.compare("model.onnx", images, caches={"mine": cache, "old": "old.cache"}, progress=show)
+    assert_type(comparison, fastcal.Comparison)
+    for name, tensor in comparison.qualities[comparison.best].tensors.items():
+        assert_type(tensor.sqnr, float | None)
+        print(name, tensor.sqnr, tensor.clipped, comparison.float_top1)
+    if cache.observed is not None:
+        print(
+            {name: histogram.clipped(127 * cache.scales[name]) for name, histogram in cache.observed.histograms.items()}
+        )
+    fastcal.write_report(cache, folder / "report.html", about={"images": str(folder)})
+    return comparison.verdict
+
+
 def models(folder: Path, config: Any, network: Any, builder: Any) -> bytes:
     quantized = fastcal.quantize("model.onnx", scales(folder), exclude=["Gemm"])
     assert_type(quantized, onnx.ModelProto)

@@ -1,6 +1,7 @@
 """The command line as a user meets it: in a process of its own."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -132,6 +133,102 @@ def test_the_default_version_is_said(run_fastcal, tmp_path, images):
     done = run_fastcal("calibrate", MODEL, images, "-o", tmp_path / "x.cache", "--batch-size", 26)
     assert done.stderr == "note: TensorRT is not installed here: the cache is written for TensorRT 10.16.1\n"
     assert fastcal.CalibrationCache.load(tmp_path / "x.cache").tensorrt_version == "10.16.1"
+
+
+def test_preview_draws_what_the_network_gets(run_fastcal, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    words = ("--balance", "--preprocess", "imagenet", "-o", sheet)
+    done = run_fastcal("preview", DIGITS / "images", "--model", MODEL, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    feed = fastcal.ImageFeed(DIGITS / "images", model=MODEL, balance=True, limit=24)
+    with feed:
+        preview = fastcal.preview(feed)
+    assert done.stdout.splitlines() == [*preview.notes(), *map(str, preview.channels)]
+    preview.save(tmp_path / "again.png")
+    assert sheet.read_bytes() == (tmp_path / "again.png").read_bytes()
+    without_model = run_fastcal("preview", DIGITS / "images", "-o", sheet, "--limit", 2, "--size", "48x64")
+    assert "crop 0.875 to 48x64" in without_model.stdout
+    assert sheet.read_bytes() != (tmp_path / "again.png").read_bytes()
+
+
+def test_preview_shows_that_arrays_were_not_made_with_a_preprocessing(run_fastcal, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 3, 16, 16)).astype(np.float32)
+    np.save(tmp_path / "pixels.npy", pixels)
+    for name, outside in (("raw", False), ("imagenet", True)):
+        done = run_fastcal("preview", tmp_path / "pixels.npy", "-o", tmp_path / "x.png", "--preprocess", name)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ("of the pixels are outside 0..255" in done.stdout) == outside
+    done = run_fastcal("preview", tmp_path / "pixels.npy", "-o", tmp_path / "x.png", "--size", "8x8")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "has arrays, which are taken as they are; --size is for images" in done.stderr
+
+
+def test_compare_prints_a_table_a_verdict_and_json(run_fastcal, tmp_path, images):
+    words = ("--batch-size", 13, "--cache", tmp_path / "bgr.cache")
+    (tmp_path / "p.toml").write_text('preset = "imagenet"\nchannels = "BGR"\n')
+    options = ("-o", tmp_path / "bgr.cache", "--preprocess", tmp_path / "p.toml")
+    assert run_fastcal("calibrate", MODEL, images, *options).returncode == 0
+    table = run_fastcal("compare", MODEL, images, *words)
+    assert (table.returncode, table.stderr) == (0, "")
+    done = run_fastcal("compare", MODEL, images, *words, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    *progress, said = map(json.loads, done.stdout.splitlines())
+    assert {line["event"] for line in progress} == {"progress"}
+    assert said["images"] == 26
+    lines = table.stdout.splitlines()
+    assert lines[-1] == f"verdict: {said['verdict']}"
+    assert "bgr.cache" in said["verdict"]
+    assert "its record has other preprocessing: crop 0.875 to 32x32, BGR" in said["verdict"]
+    assert list(said["qualities"]) == ["entropy2", "minmax", "percentile", "bgr.cache"]
+    for line, (label, quality) in zip(lines[3:], said["qualities"].items(), strict=False):
+        name, *values = line.split()
+        worst = min(quality["tensors"], key=lambda tensor: quality["tensors"][tensor]["sqnr"])
+        assert name == label
+        assert values[:2] == [f"{quality['sqnr']:.1f}", "dB"]
+        assert values[2] == f"{quality['agreement']:.1%}"
+        assert values[-1] == worst
+
+
+def test_a_report_beside_the_cache(run_fastcal, tmp_path, images):
+    output, report = tmp_path / "x.cache", tmp_path / "report.html"
+    done = run_fastcal("calibrate", MODEL, images, "-o", output, "--report", report)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"report     {report}"
+    page = report.read_text()
+    assert page.startswith("<!doctype html>")
+    assert f"<dd>{images}</dd>" in page
+    assert "<b>26</b>samples" in page  # in a batch of 32
+    assert all(f'<span class="name">{name}</span>' in page for name in fastcal.CalibrationCache.load(output).scales)
+    quantized = run_fastcal("quantize", MODEL, images, "-o", tmp_path / "x.onnx", "--report", tmp_path / "2.html")
+    assert quantized.returncode == 0, quantized.stderr
+    assert "<h2>Tensors</h2>" in (tmp_path / "2.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("preview", "images", "-o", "x.gif"), "cannot draw x.gif: name a file that ends in .png, .jpg, .webp, "),
+        (("preview", "images", "-o", "no/x.png"), "cannot write no/x.png: there is no folder"),
+        (("preview", "nowhere", "-o", "x.png"), "no such file or folder: nowhere"),
+        (("preview", "images", "-o", "x.png", "--limit", "0"), "limit is 0; it must be at least 1"),
+        (("preview", "images", "-o", "x.png", "--model", "no.onnx"), "cannot read model no.onnx"),
+        (("compare", MODEL, "images", "--cache", "no.cache"), "cannot read calibration cache no.cache"),
+        (("compare", MODEL, "images", "--cache", MODEL), "digits.onnx is neither a calibration cache nor"),
+        (("compare", MODEL, "images", "--quantile", "0"), r"quantile 0.0 is not in \(0, 1\]"),
+        (
+            ("calibrate", MODEL, "images", "-o", "x", "--report", "x"),
+            "x is the cache; name another file for the report",
+        ),
+        (("calibrate", MODEL, "images", "-o", "x", "--report", "no/x"), "cannot write no/x: there is no folder"),
+        (("quantize", MODEL, "images", "-o", "x", "--report", "x"), "x is the quantized model; name another file for"),
+    ],
+)
+def test_what_is_wrong_with_pictures_is_one_line(run_fastcal, tmp_path, images, words, message):
+    done = run_fastcal(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.match("error: .*" + message, done.stderr.splitlines()[-1])
+    assert [line for line in done.stderr.splitlines() if not line.startswith("note: ")] == done.stderr.splitlines()[-1:]
+    assert os.listdir(tmp_path) == ["images"]
 
 
 def break_nothing(tmp_path, images):
@@ -275,7 +372,7 @@ def test_commands_that_calibrate_share_their_options():
     commands = typer.main.get_command(app).commands
     calibrate, build = ({option.name: option for option in commands[name].params} for name in ("calibrate", "build"))
     shared = calibrate.keys() & build.keys() - {"output", "help"}
-    assert set(calibrate) - shared == {"output", "engine", "tensorrt", "until_stable"}
+    assert set(calibrate) - shared == {"output", "engine", "tensorrt", "until_stable", "report"}
     for name in shared:
         for what in ("opts", "help", "default", "required", "show_default", "metavar"):
             assert getattr(calibrate[name], what) == getattr(build[name], what), name

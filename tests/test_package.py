@@ -8,7 +8,7 @@ from conftest import DIGITS
 def test_importing_it_imports_none_of_what_it_can_do_without():
     program = (
         "import sys, fastcal; print([name for name in ('nvidia', 'onnx', 'onnxruntime', 'numba', 'numpy', 'tensorrt',"
-        " 'cupy') if name in sys.modules])"
+        " 'cupy', 'matplotlib', 'jinja2') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -42,6 +42,9 @@ except fastcal.FastcalError as error:
             run,
             "engine onnxruntime needs ONNX Runtime, which is not installed: pip install 'fastcal[cpu]'",
         ),
+        ("matplotlib", "preview", "preview needs Matplotlib, which is not installed: pip install 'fastcal[report]'"),
+        ("jinja2", "write_report", "write_report needs Jinja2, which is not installed: pip install 'fastcal[report]'"),
+        ("onnxruntime", "compare", "compare needs ONNX Runtime, which is not installed: pip install 'fastcal[cpu]'"),
         ("numba", run, "engine onnxruntime needs numba, which is not installed: pip install 'fastcal[cpu]'"),
     ):
         command = [sys.executable, "-c", program, module, name]

@@ -8,8 +8,10 @@ import typer
 from fastcal.cli.build import build
 from fastcal.cli.cache import app as cache
 from fastcal.cli.calibrate import calibrate
+from fastcal.cli.compare import compare
 from fastcal.cli.doctor import doctor
 from fastcal.cli.options import with_options
+from fastcal.cli.preview import preview
 from fastcal.cli.quantize import quantize
 
 _STATUS = (
@@ -41,7 +43,9 @@ def _options(
 
 
 for _command, _example in (
+    (preview, "fastcal preview images/ --model model.onnx -o sheet.png"),
     (calibrate, "fastcal calibrate model.onnx images/ -o model.cache --limit 500"),
+    (compare, "fastcal compare model.onnx images/ --cache model.cache"),
     (quantize, "fastcal quantize model.onnx model.cache -o model.qdq.onnx"),
     (build, "fastcal build model.onnx images/ -o model.engine --cache model.cache"),
     (doctor, "fastcal doctor > report.txt"),

@@ -7,7 +7,15 @@ from rich.console import Console
 
 import fastcal
 from fastcal.cache import largest_size
-from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs, data_rows, data_used
+from fastcal.cli.options import (
+    CalibrationOptions,
+    EngineOption,
+    ReportOption,
+    UntilStableOption,
+    check_outputs,
+    data_rows,
+    data_used,
+)
 from fastcal.cli.terminal import finish, print_rows, progress_bar, rate, terminal, waiting
 from fastcal.files import check_writable
 
@@ -25,21 +33,24 @@ def calibrate(
         str | None,
         typer.Option(help="Version that will read the cache.", show_default="the one installed, else 10.16.1"),
     ] = None,
+    report: ReportOption = None,
 ) -> None:
     """Write the calibration cache TensorRT would write, from a model and images."""
     with terminal() as console:
         from fastcal.model import Model
 
         network = Model(options.model)
-        check_outputs(network, {"cache": output})
+        check_outputs(network, {"cache": output, "report": report})
         check_writable(output, largest_size(network.activations))
+        check_report(report)
         feed = options.feed(network)
         cache, progress = calibrate_on(
             console, network, feed, options, engine=engine, until_stable=until_stable, tensorrt_version=tensorrt
         )
         cache.save(output)
-        print_summary(cache, feed, progress, cache=f"{output}, {cache.header}")
-        finish(cache=output, **outcome(cache, feed, progress))
+        written = {"cache": f"{output}, {cache.header}", **save_report(report, cache, options)}
+        print_summary(cache, feed, progress, **written)
+        finish(cache=output, report=report, **outcome(cache, feed, progress))
 
 
 def calibrate_on(
@@ -58,6 +69,21 @@ def calibrate_on(
             **more,
         )
     return cache, progress.last
+
+
+def check_report(path: str | None) -> None:
+    """Fail now where a report that is asked for could not be written later."""
+    if path is not None:
+        _ = fastcal.write_report  # raises if what it needs is not installed
+        check_writable(path, 1)
+
+
+def save_report(path: str | None, cache: fastcal.CalibrationCache, options: CalibrationOptions) -> dict[str, str]:
+    """Write the report if one is asked for; returns the row that says so."""
+    if path is None:
+        return {}
+    fastcal.write_report(cache, path, about={"data": options.data})
+    return {"report": path}
 
 
 def print_summary(

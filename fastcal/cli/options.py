@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 EngineOption = Annotated[
     str, typer.Option(help=f"What runs the network: {', '.join(ENGINES)} (TensorRT where it and a GPU are).")
 ]
+QuantileOption = Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")]
 UntilStableOption = Annotated[
     float | None, typer.Option(metavar="PERCENT", help="Stop when no scale moves by more than this any longer.")
+]
+ReportOption = Annotated[
+    str | None, typer.Option(metavar="HTML", help="Write a page about the calibration, for a browser.")
 ]
 
 
@@ -76,7 +80,12 @@ class FeedOptions:
     ] = 5.0
     threads: Annotated[int | None, typer.Option(help="Threads to use.", show_default="one per core")] = None
 
-    def feed(self, network: "Model") -> "fastcal.ImageFeed | fastcal.NumpyFeed":
+    #: The options that arrays do not have.
+    for_images: ClassVar[frozenset[str]] = frozenset(
+        ["preprocess", "size", "key", "balance", "skip_unreadable", "max_unreadable"]
+    )
+
+    def feed(self, network: "Model | None") -> "fastcal.ImageFeed | fastcal.NumpyFeed":
         """The images, or arrays, as batches for the model."""
         from fastcal.feed.numpy_files import are_arrays
 
@@ -85,7 +94,7 @@ class FeedOptions:
             return self._array_feed(network)
         return fastcal.ImageFeed(
             data,
-            preprocess=_preprocess(self.preprocess, self.size),
+            preprocess=self.preprocessing(),
             model=network,
             batch_size=self.batch_size,
             input_name=self.input_name,
@@ -100,9 +109,13 @@ class FeedOptions:
             threads=self.threads,
         )
 
-    def _array_feed(self, network: "Model") -> "fastcal.NumpyFeed":
+    def preprocessing(self) -> fastcal.Preprocess:
+        """How images are prepared, or arrays were."""
+        return _preprocess(self.preprocess, self.size)
+
+    def _array_feed(self, network: "Model | None") -> "fastcal.NumpyFeed":
         defaults = {field.name: field.default for field in fields(self)}
-        for name in ("preprocess", "size", "key", "balance", "skip_unreadable", "max_unreadable"):
+        for name in sorted(self.for_images):
             if getattr(self, name) != defaults[name]:
                 option = "--" + name.replace("_", "-")
                 raise FastcalError(f"{self.data} has arrays, which are taken as they are; {option} is for images")
@@ -123,7 +136,7 @@ class CalibrationOptions(FeedOptions):
     """What every command that calibrates asks for: the model, its images, and how scales are picked."""
 
     algorithm: Annotated[str, typer.Option(help=f"How scales are picked: {', '.join(ALGORITHMS)}.")] = "entropy2"
-    quantile: Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")] = 0.9999
+    quantile: QuantileOption = 0.9999
     tf32: Annotated[bool, typer.Option("--tf32", help="On a GPU: run the network in TF32, which is faster.")] = False
     tactic_sources: Annotated[
         str | None,
@@ -189,9 +202,9 @@ def data_used(feed: "fastcal.ImageFeed | fastcal.NumpyFeed", progress: fastcal.P
     return {"images": used, "skipped": feed.skipped, "preprocess": prepared}
 
 
-def check_outputs(network: "Model", outputs: Mapping[str, str | None]) -> None:
+def check_outputs(network: "Model | None", outputs: Mapping[str, str | None]) -> None:
     """Fail now if one file would be written over another; `outputs` says what each is."""
-    taken = {os.path.realpath(network.path): "the model itself"}
+    taken = {} if network is None else {os.path.realpath(network.path): "the model itself"}
     for what, path in outputs.items():
         if path is None:
             continue
@@ -200,10 +213,10 @@ def check_outputs(network: "Model", outputs: Mapping[str, str | None]) -> None:
             raise FastcalError(f"{path} is {other}; name another file for the {what}")
 
 
-def _by_input(data: str, network: "Model") -> str | dict[str, str]:
+def _by_input(data: str, network: "Model | None") -> str | dict[str, str]:
     """The data of each input where `data` is "left=left/,right=right/" and these are inputs of the network."""
     pairs = [part.partition("=") for part in data.split(",")]
-    names = {value.name for value in network.inputs}
+    names = set() if network is None else {value.name for value in network.inputs}
     is_named = all(equals for _, equals, _ in pairs) and any(name in names for name, _, _ in pairs)
     return {name: where for name, _, where in pairs} if is_named and not os.path.exists(data) else data
 

@@ -8,8 +8,8 @@ import typer
 
 import fastcal
 from fastcal.cache import DEFAULT_TENSORRT_VERSION
-from fastcal.cli.calibrate import calibrate_on, outcome, print_summary
-from fastcal.cli.options import CalibrationOptions, EngineOption, UntilStableOption, check_outputs
+from fastcal.cli.calibrate import calibrate_on, check_report, outcome, print_summary, save_report
+from fastcal.cli.options import CalibrationOptions, EngineOption, ReportOption, UntilStableOption, check_outputs
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.errors import FastcalError
 from fastcal.files import check_writable, write_atomically
@@ -27,6 +27,7 @@ class QuantizeOptions(CalibrationOptions):
     ]
     engine: EngineOption = "auto"
     until_stable: UntilStableOption = None
+    report: ReportOption = None
 
     def has_cache(self) -> bool:
         """Whether the second argument is a calibration cache.
@@ -71,8 +72,10 @@ def quantize(
         excluded = exclude or ()
         check_quantizable(network, excluded)
         has_cache = options.has_cache()
-        check_outputs(network, {"calibration cache": options.data if has_cache else None, "quantized model": output})
+        inputs = {"calibration cache": options.data if has_cache else None}
+        check_outputs(network, {**inputs, "quantized model": output, "report": options.report})
         check_writable(output, network.path.stat().st_size)
+        check_report(options.report)
         if has_cache:
             quantized = fastcal.quantize(network, options.data, exclude=excluded)
             _write_model(quantized, output)
@@ -87,8 +90,9 @@ def quantize(
             )  # fmt: skip
             quantized = fastcal.quantize(network, cache, exclude=excluded)
             _write_model(quantized, output)
-            print_summary(cache, feed, progress, **_quantized_rows(quantized, output))
-            finish(**_quantized(quantized, output), **outcome(cache, feed, progress))
+            written = {**_quantized_rows(quantized, output), **save_report(options.report, cache, options)}
+            print_summary(cache, feed, progress, **written)
+            finish(**_quantized(quantized, output), report=options.report, **outcome(cache, feed, progress))
 
 
 def _write_model(model: "ModelProto", output: str) -> None:

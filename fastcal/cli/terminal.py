@@ -169,10 +169,10 @@ class _Display(Progress):
 
 
 @contextlib.contextmanager
-def progress_bar(console: Console, before: str, after: str) -> Iterator[Bar]:
-    """A progress bar for batches; the two texts say what is done before and after them."""
+def progress_bar(console: Console, before: str, after: str, during: str = "calibrating") -> Iterator[Bar]:
+    """A progress bar for batches; the texts say what is done before, after and with them."""
     columns = [
-        TextColumn("calibrating"),
+        TextColumn(during),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("batches, {task.fields[rate]}, {task.fields[wait]},"),

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from fastcal.feed.device import resolve
 from fastcal.feed.feed import Feed, length
 from fastcal.model import Model
 from fastcal.observe.histogram import Histogram
+from fastcal.observe.observations import Observations
 from fastcal.observe.scales import pick_scales
 from fastcal.progress import Progress
 from fastcal.record import Record, precision
@@ -94,7 +96,7 @@ def calibrate(
         progress: Called after every batch.
 
     Returns:
-        The cache; `cache.save(path)` writes it.
+        The cache; `cache.save(path)` writes it. `cache.observed` has the histograms that the scales were picked from.
 
     Raises:
         FastcalError: The model cannot be loaded or run, or the batches do not fit it; or what the feed raises.
@@ -118,21 +120,23 @@ def calibrate(
             observing = _on_tensorrt(network, batches, tf32, optimization_level, tactic_sources)
         else:
             observing = _on_onnxruntime(network, threads)
+        timeline: list[Progress] = []
         with observing as observer:
             looks = _Looks(observer, algorithm, quantile, until_stable)
-            with closing(_timed(batches, progress, looks.are_stable)) as timed:
-                for batch in timed:
+            with closing(timed(batches, _kept(timeline, progress), looks.are_stable)) as seen:
+                for batch in seen:
                     observer.observe(batch, anonymous=batches.anonymous)
             histograms = observer.histograms()
         record = record.after(batches)
     if not histograms:
         raise FastcalError("the feed gave no batches; a calibration needs at least one")
     _warn_of_nonfinite(histograms)
-    scales = pick_scales(histograms, algorithm, quantile)
-    scales |= {name: scales[source] for name, source in observer.sources.items() if {name, source} <= scales.keys()}
+    label = str(network.path) if isinstance(network, Model) else f"network {network.name!r}"
+    observed = Observations(label, engine, dict(histograms), dict(observer.sources), timeline)
+    cache = CalibrationCache(observed.scales(algorithm, quantile), algorithm, version, record=record, observed=observed)
     if algorithm == "percentile":
-        return CalibrationCache(scales, algorithm, None, quantile=quantile, cutoff=_NO_REGRESSION, record=record)
-    return CalibrationCache(scales, algorithm, version, record=record)
+        cache.tensorrt_version, cache.quantile, cache.cutoff = None, quantile, _NO_REGRESSION
+    return cache
 
 
 class _Looks:
@@ -238,8 +242,19 @@ def _tensorrt_version(asked: str | None) -> str:
     return DEFAULT_TENSORRT_VERSION
 
 
-def _timed(
-    feed: Feed, progress: Callable[[Progress], None] | None, enough: Callable[[int], bool]
+def _kept(timeline: list[Progress], progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
+    """A function that keeps what it is told, and tells `progress`."""
+
+    def keep(state: Progress) -> None:
+        timeline.append(replace(state))
+        if progress is not None:
+            progress(state)
+
+    return keep
+
+
+def timed(
+    feed: Feed, progress: Callable[[Progress], None], enough: Callable[[int], bool]
 ) -> Generator[Mapping[str, Any], None, None]:
     """The feed's batches until there were enough images, and a report after each has been used.
 
@@ -261,8 +276,7 @@ def _timed(
                 state.total = length(feed)  # less where samples were skipped
             state.images += max((array.shape[0] for array in batch.values() if array.shape), default=0)
             state.seconds = time.perf_counter() - start
-            if progress is not None:
-                progress(state)
+            progress(state)
             if enough(state.images):
                 return
     finally:

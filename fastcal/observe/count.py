@@ -39,12 +39,13 @@ def _add(values, width, counts):  # type: ignore[no-untyped-def]
         counts[i] += np.int64(table0[i]) + np.int64(table1[i]) + np.int64(table2[i]) + np.int64(table3[i])
 
 
-def _compile(cache: bool) -> Any:
-    signature = "void(float32[::1], float32, int64[::1])"
-    return numba.njit(signature, nogil=True, error_model="numpy", cache=cache)(_add)
+def compile_loop(loop: Any, signature: str, **options: Any) -> Any:
+    """Compile a loop with numba for threads of their own, and keep the result: it takes a second."""
+    options |= {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(signature, cache=True, **options)(loop)  # kept beside this file or in the user's cache folder
+    except RuntimeError:  # neither can be written
+        return numba.njit(signature, **options)(loop)
 
 
-try:
-    add = _compile(cache=True)  # takes a second, so the result is kept beside this file or in the user's cache folder
-except RuntimeError:  # neither can be written
-    add = _compile(cache=False)
+add = compile_loop(_add, "void(float32[::1], float32, int64[::1])")

@@ -46,6 +46,19 @@ class Histogram:
         """The width of one bin."""
         return self.range / BINS
 
+    def below(self, x: float | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """How many of the counted elements are below each of the values `x`, if those in a bin are spread evenly."""
+        counts = np.concatenate([[0], np.cumsum(self.counts)])
+        below: npt.NDArray[np.float64] = np.interp(np.asarray(x), np.linspace(0, self.range, BINS + 1), counts)
+        return below
+
+    def clipped(self, threshold: float) -> float:
+        """The share of the counted elements beyond `threshold`, to within the bin it is in; 0.0 from `amax` on."""
+        total = int(self.counts.sum())
+        if not total or threshold >= self.amax:
+            return 0.0
+        return 1 - float(self.below(threshold)) / total
+
     def update(self, values: npt.NDArray[np.floating[Any]]) -> None:
         """Count one batch of `values`, of any shape; other types than float32 are converted to it."""
         from fastcal.observe import count  # compiled with numba, which is not needed where a GPU counts

@@ -74,16 +74,18 @@ class OnnxRuntimeRunner:
     Args:
         model: The model; external data is read from its folder.
         threads: How many threads run one batch; by default one per core that this process may use.
+        variant: What to run in place of the model, and to return the outputs of alone: the model with Q/DQ pairs, say.
 
     Attributes:
-        tensors: Names of the float inputs and activations, in the graph's order: what `run` returns.
+        tensors: Names of the float inputs and activations (or outputs), in the graph's order: what `run` returns.
 
     Raises:
         FastcalError: ONNX Runtime does not take the model.
     """
 
-    def __init__(self, model: Model, threads: int | None = None) -> None:
+    def __init__(self, model: Model, threads: int | None = None, *, variant: onnx.ModelProto | None = None) -> None:
         self._model = model
+        proto = _with_outputs(model) if variant is None else variant
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
@@ -93,7 +95,7 @@ class OnnxRuntimeRunner:
         )
         try:
             self._session = onnxruntime.InferenceSession(
-                _with_outputs(model), options, providers=["CPUExecutionProvider"]
+                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise FastcalError(f"ONNX Runtime cannot load {model.path}: {_first_line(error)}") from error
@@ -138,14 +140,13 @@ class OnnxRuntimeRunner:
         self._thread.shutdown()
 
 
-def _with_outputs(model: Model) -> bytes:
+def _with_outputs(model: Model) -> onnx.ModelProto:
     """The model with every activation among its outputs; their types are left for ONNX Runtime to infer."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in model.activations)
-    data: bytes = proto.SerializeToString()
-    return data
+    return proto
 
 
 def _first_line(error: Exception) -> str:

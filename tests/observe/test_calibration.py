@@ -238,3 +238,26 @@ def test_scales_are_those_of_the_histograms(onnx_file):
     for algorithm in ("entropy2", "entropy", "minmax", "percentile"):
         cache = calibrate(onnx_file(SCALED), fastcal.ArrayFeed(batches), algorithm=algorithm)
         assert cache.scales == pick_scales(histograms, algorithm)
+
+
+def test_what_was_seen_is_kept(onnx_file, tmp_path):
+    network = onnx_file(
+        "f (float[N, 1, 2, 2] x) => (float[N, 1, 1, 1] y) { r = Relu(x)\n y = MaxPool<kernel_shape = [2, 2]>(r) }"
+    )
+    random = np.random.default_rng(0)
+    feed = fastcal.ArrayFeed([{"x": random.standard_normal((8, 1, 2, 2), np.float32)} for _ in range(5)])
+    seen = []
+    cache = calibrate(network, feed, algorithm="minmax", progress=lambda state: seen.append(state.seconds))
+    observed = cache.observed
+    assert (observed.network, observed.engine, observed.sources) == (str(network), "onnxruntime", {"y": "r"})
+    assert [(state.batches, state.images) for state in observed.progress] == [(n, 8 * n) for n in range(1, 6)]
+    assert [state.seconds for state in observed.progress] == seen
+    assert {name: histogram.counts.sum() for name, histogram in observed.histograms.items()} == {
+        "x": 160, "r": 160, "y": 40,
+    }  # fmt: skip
+    for algorithm, quantile in (("minmax", 1.0), ("entropy2", 1.0), ("percentile", 0.9)):
+        anew = calibrate(network, feed, algorithm=algorithm, quantile=quantile).scales
+        assert observed.scales(algorithm, quantile) == anew
+        assert anew["y"] == anew["r"]
+    cache.save(tmp_path / "x.cache")
+    assert fastcal.CalibrationCache.load(tmp_path / "x.cache").observed is None

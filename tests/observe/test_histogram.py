@@ -137,3 +137,16 @@ def test_it_counts_where_the_compiled_loop_cannot_be_kept(tmp_path):
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=nowhere, cwd=tmp_path
     )
     assert done.stdout.strip() == "5"
+
+
+def test_the_share_that_is_clipped():
+    histogram = Histogram()
+    assert histogram.clipped(1.0) == 0
+    values = np.linspace(-1, 1, 200_001, dtype=np.float32)
+    histogram.update(values)
+    for threshold in (0.0, 0.3, 0.5, 0.99999, 1.0, 2.0):
+        assert histogram.clipped(threshold) == pytest.approx(np.mean(np.abs(values) > threshold), abs=1e-4)
+    assert histogram.below(np.array([0, 0.25, 1])) == pytest.approx([0, 50_000, 200_001], abs=30)
+    zeros = Histogram()
+    zeros.update(np.zeros(5, np.float32))
+    assert zeros.clipped(0.0) == 0

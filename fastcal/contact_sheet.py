@@ -1,0 +1,210 @@
+"""`preview`: some of a feed's images as the network gets them, drawn on one sheet."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcal.errors import FastcalError
+from fastcal.feed.arrays import as_feed
+from fastcal.feed.device import to_host
+from fastcal.feed.feed import Batch, Feed
+from fastcal.feed.preprocess import PRESETS, Preprocess
+from fastcal.files import write_atomically
+from fastcal.plots import check_picture, draw_sheet
+
+#: How many images a sheet has where it is not said: four rows.
+COUNT = 24
+
+#: Pixel values are rounded: only what is further than this from 0..255 is outside.
+_TOLERANCE = 0.5
+
+
+@dataclass(frozen=True)
+class Channel:
+    """The values of one channel over all previewed images, as the network gets them.
+
+    Attributes:
+        name: "R", "G", "B" or "GRAY": what the preprocessing takes it for.
+        min: The smallest value.
+        max: The largest.
+        mean: The mean.
+        std: The standard deviation.
+    """
+
+    name: str
+    min: float
+    max: float
+    mean: float
+    std: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.min:.4g} to {self.max:.4g}, mean {self.mean:.4g}, std {self.std:.4g}"
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Images as a network gets them.
+
+    Attributes:
+        preprocess: The preprocessing that `pixels` undoes.
+        names: The images' names: their paths below their common folder where they are files.
+        values: What the network gets: float32 array of shape (images, height, width, channels).
+    """
+
+    preprocess: Preprocess
+    names: Sequence[str]
+    values: npt.NDArray[np.float32]
+
+    @property
+    def pixels(self) -> npt.NDArray[np.float32]:
+        """The preprocessing undone: (values * std + mean) / scale, of the shape of `values`; 0 to 255 if it is right.
+
+        The channels are in the network's order: of "BGR" the first is blue.
+        """
+        mean, std = (np.array(values, np.float32) for values in (self.preprocess.mean, self.preprocess.std))
+        undone: npt.NDArray[np.float32] = (self.values * std + mean) / np.float32(self.preprocess.scale)
+        return undone
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The values of each channel, in the network's order."""
+        names = ["GRAY"] if self.preprocess.channels == "GRAY" else list(self.preprocess.channels)
+        by_channel = self.values.reshape(-1, len(names)).T.astype(np.float64)
+        return [
+            Channel(name, float(of.min()), float(of.max()), float(of.mean()), float(of.std()))
+            for name, of in zip(names, by_channel, strict=True)
+        ]
+
+    @property
+    def outside(self) -> float:
+        """The share of pixels outside 0..255: above 0, the values were not made with this preprocessing."""
+        pixels = self.pixels
+        return float(np.mean((pixels < -_TOLERANCE) | (pixels > 255 + _TOLERANCE) | ~np.isfinite(pixels)))
+
+    @property
+    def normalized_as(self) -> list[str]:
+        """The presets with the same colours and values."""
+        return [
+            name
+            for name, preset in PRESETS.items()
+            if all(
+                getattr(preset, what) == getattr(self.preprocess, what) for what in ("channels", "scale", "mean", "std")
+            )
+        ]
+
+    def notes(self) -> list[str]:
+        """What to know to judge the sheet, a line each."""
+        presets = " and ".join(self.normalized_as)
+        lines = [
+            f"prepared: {self.preprocess}",
+            f"colours and values: those of {f'preset {presets}' if presets else 'no preset'}",
+        ]
+        if self.preprocess.channels == "BGR":
+            lines.append(
+                "blue comes first and is drawn red, as a network trained on RGB takes it; right for one trained on BGR"
+            )
+        if self.outside:
+            lines.append(f"{self.outside:.1%} of the pixels are outside 0..255: not what this preprocessing makes")
+        return lines
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Draw the sheet: the notes, the values of each channel, the images with their names below.
+
+        The network's first channel is drawn red, the second green, the third blue; pixels outside 0..255 are clipped.
+
+        Args:
+            path: Where to write it; its name's end says in which format: .png, .jpg, .webp, .pdf or .svg.
+
+        Raises:
+            FastcalError: There is no such format, or the file cannot be written.
+        """
+        kind = check_picture(path)
+        pixels = np.rint(np.nan_to_num(self.pixels).clip(0, 255)).astype(np.uint8)
+        channels = {str(channel): self.values[..., index] for index, channel in enumerate(self.channels)}
+        write_atomically(path, draw_sheet(kind, self.notes(), channels, self.names, pixels))
+
+
+def preview(
+    feed: Any,
+    *,
+    preprocess: str | Preprocess | None = None,
+    input_name: str | None = None,
+    count: int = COUNT,
+) -> Preview:
+    """Take the first images of a feed as the network gets them, to look at.
+
+    What cannot be seen is a preprocessing that is right in itself and not the network's: compare the notes and the
+    values with what the network was trained with. Drawn with the network's first channel in red, a network of RGB
+    that is given BGR shows blue for red.
+
+    Args:
+        feed: An `ImageFeed`; or another feed or what `ArrayFeed` takes, whose images are then undone with `preprocess`.
+        preprocess: The name of a preset or a `Preprocess`; by default the feed's. Size, layout and number of channels
+            are the batches'.
+        input_name: The input to show; by default the first, or only, one that takes images.
+        count: How many images.
+
+    Returns:
+        The preview; `save(path)` draws it.
+
+    Raises:
+        FastcalError: The batches have no such input, or it holds no images; the preprocessing is not known; or what
+            the feed raises.
+    """
+    if count < 1:
+        raise FastcalError(f"count is {count}; it must be at least 1")
+    wanted = preprocess if preprocess is not None else getattr(feed, "preprocess", None)
+    if isinstance(wanted, Mapping):
+        input_name = input_name or next(iter(wanted))
+        if input_name not in wanted:
+            raise FastcalError(f"there are no images for input {input_name!r}, but for {', '.join(map(repr, wanted))}")
+        wanted = wanted[input_name]
+    if wanted is None:
+        raise FastcalError("the batches do not tell their preprocessing; say which it was to be, imagenet for instance")
+    wanted = Preprocess.preset(wanted) if isinstance(wanted, str) else wanted
+    with as_feed(feed, None, "cpu") as batches:
+        values, wanted = _first_images(batches, input_name, wanted, count)
+        paths, skipped = getattr(batches, "paths", None), {*batches.skipped}
+    if paths is None:
+        return Preview(wanted, [f"sample {number}" for number in range(len(values))], values)
+    names = _below_common([path for path in paths if path not in skipped][:count])
+    return Preview(wanted, names, values[: len(names)])
+
+
+def _first_images(
+    feed: Feed, name: str | None, preprocess: Preprocess, count: int
+) -> tuple[npt.NDArray[np.float32], Preprocess]:
+    """The first images of a feed, channels last, and the preprocessing with their size and layout."""
+    taken: list[npt.NDArray[np.float32]] = []
+    batches = iter(feed)
+    for batch in batches:
+        images = np.array(to_host(_images(batch, name)), np.float32)  # a copy: the feed fills its arrays again
+        try:
+            preprocess = preprocess.fit((None, *images.shape[1:]))
+        except FastcalError as error:
+            raise FastcalError(f"the batches' array of shape {images.shape}: {error}") from error
+        taken.extend(images if preprocess.layout == "NHWC" else images.transpose(0, 2, 3, 1))
+        if len(taken) >= count:
+            break
+    if hasattr(batches, "close"):
+        batches.close()
+    if not taken:
+        raise FastcalError("the feed gave no batches; a preview needs at least one")
+    return np.stack(taken[:count]), preprocess
+
+
+def _images(batch: Batch, name: str | None) -> Any:
+    """The batch's array of that name; without one, its only array of four dimensions."""
+    fitting = [key for key, array in batch.items() if key == name or (name is None and len(array.shape) == 4)]
+    if len(fitting) != 1:
+        raise FastcalError(f"the batches have the inputs {', '.join(map(repr, batch))}; say which one has the images")
+    return batch[fitting[0]]
+
+
+def _below_common(paths: Sequence[str]) -> list[str]:
+    root = os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in paths})
+    return [os.path.relpath(os.path.abspath(path), root) for path in paths]

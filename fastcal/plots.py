@@ -1,0 +1,204 @@
+"""What Matplotlib draws: a sheet of images, and the charts of a report."""
+
+import io
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fastcal.errors import FastcalError
+from fastcal.observe.histogram import Histogram
+from fastcal.progress import Progress
+
+#: The formats a sheet can have, by the end of its name.
+_PICTURES = ("png", "jpg", "webp", "pdf", "svg")
+
+#: Inches: a sheet's width, its margin, a line of text, and the chart of values.
+_WIDTH, _MARGIN, _LINE, _CHART = 10.0, 0.2, 0.22, 1.3
+
+#: How many images are side by side, and how many characters of a name there is room for below each.
+_COLUMNS, _NAME = 6, 24
+
+#: Where the axis of the network's values goes over from linear to logarithmic, and how far it reaches.
+_LINEAR, _FAR = 3.0, 300.0
+
+#: Colours of the first, second and third channel, and of the one of grey images.
+_DRAWN = ("#d62728", "#2ca02c", "#1f77b4", "#404040")
+
+#: How many bars a tensor's histogram has, and about how many steps a chart over time.
+_BARS, _STEPS = 48, 100
+
+#: Colours that stand for those of the page that a chart is put into, which has them for light and dark.
+_COUNTS, _CLIPPED, _THRESHOLD, _TEXT, _LINES = "#000001", "#000002", "#000003", "#000004", "#000005"
+_PAGE_COLORS = {
+    _COUNTS: "var(--counts)",
+    _CLIPPED: "var(--clipped)",
+    _THRESHOLD: "var(--threshold)",
+    _TEXT: "var(--text)",
+    _LINES: "var(--lines)",
+}
+
+
+def check_picture(path: str | os.PathLike[str]) -> str:
+    """The format that a picture's name asks for.
+
+    Raises:
+        FastcalError: There is no such format.
+    """
+    kind = os.path.splitext(path)[1].lower().lstrip(".")
+    if kind not in _PICTURES:
+        raise FastcalError(f"cannot draw {path}: name a file that ends in .{', .'.join(_PICTURES)}")
+    return kind
+
+
+def draw_sheet(
+    kind: str,
+    notes: Sequence[str],
+    channels: Mapping[str, npt.NDArray[np.float32]],
+    names: Sequence[str],
+    images: npt.NDArray[np.uint8],
+) -> bytes:
+    """Draw images on a sheet.
+
+    Args:
+        kind: The file's format.
+        notes: Lines to write above.
+        channels: The values of each channel as the network gets them, by what is to be said of it.
+        names: What to write below each image.
+        images: Array of shape (images, height, width, 1 or 3), grey or red, green, blue.
+
+    Returns:
+        The file's contents.
+    """
+    cell = (_WIDTH - 2 * _MARGIN) / _COLUMNS
+    tall = cell * images.shape[1] / images.shape[2]
+    rows = -(-len(images) // _COLUMNS)
+    head = _MARGIN + (len(notes) + 1.5) * _LINE + _CHART + 2 * _LINE
+    height = head + rows * (tall + _LINE) + _MARGIN
+    figure = Figure((_WIDTH, height), dpi=150)
+
+    def place(left: float, top: float, width: float, tall: float) -> Axes:
+        return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
+
+    for number, note in enumerate(notes):
+        figure.text(_MARGIN / _WIDTH, 1 - (_MARGIN + number * _LINE) / height, note, va="top", size=9, parse_math=False)
+    _draw_values(place(_MARGIN, head - _CHART - 2 * _LINE, cell * 3 - 0.1, _CHART), channels)
+    for number, (name, image) in enumerate(zip(names, images, strict=True)):
+        row, column = divmod(number, _COLUMNS)
+        axes = place(_MARGIN + column * cell, head + row * (tall + _LINE), cell - 0.06, tall - 0.06)
+        enlarged = image.shape[1] < cell * figure.dpi
+        axes.imshow(
+            image if image.shape[2] == 3 else image[..., 0],
+            cmap="gray",
+            vmin=0,
+            vmax=255,
+            interpolation="nearest" if enlarged else "auto",
+        )
+        axes.set_axis_off()
+        shown = name if len(name) <= _NAME else "\u2026" + name[1 - _NAME :]
+        axes.text(0.5, -0.03, shown, transform=axes.transAxes, ha="center", va="top", size=7, parse_math=False)
+    return _saved(figure, kind)
+
+
+def _draw_values(axes: Axes, channels: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Draw how the values of each channel are distributed, on one axis for every preprocessing."""
+    far = np.geomspace(_LINEAR, _FAR, 50)
+    edges = np.concatenate([-far[:0:-1], np.linspace(-_LINEAR, _LINEAR, 101), far[1:]])
+    for color, (label, values) in zip(_DRAWN[:3] if len(channels) == 3 else _DRAWN[3:], channels.items(), strict=True):
+        counts, _ = np.histogram(values.clip(-_FAR, _FAR), edges)
+        axes.stairs(counts, edges, color=color, label=label)
+    axes.axvspan(-_LINEAR, _LINEAR, color="black", alpha=0.06, linewidth=0, label="where values of mean 0, std 1 are")
+    axes.set_xscale("symlog", linthresh=_LINEAR, linscale=1.5)
+    axes.set_xlim(-_FAR, _FAR)
+    axes.set_xticks(
+        [-100, -10, -3, -1, 0, 1, 3, 10, 100], ["-100", "-10", "-3", "-1", "0", "1", "3", "10", "100"], size=7
+    )
+    axes.set_xticks([], minor=True)
+    axes.set_yticks([])
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.set_title("values that the network gets", size=8, loc="left")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.05), frameon=False, fontsize=8)
+
+
+def draw_histogram(histogram: Histogram, threshold: float) -> str:
+    """Draw one tensor's |x|, from 0 on, on a logarithmic scale: kept below the threshold, clipped beyond.
+
+    Args:
+        histogram: The histogram.
+        threshold: The largest |x| that is not clipped: 127 scales.
+
+    Returns:
+        An SVG element in the colours of the page that it is put into: CSS's --counts, --clipped, --threshold, --text
+        and --lines.
+    """
+    figure = Figure((1.6, 0.4))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    end = max(histogram.amax, threshold)
+    axes.set_xlim(0, end or 1)
+    kept = np.linspace(0, threshold, max(round(_BARS * threshold / end), 1) + 1) if threshold else np.zeros(1)
+    clipped = np.linspace(threshold, end, max(_BARS - kept.size, 1) + 1) if threshold < end else np.zeros(1)
+    for edges, color in ((kept, _COUNTS), (clipped, _CLIPPED)):
+        if edges.size > 1:
+            bars = np.log1p(np.diff(histogram.below(edges)))
+            axes.stairs(bars, edges, fill=True, color=color, linewidth=0, clip_on=False)
+    axes.set_ylim(0)
+    axes.axvline(threshold, color=_THRESHOLD, linewidth=1, clip_on=False)
+    return _inline(figure).replace("<svg ", '<svg preserveAspectRatio="none" ', 1)  # as wide as there is room
+
+
+def draw_speed(progress: Sequence[Progress]) -> str:
+    """Draw how many samples a second there were over time; an SVG element as of `draw_histogram`."""
+    return _draw_over_time(progress, "samples a second", lambda state: state.images, None)
+
+
+def draw_waiting(progress: Sequence[Progress]) -> str:
+    """Draw the share of time that was spent waiting for data, in percent; an SVG element as of `draw_histogram`."""
+    return _draw_over_time(progress, "% of the time waiting for data", lambda state: 100 * state.waited, 100)
+
+
+def _draw_over_time(
+    progress: Sequence[Progress], title: str, amount: Callable[[Progress], float], most: float | None
+) -> str:
+    """Draw how fast an amount grew, over the seconds since the start; `most` ends the axis."""
+    states = [Progress(), *progress[:: -(-len(progress) // _STEPS)]]
+    if states[-1] is not progress[-1]:
+        states.append(progress[-1])
+    seconds = np.array([state.seconds for state in states])
+    rates = np.diff([amount(state) for state in states]) / np.maximum(np.diff(seconds), 1e-9)
+    figure = Figure((3.6, 1.9), layout="constrained")
+    axes = figure.add_subplot()
+    axes.stairs(rates, seconds, fill=True, color=_COUNTS, linewidth=0, clip_on=False)
+    axes.set_ylim(0, most or rates.max() * 1.05)
+    axes.set_xlim(0, seconds[-1])
+    axes.set_title(title, size=9, loc="left", color=_TEXT)
+    axes.set_xlabel("seconds", size=8, color=_TEXT)
+    axes.tick_params(labelsize=8, color=_LINES, labelcolor=_TEXT)
+    axes.spines[["right", "top"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_LINES)
+    return _inline(figure)
+
+
+def _inline(figure: Figure) -> str:
+    """A figure as an SVG element for a page, in the page's fonts and colours."""
+    with rc_context({"svg.fonttype": "none"}):
+        data = _saved(figure, "svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = re.sub(r'<g id="[^"]*">', "<g>", data.decode().partition("<svg ")[2])  # no id twice on a page
+    for color, variable in _PAGE_COLORS.items():
+        text = text.replace(color, variable)
+    return "<svg " + text
+
+
+def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font lacks
+        figure.savefig(file, format=kind, **options)
+    return file.getvalue()

@@ -1,0 +1,182 @@
+"""`write_report`: one page about a calibration, for a browser."""
+
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fastcal.cache import CalibrationCache
+from fastcal.doctor import installed
+from fastcal.errors import FastcalError
+from fastcal.files import write_atomically
+from fastcal.observe.histogram import Histogram
+from fastcal.observe.observations import Observations
+from fastcal.plots import draw_histogram, draw_speed, draw_waiting
+
+#: Worth a look: a share of clipped values from here on, and a scale at least so many times that of each of its
+#: neighbours, or that part of it.
+_CLIPPED = 0.0005
+_FAR = 16
+
+#: How many tensors before and after one are its neighbours, and how many tensors are listed as worth a look.
+_NEIGHBOURS = 2
+_LISTED = 8
+
+#: The packages that a calibration may depend on, as `fastcal.doctor.installed` takes them.
+_PACKAGES = r"fastcal|numpy|onnx|onnxruntime(-gpu)?|nvidia-dali-cuda\d+|tensorrt(-cu\d+)?|cupy-cuda\d+x"
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A line of the table.
+
+    Attributes:
+        number: Its place in the network's order, from 1.
+        name: Its name.
+        scale: Its scale.
+        amax: Its largest |x|.
+        clipped: The share of its values beyond 127 scales.
+        remarks: What is worth a look about it.
+        rank: Its place among those worth a look; the smallest comes first. Empty where nothing is.
+        source: The tensor whose scale it takes; None where it has its own.
+        picture: Its histogram.
+    """
+
+    number: int
+    name: str
+    scale: float
+    amax: float
+    clipped: float
+    remarks: Sequence[str]
+    rank: tuple[float, ...]
+    source: str | None
+    picture: Markup
+
+    @property
+    def clipped_text(self) -> str:
+        """The share that is clipped as the table has it."""
+        if not self.clipped:
+            return "none"
+        return f"{100 * self.clipped:.3f} %" if self.clipped >= 0.5e-5 else "< 0.001 %"
+
+
+def write_report(
+    cache: CalibrationCache, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None
+) -> None:
+    """Write a page about a calibration: what it was made from, how fast, and what became of every tensor.
+
+    The page is one HTML file that needs nothing else and loads nothing. It has throughput and waiting for data over
+    time, a table of the tensors that can be sorted and searched, with histograms, and before it the tensors that are
+    worth a look: with NaN or infinite values, always 0, with many values clipped, or with a scale far from those of the
+    tensors before and after.
+
+    Args:
+        cache: What `fastcal.calibrate` returned.
+        path: Where to write the page.
+        about: What else to say of the calibration, by what it is: {"images": "photographs/"}.
+
+    Raises:
+        FastcalError: The cache is not fresh from a calibration, or the file cannot be written.
+    """
+    if cache.observed is None:
+        raise FastcalError(
+            "the cache has no histograms: a report is made of what fastcal.calibrate returns, not of a file"
+        )
+    environment = Environment(
+        loader=PackageLoader("fastcal", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    tensors = list(_tensors(cache.scales, cache.observed))
+    remarkable = sorted((tensor for tensor in tensors if tensor.rank), key=lambda tensor: tensor.rank)
+    last = cache.observed.progress[-1]
+    page = environment.get_template("report.html").render(
+        title=os.path.basename(cache.observed.network),
+        about=_about(cache, cache.observed, about or {}),
+        progress=last,
+        samples=_samples(cache, cache.observed),
+        speed=Markup(draw_speed(cache.observed.progress)),
+        waiting=Markup(draw_waiting(cache.observed.progress)),
+        tensors=tensors,
+        remarkable=remarkable[:_LISTED],
+        others=len(remarkable[_LISTED:]),
+        now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    write_atomically(path, page.encode(errors="surrogateescape"))
+
+
+def _tensors(scales: Mapping[str, float], observed: Observations) -> Iterator[_Tensor]:
+    order = list(scales)
+    for index, name in enumerate(order):
+        histogram, threshold = observed.histograms[name], 127 * scales[name]
+        clipped = histogram.clipped(threshold)
+        near = [*order[max(index - _NEIGHBOURS, 0) : index], *order[index + 1 : index + 1 + _NEIGHBOURS]]
+        remarks = list(_remarks(histogram, clipped, scales[name], [scales[other] for other in near]))
+        yield _Tensor(
+            index + 1,
+            name,
+            scales[name],
+            histogram.amax,
+            clipped,
+            [text for _, text in remarks],
+            min((rank for rank, _ in remarks), default=()),
+            observed.sources.get(name),
+            Markup(draw_histogram(histogram, threshold)),
+        )
+
+
+def _remarks(
+    histogram: Histogram, clipped: float, scale: float, neighbours: Sequence[float]
+) -> Iterator[tuple[tuple[float, ...], str]]:
+    """What is worth a look about a tensor, each with its rank: the kind, then what is worst of its kind."""
+    left_out = {"NaN": histogram.nan, "infinite": histogram.inf}
+    if any(left_out.values()):
+        texts = [f"{count:,} {what}" for what, count in left_out.items() if count]
+        yield (0, -sum(left_out.values())), f"{' and '.join(texts)} left out"
+    if not histogram.amax:
+        yield (1,), "always 0"
+    if clipped >= _CLIPPED:
+        yield (2, -clipped), f"{100 * clipped:.2f} % clipped"
+    factors = [scale / other for other in neighbours if other]
+    if scale and factors:
+        nearest = min(factors, key=_distance)
+        if _distance(nearest) >= _FAR:
+            times = f"{nearest:,.0f}" if nearest > 1 else f"{nearest:.2g}"
+            yield (3, -_distance(nearest)), f"scale {times} times its neighbours'"
+
+
+def _distance(factor: float) -> float:
+    return max(factor, 1 / factor)
+
+
+def _about(cache: CalibrationCache, observed: Observations, more: Mapping[str, str]) -> dict[str, str]:
+    """What was calibrated from what, by what it is; `more` is what only the caller knows."""
+    made_from = cache.record.entries if cache.record else {}
+    prepared = made_from.get("preprocess")
+    if isinstance(prepared, dict):  # by input
+        prepared = "; ".join(f"{name}: {preprocess}" for name, preprocess in prepared.items())
+    percentile = f", quantile {cache.quantile:g}" if cache.quantile else ""
+    said = {
+        "network": observed.network,
+        **more,
+        "samples": f"{_samples(cache, observed)} in {observed.progress[-1].batches} batches",
+        "prepared": prepared,
+        "scales by": f"{cache.algorithm}{percentile}",
+        "run by": f"{observed.engine}, {made_from.get('precision')}",
+        "cache": cache.header,
+        "model's SHA-256": made_from.get("model"),
+        "samples' SHA-256": made_from.get("samples"),
+        "versions": ", ".join([f"Python {platform.python_version()}", *installed(_PACKAGES)]),
+    }
+    return {what: text for what, text in said.items() if text}
+
+
+def _samples(cache: CalibrationCache, observed: Observations) -> int:
+    """How many samples there were, those that were skipped or only complete the last batch left out."""
+    made_from = cache.record.entries if cache.record else {}
+    seen = observed.progress[-1].images
+    known = made_from.get("images", made_from.get("arrays", seen))
+    return min(seen, int(known) - len(made_from.get("skipped", [])))
