@@ -12,7 +12,7 @@ _BLOCK = 2048
 
 
 def _add(values, width, counts):  # type: ignore[no-untyped-def]
-    """Add a vector of finite float32 `values` to `counts`, int64 of shape (2048,), whose bins are `width` > 0 wide."""
+    """Add a vector of finite float32 `values` to `counts`, int64, of bins `width` > 0 wide and one for all above."""
     # Two steps a block: the divisions run in vectors, and counting into four tables by turns keeps runs of one value
     # (a ReLU's zeros) from waiting for each other. Unsigned indices spare numba's test for negative ones: 2.4 times
     # faster in all.
