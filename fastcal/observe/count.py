@@ -39,7 +39,7 @@ def _add(values, width, counts):  # type: ignore[no-untyped-def]
         counts[i] += np.int64(table0[i]) + np.int64(table1[i]) + np.int64(table2[i]) + np.int64(table3[i])
 
 
-def compile_loop(loop: Any, signature: str, **options: Any) -> Any:
+def compile_loop(loop: Any, signature: Any, **options: Any) -> Any:
     """Compile a loop with numba for threads of their own, and keep the result: it takes a second."""
     options |= {"nogil": True, "error_model": "numpy"}
     try:
@@ -48,4 +48,6 @@ def compile_loop(loop: Any, signature: str, **options: Any) -> Any:
         return numba.njit(signature, **options)(loop)
 
 
-add = compile_loop(_add, "void(float32[::1], float32, int64[::1])")
+_values = numba.types.Array(numba.float32, 1, "C", readonly=True)  # takes writable arrays too
+
+add = compile_loop(_add, numba.void(_values, numba.float32, numba.int64[::1]))

@@ -112,8 +112,8 @@ class Histogram:
             self.range = math.ldexp(self.range, doublings)
 
     def fits(self, later: "Histogram") -> bool:
-        """Whether `append` takes `later`: it began with a range like ours, or one of us has seen nothing but 0."""
-        return not self.range or not later.amax or math.frexp(self.range)[0] == math.frexp(later.start)[0]
+        """Whether `append` takes `later`: it began with a range like ours, 0 as well, or has seen nothing but 0."""
+        return not later.amax or math.frexp(self.range)[0] == math.frexp(later.start)[0]
 
     def append(self, later: "Histogram") -> None:
         """Add the histogram of the batches that come after ours, as if they had been counted here."""

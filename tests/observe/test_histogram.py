@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -93,6 +93,7 @@ often_the_range = st.lists(
 
 
 @given(parts=st.lists(st.lists(often_the_range, max_size=4), max_size=6), lag=st.integers(1, 4))
+@example(parts=[[[2397 * 2.0**-149]], [[5001 * 2.0**-149]], [[2048 * 2.0**-149]]], lag=2)  # the width is rounded
 def test_parts_counted_apart_are_appended_to_the_same_counts(parts, lag):
     whole = histogram_of(*(batch for part in parts for batch in part))
     total, known = Histogram(), [0.0] * lag
@@ -167,6 +168,13 @@ def test_other_types_are_counted_as_float32(dtype):
     histogram = Histogram()
     histogram.update(values)
     np.testing.assert_array_equal(histogram.counts, histogram_of(values.astype(np.float32)).counts)
+
+
+def test_arrays_that_cannot_be_written():
+    values = np.random.default_rng(0).standard_normal(100, dtype=np.float32)
+    expected = histogram_of(values).counts
+    values.flags.writeable = False
+    np.testing.assert_array_equal(histogram_of(values).counts, expected)
 
 
 def test_arrays_that_are_not_contiguous():
