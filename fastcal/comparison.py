@@ -20,8 +20,9 @@ from fastcal.errors import FastcalError
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
 from fastcal.model import Model, match_batch
-from fastcal.observe.calibration import calibrate, timed
+from fastcal.observe.calibration import calibrate
 from fastcal.observe.observations import Observations
+from fastcal.observe.observer import timed
 from fastcal.observe.rounding import rounded
 from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner
 from fastcal.progress import Progress

@@ -16,6 +16,7 @@ _PACKAGES = {
     "numba": ("numba", "cpu"),
     "nvidia": ("NVIDIA DALI", "cpu"),
     "onnxruntime": ("ONNX Runtime", "cpu"),
+    "ray": ("Ray", "ray"),
 }
 
 

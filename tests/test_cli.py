@@ -372,7 +372,9 @@ def test_commands_that_calibrate_share_their_options():
     commands = typer.main.get_command(app).commands
     calibrate, build = ({option.name: option for option in commands[name].params} for name in ("calibrate", "build"))
     shared = calibrate.keys() & build.keys() - {"output", "help"}
-    assert set(calibrate) - shared == {"output", "engine", "tensorrt", "until_stable", "report"}
+    assert set(calibrate) - shared == {
+        "output", "engine", "tensorrt", "until_stable", "workers", "ray_address", "report"
+    }  # fmt: skip
     for name in shared:
         for what in ("opts", "help", "default", "required", "show_default", "metavar"):
             assert getattr(calibrate[name], what) == getattr(build[name], what), name

@@ -7,8 +7,8 @@ from conftest import DIGITS
 
 def test_importing_it_imports_none_of_what_it_can_do_without():
     program = (
-        "import sys, fastcal; print([name for name in ('nvidia', 'onnx', 'onnxruntime', 'numba', 'numpy', 'tensorrt',"
-        " 'cupy', 'matplotlib', 'jinja2') if name in sys.modules])"
+        "import sys, fastcal; print([name for name in ('nvidia', 'onnx', 'onnxruntime', 'numba', 'numpy', 'ray',"
+        " 'tensorrt', 'cupy', 'matplotlib', 'jinja2') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -46,6 +46,11 @@ except fastcal.FastcalError as error:
         ("jinja2", "write_report", "write_report needs Jinja2, which is not installed: pip install 'fastcal[report]'"),
         ("onnxruntime", "compare", "compare needs ONNX Runtime, which is not installed: pip install 'fastcal[cpu]'"),
         ("numba", run, "engine onnxruntime needs numba, which is not installed: pip install 'fastcal[cpu]'"),
+        (
+            "ray",
+            run.replace("[]", "[], workers=2"),
+            "a calibration with workers needs Ray, which is not installed: pip install 'fastcal[ray]'",
+        ),
     ):
         command = [sys.executable, "-c", program, module, name]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == text

@@ -29,6 +29,16 @@ def calibrate(
     options: CalibrationOptions,
     engine: EngineOption = "auto",
     until_stable: UntilStableOption = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Share the batches among N Ray actors.", show_default="none: this process"),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="For --workers: a Ray cluster, auto or host:port.", show_default="one started here"
+        ),
+    ] = None,
     tensorrt: Annotated[
         str | None,
         typer.Option(help="Version that will read the cache.", show_default="the one installed, else 10.16.1"),
@@ -45,8 +55,10 @@ def calibrate(
         check_report(report)
         feed = options.feed(network)
         cache, progress = calibrate_on(
-            console, network, feed, options, engine=engine, until_stable=until_stable, tensorrt_version=tensorrt
-        )
+            console, network, feed, options,
+            engine=engine, until_stable=until_stable, workers=workers, ray_address=ray_address,
+            tensorrt_version=tensorrt,
+        )  # fmt: skip
         cache.save(output)
         written = {"cache": f"{output}, {cache.header}", **save_report(report, cache, options)}
         print_summary(cache, feed, progress, **written)

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from fastcal.errors import FastcalError
 from fastcal.feed.buffers import Buffer, hand_out
 from fastcal.feed.device import resolve
@@ -100,6 +102,20 @@ class ArrayFeed(Feed):
     def anonymous(self) -> bool:  # type: ignore[override]
         """Whether the batches hold one array that was given no name."""
         return self._peek().anonymous
+
+    def part(self, batches: range, *, gpu: int | None, threads: int) -> "ArrayFeed":
+        """See `Feed.part`: `batches` of a list, in host memory; `gpu` and `threads` are nothing to it."""
+        listed = self._reader.listed
+        if listed is None:
+            raise FastcalError(
+                "batches that are no list cannot be divided among workers; leave workers out, or give list(...) of them"
+            )
+        completed = batches.stop == len(listed) > 1  # the last one with the first, perhaps
+        some = [listed[0]] * completed + list(listed[batches.start : batches.stop])
+        with ArrayFeed(some, self._reader.names, last_batch=self._reader.last_batch, device="cpu") as feed:
+            dicts = [{name: np.array(array) for name, array in batch.items()} for batch in feed][completed:]
+            copied = [array for batch in dicts for array in batch.values()] if feed.anonymous else dicts
+        return ArrayFeed(copied, last_batch="keep", device="cpu")
 
     def describe(self) -> dict[str, Any]:
         """What is known of the samples without going through all of them.

@@ -74,6 +74,9 @@ class ContainedDecoder:
             raise ValueError(answer[1:].decode())
         return answer[1:]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ContainedDecoder, ()  # pickled without its process
+
     def close(self) -> None:
         """End the process."""
         if self._process is not None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fastcal.errors import FastcalError
+
 #: Arrays by input name. The first dimension of each counts samples.
 Batch = Mapping[str, Any]
 
@@ -40,6 +42,19 @@ class Feed(ABC):
     def skipped(self) -> list[str]:
         """Names of the samples that passes have found unreadable and left out."""
         return []
+
+    def part(self, batches: range, *, gpu: int | None, threads: int) -> "Feed":
+        """A feed of some of the batches, the same to the last bit, that can be pickled and used on another machine.
+
+        Args:
+            batches: Their numbers in a pass of this feed.
+            gpu: The number that the GPU to work on has there; None for the CPU.
+            threads: How many threads the part may use, unless this feed was told how many.
+
+        Raises:
+            FastcalError: The feed cannot be divided.
+        """
+        raise FastcalError(f"a {type(self).__name__} cannot be divided among workers; leave workers out")
 
     def describe(self) -> dict[str, Any]:
         """What the batches are made from, as JSON has it: equal for two feeds only if their batches are.

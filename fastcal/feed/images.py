@@ -4,6 +4,8 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -141,20 +143,30 @@ class ImageFeed(Feed):
         self._say_how_it_ends()
         self._depth = depth
         self.gpu = resolve(device)
-        cores = len(os.sched_getaffinity(0))
-        self._threads = threads or (cores if self.gpu is None else min(cores, 8))
-        # On the CPU one run at a time: the ring already works ahead, and runs under way would have to end before the
-        # feed can stop. On a GPU the decoding of one batch and the resizing of the last overlap.
-        self._ahead = 1 if self.gpu is None else min(prefetch_queue_depth, len(self))
+        self._on_cpu = device == "cpu"
+        self._threads_asked = threads
+        self._prefetch_queue_depth = prefetch_queue_depth
+        self._share_out(len(os.sched_getaffinity(0)))
         self._hw_decoder_load = hw_decoder_load
         for source in self._sources.values():
             if isinstance(source, Shards):
                 source.keep = (self._ahead + 1) * self.batch_size
+        self._is_probed = False
+        self._forget()
+
+    def _share_out(self, cores: int) -> None:
+        """Decide on how many threads and batches DALI works at once."""
+        self._threads = self._threads_asked or (cores if self.gpu is None else min(cores, 8))
+        # On the CPU one run at a time: the ring already works ahead, and runs under way would have to end before the
+        # feed can stop. On a GPU the decoding of one batch and the resizing of the last overlap.
+        self._ahead = 1 if self.gpu is None else min(self._prefetch_queue_depth, len(self))
+
+    def _forget(self) -> None:
+        """Hold nothing that a pass needs."""
         self._buffers: list[Buffer] = []
         self._stream: Any = None
         self._pipeline: ImagePipeline | None = None
         self._pass: Pass | None = None
-        self._is_probed = False
         self._end_pass: Callable[[], None] | None = None
 
     def __len__(self) -> int:
@@ -183,6 +195,30 @@ class ImageFeed(Feed):
     def skipped(self) -> list[str]:
         """The samples that the passes so far have found unreadable and left out, in order; see `paths`."""
         return [self.paths[number] for number in sorted(self._unreadable)]
+
+    def part(self, batches: range, *, gpu: int | None, threads: int) -> "ImageFeed":
+        """See `Feed.part`: `batches` with a list of their samples alone, to be prepared on `gpu` with `threads`."""
+        if self._skip:
+            raise FastcalError(
+                "batches that skip what is unreadable depend on those before, and cannot be divided among workers; "
+                "leave skip_unreadable or workers out"
+            )
+        row = range(batches.start * self.batch_size, batches.stop * self.batch_size)
+        numbers = [number % len(self.paths) for number in row]
+        part = copy(self)
+        images = {name: replace(value, source=value.source.part(numbers)) for name, value in self._images.items()}
+        part._sources = {
+            name: images[name].source if name in images else source.part(numbers)
+            for name, source in self._sources.items()
+        }
+        part._images = images
+        part.paths = next(iter(part._sources.values())).names
+        part._unreadable = {}
+        part.gpu = None if self._on_cpu else gpu
+        part._share_out(threads)
+        part._is_probed = True  # kinds of images are looked for among all
+        part._forget()
+        return part
 
     def describe(self) -> dict[str, Any]:
         """The samples in order, by path below their common folder, size and time; and what is done to them."""

@@ -9,6 +9,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,10 @@ class NumpyFeed(ArrayFeed):
         self._seed = seed if shuffle else None
         super().__init__(self._files, last_batch="keep", device=device, depth=depth)
 
+    def part(self, batches: range, *, gpu: int | None, threads: int) -> ArrayFeed:
+        """See `Feed.part`: `batches` from the files, in host memory; `gpu` and `threads` are nothing to it."""
+        return ArrayFeed(self._files.part(batches), last_batch="keep", device="cpu")
+
     def describe(self) -> dict[str, Any]:
         """The files in order, by path below their common folder, size and time; and what is taken from them."""
         return {
@@ -155,6 +160,12 @@ class _Batches:
             arrays = {name: np.stack([column[number] for number in numbers]) for name, column in self._columns.items()}
             yield arrays.get(None, arrays)  # an array that was given no name is a batch by itself
 
+    def part(self, batches: range) -> "_Batches":
+        """The batches of these numbers."""
+        part = copy(self)
+        part._numbers = self._numbers[batches.start * self.batch_size : batches.stop * self.batch_size]
+        return part
+
     def digest(self) -> str:
         """A digest of the files and of the samples' numbers."""
         digest = hashlib.sha256(np.asarray(self._numbers, "<i8").tobytes())
@@ -204,6 +215,9 @@ class _Column:
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": (-1, None)}  # an array that is mapped would be pickled with its values
 
     def __getitem__(self, number: int) -> Any:
         index = bisect_right(self._ends, number)

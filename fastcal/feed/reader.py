@@ -37,6 +37,8 @@ class Reader:
     Attributes:
         batch_size: Samples in the first batch; 0 before it was seen.
         anonymous: Whether the batches hold one array that was given no name.
+        names: As it was given.
+        last_batch: As it was given.
     """
 
     def __init__(
@@ -45,8 +47,8 @@ class Reader:
         self.batch_size = 0
         self.anonymous = False
         self._batches = _iterable(batches)
-        self._names = names
-        self._last_batch = last_batch
+        self.names = names
+        self.last_batch = last_batch
         self._gpu = gpu
         self._stream: Any = None
         self._first: Buffer | None = None  # the first batch, for "wrap"
@@ -55,23 +57,28 @@ class Reader:
         self._count: int | None = None
         self._begun = False
 
+    @property
+    def listed(self) -> Sequence[Any] | None:
+        """The batches as they were given, where that is a list."""
+        return self._batches if isinstance(self._batches, Sequence) else None
+
     def length(self) -> int | None:
         """The number of batches in a pass; None where it is not known yet."""
         return self._hint() if self._count is None else self._count
 
     def describe_list(self) -> dict[str, Any]:
         """A digest of all batches of a list; nothing where they are no list."""
-        if not isinstance(self._batches, Sequence):
+        if self.listed is None:
             return {}
         digest = hashlib.sha256()
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(self.listed):
             for name, array in sorted(self._arrays(number, batch).items()):
                 add_to_digest(digest, name, to_host(array))
-        return {"batches": len(self._batches), "last_batch": self._last_batch, "samples": digest.hexdigest()}
+        return {"batches": len(self.listed), "last_batch": self.last_batch, "samples": digest.hexdigest()}
 
     def describe_first(self) -> dict[str, Any]:
         """A digest of the first batch, and the number of batches where it was known before."""
-        known = {"last_batch": self._last_batch, "first_batch": self._digest}
+        known = {"last_batch": self.last_batch, "first_batch": self._digest}
         hint = self._hint()
         return known if hint is None else {"batches": hint, **known}
 
@@ -113,7 +120,7 @@ class Reader:
     def _hint(self) -> int | None:
         """What the batches themselves say of their number."""
         length = operator.length_hint(self._batches, -1)
-        return None if length < 0 or self._last_batch == "drop" else length
+        return None if length < 0 or self.last_batch == "drop" else length
 
     def _make_buffer(self) -> Buffer:
         if self._gpu is None:
@@ -134,14 +141,14 @@ class Reader:
             arrays = self._arrays(number, batch)
             samples = _samples(number, arrays)
             if number == 0:
-                self._see_first(arrays, samples, anonymous=self._names is None and not isinstance(batch, Mapping))
+                self._see_first(arrays, samples, anonymous=self.names is None and not isinstance(batch, Mapping))
             self._check_types(number, arrays)
             parts = {name: [array] for name, array in arrays.items()}
-            if self._last_batch != "keep" and samples != self.batch_size:
+            if self.last_batch != "keep" and samples != self.batch_size:
                 if incomplete is not None or samples > self.batch_size:
                     raise self._uneven(*(incomplete or (number, samples)))
                 incomplete = number, samples
-                if self._last_batch == "drop":
+                if self.last_batch == "drop":
                     _log.info("the last %d samples make no batch of %d and are dropped", samples, self.batch_size)
                     continue
                 parts = self._wrap(number, samples, arrays)
@@ -168,7 +175,7 @@ class Reader:
         )
 
     def _see_first(self, arrays: Mapping[str, Any], samples: int, *, anonymous: bool) -> None:
-        if self._last_batch == "wrap":
+        if self.last_batch == "wrap":
             self._first = self._first or self._make_buffer()
             with self._first.filling():
                 for name, array in arrays.items():
@@ -213,12 +220,12 @@ class Reader:
         by_key = isinstance(batch, Mapping)
         if not by_key and not isinstance(batch, Sequence):
             batch = (batch,)
-        if isinstance(self._names, Mapping):
-            names = self._names
+        if isinstance(self.names, Mapping):
+            names = self.names
         elif by_key:
-            names = {name: name for name in (batch if self._names is None else self._names)}
+            names = {name: name for name in (batch if self.names is None else self.names)}
         else:
-            names = dict(enumerate((_NAMELESS,) if self._names is None else self._names))
+            names = dict(enumerate((_NAMELESS,) if self.names is None else self.names))
         arrays = {}
         for key, name in names.items():
             try:

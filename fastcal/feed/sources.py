@@ -7,8 +7,9 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from nvidia.dali import Pipeline, fn
@@ -24,6 +25,9 @@ TFRECORD_KEY = "image/encoded"
 
 # How many samples DALI reads ahead from shards.
 _READ_AHEAD = 4
+
+
+AnySource = TypeVar("AnySource", bound="Source")
 
 
 class UnreadableError(FastcalError):
@@ -51,6 +55,16 @@ class Source(ABC):
     @abstractmethod
     def select(self, numbers: Sequence[int]) -> None:
         """Keep only these samples, in this order, and number them anew."""
+
+    def part(self: AnySource, numbers: Sequence[int]) -> AnySource:
+        """A source of these samples, in this order, that can be pickled and used on another machine.
+
+        Raises:
+            FastcalError: The source cannot be divided.
+        """
+        part = copy(self)
+        part.select(numbers)
+        return part
 
     @abstractmethod
     def fetch(self, numbers: Sequence[int]) -> Any:
@@ -271,6 +285,13 @@ class Shards(ImageSource):
     def select(self, numbers: Sequence[int]) -> None:
         """Keep only these samples, the first ones."""
         del self.names[len(numbers) :], self._records[len(numbers) :]
+
+    def part(self, numbers: Sequence[int]) -> "Shards":
+        """Shards are read from front to back."""
+        raise FastcalError(
+            f"the samples of {self._shards[0]} are read one after another, and cannot be divided among workers; leave "
+            "workers out, or unpack it"
+        )
 
     def read_with_dali(self, fetched: Any) -> Any:
         """The operators that make encoded images of what is fetched."""

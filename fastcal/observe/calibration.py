@@ -3,16 +3,12 @@
 import logging
 import math
 import os
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 from fastcal.cache import (
     DEFAULT_TENSORRT_VERSION,
-    ENGINES,
     CalibrationCache,
     check_algorithm,
     check_tensorrt_version,
@@ -20,11 +16,11 @@ from fastcal.cache import (
 )
 from fastcal.errors import FastcalError, missing
 from fastcal.feed.arrays import as_feed
-from fastcal.feed.device import resolve
 from fastcal.feed.feed import Feed, length
 from fastcal.model import Model
 from fastcal.observe.histogram import Histogram
 from fastcal.observe.observations import Observations
+from fastcal.observe.observer import Engine, Observer, Seen, check_engine, choose_engine, observe_all
 from fastcal.observe.scales import pick_scales
 from fastcal.progress import Progress
 from fastcal.record import Record, precision
@@ -37,20 +33,6 @@ _NO_REGRESSION = 1.0
 _MANY = 100_000
 
 _log = logging.getLogger("fastcal")
-
-
-class _Observer(Protocol):
-    """Runs a network over batches and keeps the histograms of its tensors."""
-
-    @property
-    def sources(self) -> Mapping[str, str]:
-        """Tensors that take another's scale: name to the other's name."""
-
-    def observe(self, batch: Mapping[str, Any], *, anonymous: bool = False) -> None:
-        """Run one batch and count its tensors."""
-
-    def histograms(self) -> Mapping[str, Histogram]:
-        """The histograms so far, by tensor name; none before the first batch."""
 
 
 def calibrate(
@@ -66,6 +48,8 @@ def calibrate(
     tensorrt_version: str | None = None,
     threads: int | None = None,
     until_stable: float | None = None,
+    workers: int | None = None,
+    ray_address: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CalibrationCache:
     """Pick the INT8 scales of a network's tensors, those that TensorRT's own calibration would pick.
@@ -85,15 +69,23 @@ def calibrate(
         engine: What runs the network: "tensorrt", "onnxruntime", or "auto": TensorRT where it, CuPy and a GPU are.
         tf32: For TensorRT: allow it to round factors to TF32, which is faster. An amax then differs by about 1e-3.
         optimization_level: For TensorRT: 0 (the engine is built fastest) to 5 (it runs fastest). By default 0, and 1
-            where the feed has 100,000 samples or more.
+            where the feed has 100,000 samples or more. With workers 0: from 1 on TensorRT picks kernels by timing them,
+            for each worker anew, and their activations may differ in the last bits.
         tactic_sources: For TensorRT: names of `tensorrt.TacticSource`, or their bits; by default its own.
         tensorrt_version: The TensorRT that will read the cache, e.g. "10.3.0". By default the one installed here, else
             10.16.1.
         threads: For ONNX Runtime: how many threads run the network and count; by default one per core that this
-            process may use.
+            process may use. Workers share the CPUs of their machines.
         until_stable: Stop when no scale has moved by more than so many percent in the last three looks at them; each
             look comes after a tenth more images than the one before. By default all batches are used.
-        progress: Called after every batch.
+        workers: How many Ray actors share the batches (`pip install 'fastcal[ray]'`), with a GPU each for TensorRT; by
+            default this process does it all. The cache is the same, to the last bit where the workers' machines
+            compute the same activations. The feed must be one that can be divided, an `ImageFeed` for instance, and
+            the model and the images must be there for every worker at their paths.
+        ray_address: The Ray cluster to connect to: "auto" for one that runs on this machine, or "host:port"; by default
+            what the environment variable RAY_ADDRESS says, else Ray is started on this machine for as long as it
+            takes. Not looked at where the program is connected to Ray already.
+        progress: Called after every batch, with workers after every few seconds' work of one of them.
 
     Returns:
         The cache; `cache.save(path)` writes it. `cache.observed` has the histograms that the scales were picked from.
@@ -102,48 +94,70 @@ def calibrate(
         FastcalError: The model cannot be loaded or run, or the batches do not fit it; or what the feed raises.
     """
     check_algorithm(algorithm, quantile)
+    check_engine(engine)
     if until_stable is not None and not until_stable > 0:
         raise FastcalError(f"until_stable is {until_stable}; it is a percentage above 0, 1 for instance")
-    is_file = isinstance(model, str | os.PathLike | Model)
-    engine = _choose(engine, is_file)
+    if until_stable is not None and workers is not None:
+        raise FastcalError("until_stable looks at the batches one after another; leave it or workers out")
+    if ray_address is not None and workers is None:
+        raise FastcalError(f"ray_address is {ray_address}, and without workers there is nothing to do there; set both")
     version = _tensorrt_version(tensorrt_version)
+    is_file = isinstance(model, str | os.PathLike | Model)
     network = Model.of(model) if is_file else model
-    settings: dict[str, Any] = {"algorithm": algorithm, "precision": precision(tf32 and engine == "tensorrt")}
+    settings: dict[str, Any] = {"algorithm": algorithm}
     if algorithm == "percentile":
         settings |= {"quantile": quantile, "regression_cutoff": _NO_REGRESSION}
     if until_stable is not None:
         settings["until_stable"] = until_stable
-    device = "auto" if engine == "tensorrt" else "cpu"
+    sources = tuple(tactic_sources) if isinstance(tactic_sources, Iterable) else tactic_sources
+    how = Engine(engine, tf32, optimization_level, sources, threads)
+    if workers is None:
+        how = replace(how, name=choose_engine(engine, is_file))
+    else:
+        with_ray = _import_with_ray()
+    device = "auto" if how.name == "tensorrt" and workers is None else "cpu"
+    timeline: list[Progress] = []
+    progress = _kept(timeline, progress)
     with as_feed(feed, _input_names(network), device) as batches:
         record = Record.of(batches, network if is_file else None, **settings)
-        if engine == "tensorrt":
-            observing = _on_tensorrt(network, batches, tf32, optimization_level, tactic_sources)
+        if workers is not None:
+            seen = with_ray.observe(network, batches, how, workers, ray_address, progress)
         else:
-            observing = _on_onnxruntime(network, threads)
-        timeline: list[Progress] = []
-        with observing as observer:
-            looks = _Looks(observer, algorithm, quantile, until_stable)
-            with closing(timed(batches, _kept(timeline, progress), looks.are_stable)) as seen:
-                for batch in seen:
-                    observer.observe(batch, anonymous=batches.anonymous)
-            histograms = observer.histograms()
+            seen = _observe(network, batches, how, _Looks(algorithm, quantile, until_stable), progress)
         record = record.after(batches)
-    if not histograms:
+    if not timeline:
         raise FastcalError("the feed gave no batches; a calibration needs at least one")
-    _warn_of_nonfinite(histograms)
+    _warn_of_nonfinite(seen.histograms)
+    record = replace(record, entries={**record.entries, "precision": precision(tf32 and seen.engine == "tensorrt")})
     label = str(network.path) if isinstance(network, Model) else f"network {network.name!r}"
-    observed = Observations(label, engine, dict(histograms), dict(observer.sources), timeline)
+    observed = Observations(label, seen.engine, dict(seen.histograms), dict(seen.sources), timeline)
     cache = CalibrationCache(observed.scales(algorithm, quantile), algorithm, version, record=record, observed=observed)
     if algorithm == "percentile":
         cache.tensorrt_version, cache.quantile, cache.cutoff = None, quantile, _NO_REGRESSION
     return cache
 
 
+def _import_with_ray() -> Any:
+    try:
+        from fastcal.observe import with_ray
+    except ModuleNotFoundError as error:
+        raise missing("a calibration with workers", error) from error
+    return with_ray
+
+
+def _observe(network: Any, feed: Feed, engine: Engine, looks: "_Looks", progress: Callable[[Progress], None]) -> Seen:
+    """Observe all batches in this process, or as many as it takes for stable scales."""
+    if engine.name == "tensorrt" and engine.optimization_level is None:
+        engine = replace(engine, optimization_level=int((length(feed) or 0) * feed.batch_size >= _MANY))
+    with engine.observer(network, feed.gpu) as observer:
+        observe_all(observer, feed, progress, lambda images: looks.are_stable(observer, images))
+        return Seen(engine.name, observer.histograms(), observer.sources)
+
+
 class _Looks:
     """Looks at the scales on the way, ever more images apart, and tells when they move no more.
 
     Args:
-        observer: What has the histograms.
         algorithm: How scales are picked.
         quantile: For "percentile".
         percent: By how much a scale may move from look to look; None never looks.
@@ -152,20 +166,19 @@ class _Looks:
     #: So many looks in a row without movement.
     _in_a_row = 3
 
-    def __init__(self, observer: _Observer, algorithm: str, quantile: float, percent: float | None) -> None:
-        self._observer = observer
+    def __init__(self, algorithm: str, quantile: float, percent: float | None) -> None:
         self._pick = algorithm, quantile
         self._percent = percent
         self._next = 0
         self._scales: Mapping[str, float] = {}
         self._still = 0
 
-    def are_stable(self, images: int) -> bool:
-        """Whether to stop after so many images."""
+    def are_stable(self, observer: Observer, images: int) -> bool:
+        """Whether to stop after so many images, which `observer` has counted."""
         if self._percent is None or images < self._next:
             return False
         self._next = images + images // 10
-        before, self._scales = self._scales, pick_scales(self._observer.histograms(), *self._pick)
+        before, self._scales = self._scales, pick_scales(observer.histograms(), *self._pick)
         moved = max((_percent_moved(before.get(name, 0.0), scale) for name, scale in self._scales.items()), default=0)
         self._still = self._still + 1 if moved <= self._percent else 0
         if self._still < self._in_a_row:
@@ -183,53 +196,11 @@ def _percent_moved(before: float, now: float) -> float:
     return math.inf if before == 0 else 100 * abs(now / before - 1)
 
 
-def _choose(engine: str, is_file: bool) -> str:
-    """The engine to use; "auto" takes what is there."""
-    if engine not in ENGINES:
-        raise FastcalError(f"there is no engine {engine!r}; choose one of {', '.join(ENGINES)}")
-    if engine != "auto":
-        return engine
-    there = find_spec("tensorrt") is not None and resolve("auto") is not None
-    return "tensorrt" if there or not is_file else "onnxruntime"
-
-
 def _input_names(network: Any) -> list[str] | None:
     """The names of a network's inputs."""
     if isinstance(network, Model):
         return [value.name for value in network.inputs]
     return [network.get_input(index).name for index in range(getattr(network, "num_inputs", 0))] or None
-
-
-@contextmanager
-def _on_onnxruntime(model: Model | Any, threads: int | None) -> Iterator[_Observer]:
-    if not isinstance(model, Model):
-        raise FastcalError(f"engine onnxruntime runs ONNX files, not a {type(model).__name__}; use engine tensorrt")
-    try:
-        from fastcal.observe import count  # noqa: F401 - compiled or loaded now, not with the first batch
-        from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver
-    except ModuleNotFoundError as error:
-        raise missing("engine onnxruntime", error) from error
-    with OnnxRuntimeObserver(model, threads) as observer:
-        yield observer
-
-
-@contextmanager
-def _on_tensorrt(network: Any, feed: Feed, tf32: bool, level: int | None, tactic_sources: Any) -> Iterator[_Observer]:
-    if level is None:
-        level = int((length(feed) or 0) * feed.batch_size >= _MANY)
-    try:
-        gpu = resolve("cuda") if feed.gpu is None else feed.gpu
-    except FastcalError as error:
-        raise FastcalError(f"engine tensorrt: {error}; engine onnxruntime works here") from error
-    import cupy
-
-    from fastcal.observe.with_tensorrt import TensorRTObserver
-
-    with (
-        cupy.cuda.Device(gpu),
-        TensorRTObserver(network, tf32=tf32, optimization_level=level, tactic_sources=tactic_sources) as observer,
-    ):
-        yield observer
 
 
 def _tensorrt_version(asked: str | None) -> str:
@@ -251,37 +222,6 @@ def _kept(timeline: list[Progress], progress: Callable[[Progress], None] | None)
             progress(state)
 
     return keep
-
-
-def timed(
-    feed: Feed, progress: Callable[[Progress], None], enough: Callable[[int], bool]
-) -> Generator[Mapping[str, Any], None, None]:
-    """The feed's batches until there were enough images, and a report after each has been used.
-
-    Ends the feed's pass when closed.
-    """
-    state = Progress(total=length(feed))
-    start = time.perf_counter()
-    batches = iter(feed)
-    try:
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            state.waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-            state.batches += 1
-            if state.total is not None:
-                state.total = length(feed)  # less where samples were skipped
-            state.images += max((array.shape[0] for array in batch.values() if array.shape), default=0)
-            state.seconds = time.perf_counter() - start
-            progress(state)
-            if enough(state.images):
-                return
-    finally:
-        if hasattr(batches, "close"):
-            batches.close()
 
 
 def _warn_of_nonfinite(histograms: Mapping[str, Histogram]) -> None:

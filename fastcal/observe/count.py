@@ -12,7 +12,7 @@ _BLOCK = 2048
 
 
 def _add(values, width, counts):  # type: ignore[no-untyped-def]
-    """Add a vector of finite float32 `values` to `counts`, int64 of shape (2048,), whose bins are `width` > 0 wide."""
+    """Add a vector of finite float32 `values` to `counts`, int64, of bins `width` > 0 wide and one for all above."""
     # Two steps a block: the divisions run in vectors, and counting into four tables by turns keeps runs of one value
     # (a ReLU's zeros) from waiting for each other. Unsigned indices spare numba's test for negative ones: 2.4 times
     # faster in all.
@@ -39,7 +39,7 @@ def _add(values, width, counts):  # type: ignore[no-untyped-def]
         counts[i] += np.int64(table0[i]) + np.int64(table1[i]) + np.int64(table2[i]) + np.int64(table3[i])
 
 
-def compile_loop(loop: Any, signature: str, **options: Any) -> Any:
+def compile_loop(loop: Any, signature: Any, **options: Any) -> Any:
     """Compile a loop with numba for threads of their own, and keep the result: it takes a second."""
     options |= {"nogil": True, "error_model": "numpy"}
     try:
@@ -48,4 +48,6 @@ def compile_loop(loop: Any, signature: str, **options: Any) -> Any:
         return numba.njit(signature, **options)(loop)
 
 
-add = compile_loop(_add, "void(float32[::1], float32, int64[::1])")
+_values = numba.types.Array(numba.float32, 1, "C", readonly=True)  # takes writable arrays too
+
+add = compile_loop(_add, numba.void(_values, numba.float32, numba.int64[::1]))

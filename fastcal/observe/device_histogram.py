@@ -1,5 +1,6 @@
 """The histograms of `fastcal.observe.histogram`, taken on a GPU: the same counts, bin for bin."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,14 @@ from fastcal.observe.histogram import BINS, Histogram
 _TILE = 1 << 17
 _THREADS = 512
 
+#: A float's exponents, from that of the least subnormal one, and one more for a range beyond all floats.
+_LEAST_EXPONENT = -149
+_EXPONENTS = 128 - _LEAST_EXPONENT + 1
+
 #: How many sets of arrays are remembered: a feed's buffers and a network's outputs come again and again.
 _TABLES = 64
+
+_DEFINES = {"THREADS": _THREADS, "TILE": _TILE, "EXPONENTS": _EXPONENTS, "LEAST_EXPONENT": f"({_LEAST_EXPONENT})"}
 
 # `count` counts every element of a batch into bins of the range so far, and finds the batch's amax, in one pass. Where
 # that amax exceeds the range (always in the first batch), `settle` widens the range and asks for a second pass, which
@@ -34,8 +41,13 @@ __device__ double width_of(double range) {
     return width < 0x1p-126 ? rint(width * 0x1p149) * 0x1p-149 : (float)width;
 }
 
+// The place, in a table of a row per tensor, for how many elements were clamped at this range.
+__device__ u64* place_of(u64* clamped, int row, double range) {
+    return &clamped[(size_t)row * EXPONENTS + (ilogb(range) - LEAST_EXPONENT)];
+}
+
 // Where a positive float falls: floor(x / width), the quotient rounded to the nearest float as CPUs round it, at most
-// BINS - 1.
+// BINS: no x within the range reaches that but one equal to it.
 struct Divider {
     const float width, reciprocal;
 
@@ -52,7 +64,7 @@ struct Divider {
         float quotient = x * reciprocal;
         quotient = fmaf(fmaf(-quotient, width, x), reciprocal, quotient);
         quotient = fmaf(fmaf(-quotient, width, x), reciprocal, quotient);
-        return min((unsigned)quotient, BINS - 1u);
+        return min((unsigned)quotient, (unsigned)BINS);
     }
 };
 
@@ -62,7 +74,7 @@ struct SlowDivider {
     __device__ unsigned bin(unsigned bits) const {
         if (width == 0) return 0;
         const float quotient = (float)(value_of(bits) / width);  // rounding twice does no harm from a double
-        return min((unsigned)quotient, BINS - 1u);
+        return min((unsigned)quotient, (unsigned)BINS);
     }
 };
 
@@ -116,12 +128,12 @@ struct Found {
 extern "C" __global__ void __launch_bounds__(THREADS) count(
     const u64* addresses, const long long* sizes, const int* rows,
     const int* tile_tensors, const long long* tile_starts, const double* ranges, const int* again,
-    unsigned* batch_amaxes, u64* nans, u64* infs, u64* counts, int second
+    unsigned* batch_amaxes, u64* nans, u64* infs, u64* counts, u64* clamped, int second
 ) {
     const int tensor = tile_tensors[blockIdx.x], row = rows[tensor];
     if (second && !again[row]) return;
-    __shared__ unsigned bins[BINS];
-    for (int bin = threadIdx.x; bin < BINS; bin += THREADS) bins[bin] = 0;
+    __shared__ unsigned bins[BINS + 1];
+    for (int bin = threadIdx.x; bin <= BINS; bin += THREADS) bins[bin] = 0;
     __syncthreads();
 
     const float* values = (const float*)addresses[tensor] + tile_starts[blockIdx.x];
@@ -146,11 +158,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
     }
     __syncthreads();
     for (int bin = threadIdx.x; bin < BINS; bin += THREADS) add(&counts[(size_t)row * BINS + bin], bins[bin]);
+    if (threadIdx.x == 0 && bins[BINS]) {
+        add(&counts[(size_t)row * BINS + BINS - 1], bins[BINS]);
+        add(second ? place_of(clamped, row, ranges[row]) : &clamped[row], bins[BINS]);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(BINS / 2) settle(
     const int* rows, double* ranges, unsigned* amaxes, unsigned* batch_amaxes,
-    u64* batch_counts, u64* counts, int* again
+    u64* batch_counts, u64* counts, u64* batch_clamped, u64* clamped, int* again
 ) {
     const int row = rows[blockIdx.x], low = threadIdx.x, high = low + BINS / 2;
     const double batch_amax = value_of(batch_amaxes[row]);
@@ -161,9 +177,9 @@ extern "C" __global__ void __launch_bounds__(BINS / 2) settle(
         mine[low] += batch[low];
         mine[high] += batch[high];
     } else if (range == 0) {
-        range = batch_amax;
+        range = BINS * width_of(batch_amax);  // the same, unless the width is rounded: to 0 perhaps
     }
-    while (batch_amax > range) {
+    while (range != 0 && batch_amax > range) {
         const u64 pair = mine[2 * low] + mine[2 * low + 1];
         __syncthreads();
         mine[low] = pair;
@@ -174,6 +190,8 @@ extern "C" __global__ void __launch_bounds__(BINS / 2) settle(
     batch[low] = batch[high] = 0;
     __syncthreads();
     if (low == 0) {
+        if (!widen && batch_clamped[row]) *place_of(clamped, row, range) += batch_clamped[row];
+        batch_clamped[row] = 0;
         ranges[row] = range;
         amaxes[row] = max(amaxes[row], batch_amaxes[row]);
         batch_amaxes[row] = 0;
@@ -195,8 +213,9 @@ class DeviceHistograms:
     def __init__(self, names: Sequence[str]) -> None:
         self._rows = {name: row for row, name in enumerate(names)}
         module = cupy.RawModule(
-            code=_SOURCE, options=(f"-DTHREADS={_THREADS}", f"-DTILE={_TILE}", "--std=c++17"), backend="nvrtc"
-        )
+            code=_SOURCE, options=(*(f"-D{name}={value}" for name, value in _DEFINES.items()), "--std=c++17"),
+            backend="nvrtc",
+        )  # fmt: skip
         self._count, self._settle = module.get_function("count"), module.get_function("settle")
         tensors = max(len(self._rows), 1)
         self._ranges = cupy.zeros(tensors, np.float64)
@@ -207,8 +226,18 @@ class DeviceHistograms:
         self._again = cupy.zeros(tensors, np.int32)
         self._counts = cupy.zeros((tensors, BINS), np.uint64)
         self._batch_counts = cupy.zeros((tensors, BINS), np.uint64)
+        self._clamped = cupy.zeros((tensors, _EXPONENTS), np.uint64)
+        self._batch_clamped = cupy.zeros(tensors, np.uint64)
+        self._starts = np.zeros(tensors)
         self._tables: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         cupy.cuda.get_current_stream().synchronize()
+
+    def begin(self, starts: Mapping[str, float]) -> None:
+        """Begin anew, on CuPy's current stream, with ranges by tensor name: those that batches before have set."""
+        self._starts[: len(self._rows)] = [starts.get(name, 0.0) for name in self._rows]
+        for array in (self._amaxes, self._nans, self._infs, self._counts, self._clamped):
+            array.fill(0)
+        self._ranges.set(self._starts)
 
     def update_all(self, activations: Mapping[str, Any]) -> None:
         """Count one batch of some of the tensors, on CuPy's current stream.
@@ -225,19 +254,20 @@ class DeviceHistograms:
             self._tables[key] = self._table(key)
         rows, tile_tensors, tile_starts, addresses, sizes = self._tables[key]
 
-        def count(into: Any, second: bool) -> None:
+        def count(into: Any, clamped_into: Any, second: bool) -> None:
             self._count(
                 (tile_tensors.size,), (_THREADS,),
                 (addresses, sizes, rows, tile_tensors, tile_starts, self._ranges, self._again, self._batch_amaxes,
-                 self._nans, self._infs, into, np.int32(second)),
+                 self._nans, self._infs, into, clamped_into, np.int32(second)),
             )  # fmt: skip
 
-        count(self._batch_counts, second=False)
+        count(self._batch_counts, self._batch_clamped, second=False)
         self._settle(
             (rows.size,), (BINS // 2,),
-            (rows, self._ranges, self._amaxes, self._batch_amaxes, self._batch_counts, self._counts, self._again),
+            (rows, self._ranges, self._amaxes, self._batch_amaxes, self._batch_counts, self._counts,
+             self._batch_clamped, self._clamped, self._again),
         )  # fmt: skip
-        count(self._counts, second=True)
+        count(self._counts, self._clamped, second=True)
 
     def _table(self, key: tuple[tuple[str, int, int], ...]) -> tuple[Any, ...]:
         """What the kernels know of the tensors: the row of each, and the tensor and first element of every tile."""
@@ -251,12 +281,17 @@ class DeviceHistograms:
 
     def fetch(self) -> dict[str, Histogram]:
         """The histograms so far, in host memory. Waits for CuPy's current stream."""
-        parts = (self._counts, self._ranges, self._amaxes, self._nans, self._infs)
-        counts, ranges, amaxes, nans, infs = (cupy.asnumpy(part) for part in parts)
+        parts = (self._counts, self._ranges, self._amaxes, self._nans, self._infs, self._clamped)
+        counts, ranges, amaxes, nans, infs, clamped = (cupy.asnumpy(part) for part in parts)
         histograms = {}
         for name, row in self._rows.items():
-            histogram = histograms[name] = Histogram()
+            histogram = histograms[name] = Histogram(float(self._starts[row]))
             histogram.counts[:] = counts[row]
             histogram.range, histogram.amax = float(ranges[row]), float(amaxes.view(np.float32)[row])
             histogram.nan, histogram.inf = int(nans[row]), int(infs[row])
+            for exponent in np.flatnonzero(clamped[row]):
+                # The range then was that of now, times a power of two.
+                mantissa = math.frexp(histogram.range)[0]
+                then = math.ldexp(mantissa, int(exponent) + _LEAST_EXPONENT + 1)
+                histogram.clamped[then] = int(clamped[row, exponent])
         return histograms

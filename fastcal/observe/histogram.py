@@ -26,18 +26,32 @@ class Histogram:
     until it fits. An element equal to the range therefore lies in bin 2047, and in 1023 after a doubling, while an
     equal element that comes after the doubling lands in 1024; TensorRT counts the same way.
 
+    The order of batches shows in nothing else. Ranges and widths are a first one times a power of two, so where an
+    element falls, when it is counted before some doublings or after them, is floor(|x| / width) with the last width
+    either way; only the clamp to bin 2047 tells them apart, and it takes effect for elements equal to the range alone.
+    Such an element is the largest of its batch, and is clamped if no earlier batch had a larger one. So runs of batches
+    can be counted apart and put together exactly with `append`: each begins with a range that the batches before have
+    set, and says how many elements it clamped at which range.
+
+    Args:
+        start: A range to begin with: the one that batches before have set.
+
     Attributes:
         counts: int64 array of shape (2048,).
         range: The upper end of the last bin; 0.0 while everything was 0.
         amax: The largest |x|.
+        start: The range it began with.
+        clamped: How many elements were equal to the range when they were counted, by that range.
         nan: How many elements were NaN; they are in no bin.
         inf: How many elements were infinite; they are in no bin either and do not count for `amax`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: float = 0.0) -> None:
         self.counts: npt.NDArray[np.int64] = np.zeros(BINS, np.int64)
-        self.range = 0.0
+        self.start = start
+        self.range = start
         self.amax = 0.0
+        self.clamped: dict[float, int] = {}
         self.nan = 0
         self.inf = 0
 
@@ -71,12 +85,15 @@ class Histogram:
             flat = self._without_nonfinite(flat)
             batch_amax = float(np.abs(flat).max(initial=0.0))
         self.widen(batch_amax)
-        width = np.float32(self.width)
-        if width > 0:
-            for start in range(0, flat.size, count.MOST):
-                count.add(flat[start : start + count.MOST], width, self.counts)
-        else:  # all 0 so far, or so small that a bin's width is 0 in float32
+        if self.range == 0.0:
             self.counts[0] += flat.size
+            return
+        counted = np.zeros(BINS + 1, np.int64)  # the last is for elements equal to the range
+        for start in range(0, flat.size, count.MOST):
+            count.add(flat[start : start + count.MOST], np.float32(self.width), counted)
+        self.counts += counted[:BINS]
+        self._add_clamped(self.range, int(counted[BINS]))
+        self.counts[-1] += counted[BINS]
 
     def _without_nonfinite(self, flat: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         self.nan += int(np.isnan(flat).sum())
@@ -87,11 +104,56 @@ class Histogram:
         """Make room for a batch whose largest |x| is `batch_amax`, before its elements are counted."""
         self.amax = max(self.amax, batch_amax)
         if self.range == 0.0:
-            self.range = batch_amax
-        while batch_amax > self.range:
-            self.counts[: BINS // 2] = self.counts.reshape(-1, 2).sum(axis=1)
-            self.counts[BINS // 2 :] = 0
-            self.range *= 2
+            # That is batch_amax, unless it is so small (below 2^-115) that the width is rounded, to 0 perhaps.
+            self.range = float(np.float32(batch_amax / BINS)) * BINS
+        if self.range:
+            doublings = _doublings(self.range, batch_amax)
+            self.counts = _paired(self.counts, doublings)
+            self.range = math.ldexp(self.range, doublings)
+
+    def fits(self, later: "Histogram") -> bool:
+        """Whether `append` takes `later`: it began with a range like ours, 0 as well, or has seen nothing but 0."""
+        return not later.amax or math.frexp(self.range)[0] == math.frexp(later.start)[0]
+
+    def append(self, later: "Histogram") -> None:
+        """Add the histogram of the batches that come after ours, as if they had been counted here."""
+        before, self.range = self.range, max(self.range, later.range)
+        if self.range:
+            self.counts = _paired(self.counts, _doublings(before or self.range, self.range))
+            self.counts += _paired(later.counts, _doublings(later.range or self.range, self.range))
+        else:
+            self.counts += later.counts
+        for value, count in later.clamped.items():
+            if value < before:  # here they come after a range beyond theirs
+                doublings = _doublings(value, self.range)
+                self.counts[BINS - 1 >> doublings] -= count
+                self.counts[BINS >> doublings] += count
+            else:
+                self._add_clamped(value, count)
+        self.amax = max(self.amax, later.amax)
+        self.nan += later.nan
+        self.inf += later.inf
+
+    def _add_clamped(self, value: float, count: int) -> None:
+        if count:
+            self.clamped[value] = self.clamped.get(value, 0) + count
+
+
+def _doublings(lower: float, upper: float) -> int:
+    """How often `lower` must be doubled to be no less than `upper`."""
+    doublings = 0
+    while math.ldexp(lower, doublings) < upper:
+        doublings += 1
+    return doublings
+
+
+def _paired(counts: npt.NDArray[np.int64], times: int) -> npt.NDArray[np.int64]:
+    """`counts` with neighbouring bins added in pairs so many times."""
+    for _ in range(times):
+        paired = np.zeros_like(counts)
+        paired[: BINS // 2] = counts.reshape(-1, 2).sum(axis=1)
+        counts = paired
+    return counts
 
 
 class Histograms(dict[str, Histogram]):

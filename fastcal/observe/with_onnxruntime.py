@@ -39,6 +39,11 @@ class OnnxRuntimeObserver:
         self._runner = OnnxRuntimeRunner(model, threads)
         self._histograms = Histograms(threads)
 
+    def begin(self, starts: Mapping[str, float]) -> None:
+        """Begin anew, with ranges by tensor name: those that batches before have set."""
+        self._histograms.clear()
+        self._histograms.update({name: Histogram(start) for name, start in starts.items()})
+
     def observe(self, batch: Mapping[str, Any], *, anonymous: bool = False) -> None:
         """Run one batch and count its activations.
 
@@ -53,7 +58,7 @@ class OnnxRuntimeObserver:
         self._histograms.update_all(self._runner.run(arrays))
 
     def histograms(self) -> Mapping[str, Histogram]:
-        """The histograms of all batches so far, by tensor name."""
+        """The histograms since the beginning, by tensor name."""
         return self._histograms
 
     def __enter__(self) -> "OnnxRuntimeObserver":

@@ -82,6 +82,10 @@ class TensorRTObserver:
         self._histograms.update_all(constants)
         cupy.cuda.get_current_stream().synchronize()
 
+    def begin(self, starts: Mapping[str, float]) -> None:
+        """Begin anew, with ranges by tensor name: those that batches before have set. Leaves constants out from now."""
+        self._histograms.begin(starts)
+
     def observe(self, batch: Mapping[str, Any], *, anonymous: bool = False) -> None:
         """Run one batch and count its tensors; returns when the batch before is done.
 
@@ -109,8 +113,8 @@ class TensorRTObserver:
         self._ends[1].synchronize()
 
     def histograms(self) -> dict[str, Histogram]:
-        """The histograms of all batches so far, by tensor name; none before the first."""
-        return self._histograms.fetch() if self._engines else {}
+        """The histograms since the beginning, by tensor name; those of the network's constants are there at first."""
+        return self._histograms.fetch()
 
     def __enter__(self) -> "TensorRTObserver":
         cupy.cuda.Device().synchronize()  # arrays that are there already are complete

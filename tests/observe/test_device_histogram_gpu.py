@@ -1,36 +1,43 @@
 """The histograms taken on a GPU, against the definition in NumPy."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 pytestmark = pytest.mark.gpu
 
 
-def expected(batches):
-    """Counts, range and amax by the definition, bin by bin; NaN and Inf left out."""
-    counts, top, amax = np.zeros(2048, np.int64), 0.0, 0.0
+def expected(batches, start=0.0):
+    """Counts, range, amax and clamped by the definition, bin by bin; NaN and Inf left out."""
+    counts, top, amax, clamped = np.zeros(2048, np.int64), start, 0.0, Counter()
     for batch in batches:
         values = np.abs(batch[np.isfinite(batch)]).ravel()
         largest = float(values.max(initial=0))
         amax = max(amax, largest)
-        top = top or largest
-        while largest > top:
+        top = top or 2048 * float(np.float32(largest / 2048))
+        while top and largest > top:
             counts = np.concatenate([counts[0::2] + counts[1::2], np.zeros(1024, np.int64)])
             top *= 2
         width = np.float32(top / 2048)
         with np.errstate(all="ignore"):
             bins = np.minimum(values / width, 2047).astype(int) if width > 0 else np.zeros(values.size, int)
         counts += np.bincount(bins, minlength=2048)
-    return counts, top, amax
+        if top:
+            clamped[top] += int((values == top).sum())
+    return counts, top, amax, +clamped
 
 
-def check(batches_by_name, offset=0):
+def check(batches_by_name, offset=0, starts=None):
     """Count batches of several tensors on the GPU and compare; offset elements misalign the arrays."""
     import cupy
 
     from fastcal.observe.device_histogram import DeviceHistograms
 
     histograms = DeviceHistograms(list(batches_by_name))
+    if starts is not None:
+        histograms.update_all({name: cupy.full(7, 5, np.float32) for name in batches_by_name})
+        histograms.begin(starts)
     for batches in zip(*batches_by_name.values(), strict=True):
         arrays = {}
         for name, batch in zip(batches_by_name, batches, strict=True):
@@ -41,9 +48,11 @@ def check(batches_by_name, offset=0):
     found = histograms.fetch()
     assert list(found) == list(batches_by_name)
     for name, batches in batches_by_name.items():
-        counts, top, amax = expected(batches)
+        start = (starts or {}).get(name, 0.0)
+        counts, top, amax, clamped = expected(batches, start)
         assert np.array_equal(found[name].counts, counts), name
-        assert (found[name].range, found[name].amax) == (top, amax), name
+        assert (found[name].start, found[name].range, found[name].amax) == (start, top, amax), name
+        assert found[name].clamped == clamped, name
         assert found[name].nan == sum(int(np.isnan(batch).sum()) for batch in batches)
         assert found[name].inf == sum(int(np.isinf(batch).sum()) for batch in batches)
 
@@ -66,6 +75,13 @@ def test_ranges_that_double():
 
 def test_an_element_equal_to_the_range_before_and_after_it_doubles():
     check({"x": [np.float32([1, 0.3]), np.float32([1, 0.5]), np.float32([1, 2]), np.float32([2, 1])]})
+
+
+def test_it_begins_anew_with_the_ranges_that_batches_before_have_set():
+    batches = [np.float32([1, 0.3, 2, 2]), np.float32([1, 4]), np.float32([4, 9])]
+    tensors = {"known": batches, "above all": batches, "unknown": batches, "zero": [np.zeros(5, "f4")] * 3}
+    check(tensors, starts={"known": 1.0, "above all": 64.0, "zero": 3.0})
+    check(tensors, starts={})
 
 
 def test_zeros_first_and_for_ever():

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import fastcal
+import fastcal.observe.count  # loaded now, not on hypothesis's time
 from fastcal.observe.histogram import BINS, Histogram, Histograms
 
 
-def histogram_of(*batches):
-    histogram = Histogram()
+def histogram_of(*batches, start=0.0):
+    histogram = Histogram(start)
     for batch in batches:
         histogram.update(np.asarray(batch, np.float32))
     return histogram
@@ -45,14 +46,14 @@ def test_no_count_is_ever_lost(batches):
     assert histogram.nan == np.isnan(together).sum()
     assert histogram.inf == np.isinf(together).sum()
     assert histogram.amax == np.abs(together[np.isfinite(together)]).max(initial=0)
-    assert histogram.amax <= histogram.range
+    assert histogram.amax <= histogram.range or (histogram.range == 0 and histogram.amax <= 2.0**-139)
 
 
 @given(values=floats)
 def test_bins_follow_the_definition(values):
     magnitudes = np.abs(values)
     width = np.float32(magnitudes.max() / 2048)
-    assume(width > 0)
+    assume(width >= np.finfo(np.float32).tiny)  # below, it is rounded
     bins = np.minimum(np.floor(magnitudes / width), 2047).astype(int)
     np.testing.assert_array_equal(histogram_of(values).counts, np.bincount(bins, minlength=BINS))
 
@@ -70,6 +71,70 @@ def test_an_element_equal_to_the_range_falls_where_its_batch_finds_the_range():
     after = histogram_of([1.0], [2.0], [1.0])
     assert {int(i): int(before.counts[i]) for i in before.counts.nonzero()[0]} == {1023: 2, 2047: 1}
     assert {int(i): int(after.counts[i]) for i in after.counts.nonzero()[0]} == {1023: 1, 1024: 1, 2047: 1}
+
+
+def assert_equal(found, expected):
+    assert (found.range, found.amax, found.nan, found.inf) == (
+        expected.range,
+        expected.amax,
+        expected.nan,
+        expected.inf,
+    )
+    assert {int(i): int(found.counts[i]) for i in found.counts.nonzero()[0]} == {
+        int(i): int(expected.counts[i]) for i in expected.counts.nonzero()[0]
+    }
+
+
+# Few values, so that batches often have an element equal to the range, from where a bin's width is no normal number on.
+often_the_range = st.lists(
+    st.sampled_from([0, 1, 1, 2, 4, 4096, 0.5, 2**-11, 3, 1.5, 0.3, np.nan, np.inf, 2.0**-115, 2.0**-138, 2.0**-141]),
+    max_size=4,
+)
+
+
+@given(parts=st.lists(st.lists(often_the_range, max_size=4), max_size=6), lag=st.integers(1, 4))
+@example(parts=[[[2397 * 2.0**-149]], [[5001 * 2.0**-149]], [[2048 * 2.0**-149]]], lag=2)  # the width is rounded
+def test_parts_counted_apart_are_appended_to_the_same_counts(parts, lag):
+    whole = histogram_of(*(batch for part in parts for batch in part))
+    total, known = Histogram(), [0.0] * lag
+    for part in parts:
+        # A part knows the range of some time ago, as when several are under way.
+        counted = histogram_of(*part, start=known[-lag])
+        if not total.fits(counted):
+            assert known[-lag] == 0
+            counted = histogram_of(*part, start=total.range)
+        assert total.fits(counted)
+        total.append(counted)
+        known.append(total.range)
+    assert_equal(total, whole)
+
+
+@given(batches=st.lists(often_the_range, min_size=3, max_size=3))
+def test_parts_may_be_put_together_in_any_grouping(batches):
+    first, second, third = (histogram_of(np.float32([1]), batch) for batch in batches)
+    expected = histogram_of([1.0], batches[0], [1.0], batches[1], [1.0], batches[2])
+    second.append(third)
+    first.append(second)
+    assert_equal(first, expected)
+
+
+def test_an_element_equal_to_the_range_falls_in_a_part_where_it_would_in_one():
+    total = histogram_of([1.0], [2.0])
+    assert total.clamped == {1.0: 1, 2.0: 1}
+    late, exceeded = histogram_of([1.0, -1.0], start=1.0), histogram_of([2.0], [4.0, 4.0], start=1.0)
+    assert (late.clamped, exceeded.clamped) == ({1.0: 2}, {2.0: 1, 4.0: 2})
+    total.append(late)  # after 2.0: not clamped
+    total.append(exceeded)  # 2.0 is clamped: nothing before was larger
+    assert {int(i): int(total.counts[i]) for i in total.counts.nonzero()[0]} == {511: 1, 512: 2, 1023: 2, 2047: 2}
+
+
+def test_a_part_that_began_with_a_range_of_its_own_does_not_fit():
+    total = histogram_of([3.0])
+    assert not total.fits(histogram_of([1.0]))
+    assert total.fits(histogram_of([1.0], start=3.0))
+    assert total.fits(histogram_of([100.0], start=6.0))
+    assert total.fits(histogram_of([0.0]))
+    assert Histogram().fits(histogram_of([1.0]))
 
 
 def test_the_range_doubles_until_it_fits():
@@ -103,6 +168,13 @@ def test_other_types_are_counted_as_float32(dtype):
     histogram = Histogram()
     histogram.update(values)
     np.testing.assert_array_equal(histogram.counts, histogram_of(values.astype(np.float32)).counts)
+
+
+def test_arrays_that_cannot_be_written():
+    values = np.random.default_rng(0).standard_normal(100, dtype=np.float32)
+    expected = histogram_of(values).counts
+    values.flags.writeable = False
+    np.testing.assert_array_equal(histogram_of(values).counts, expected)
 
 
 def test_arrays_that_are_not_contiguous():

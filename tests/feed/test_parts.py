@@ -1,0 +1,97 @@
+"""Parts of feeds, as workers on other machines get them: the same batches, pickled on the way."""
+
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastcal
+from conftest import DIGITS
+
+
+def arrays(count):
+    return [np.random.default_rng(number).standard_normal((3, 2), dtype="f4") for number in range(count)]
+
+
+def with_a_short_last(make=lambda array: array):
+    return [make(array) for array in [*arrays(4), arrays(5)[-1][:1]]]
+
+
+def numpy_files(tmp_path, **options):
+    for number, array in enumerate(arrays(4)):
+        np.save(tmp_path / f"{number}.npy", array)
+    return fastcal.NumpyFeed(tmp_path, batch_size=5, shuffle=True, device="cpu", **options)
+
+
+def images(**options):
+    return fastcal.ImageFeed(DIGITS / "images", preprocess="unit", batch_size=3, limit=13, device="cpu", **options)
+
+
+def images_and_arrays(tmp_path):
+    listed = sorted((DIGITS / "images").rglob("*.jpg"))[:7]
+    for number in range(7):
+        np.save(tmp_path / f"{number}.npy", np.float32([number, 1]))
+        Image.open(listed[number]).save(tmp_path / f"{number}.tif")  # a format that is decoded in a process apart
+    data = {"picture": str(tmp_path / "*.tif"), "numbers": str(tmp_path / "*.npy")}
+    return fastcal.ImageFeed(data, preprocess="unit", batch_size=3, shuffle=True, device="cpu")
+
+
+FEEDS = {
+    "nameless arrays, wrapped": lambda tmp_path: fastcal.ArrayFeed(with_a_short_last(), device="cpu"),
+    "arrays, wrapped": lambda tmp_path: fastcal.ArrayFeed(with_a_short_last(lambda x: {"a": x, "b": x}), device="cpu"),
+    "arrays, kept": lambda tmp_path: fastcal.ArrayFeed(
+        with_a_short_last(lambda x: (x, 2 * x, "label")), ["a", "b"], last_batch="keep", device="cpu"
+    ),
+    "one batch": lambda tmp_path: fastcal.ArrayFeed(arrays(1), ["a"], device="cpu"),
+    "files, wrapped": numpy_files,
+    "files, kept": lambda tmp_path: numpy_files(tmp_path, last_batch="keep"),
+    "images, wrapped": lambda tmp_path: images(shuffle=True, constants={"k": np.ones(2)}),
+    "images and arrays": images_and_arrays,
+    "images, dropped": lambda tmp_path: images(last_batch="drop"),
+}
+
+
+def copied(feed):
+    return [{name: np.array(array) for name, array in batch.items()} for batch in feed]
+
+
+@pytest.mark.parametrize("name", FEEDS)
+def test_parts_have_the_batches_of_the_whole(tmp_path, name):
+    with FEEDS[name](tmp_path) as feed:
+        whole = copied(feed)
+        for start in range(len(feed)):
+            for stop in range(start + 1, len(feed) + 1):
+                with pickle.loads(pickle.dumps(feed.part(range(start, stop), gpu=None, threads=1))) as part:
+                    assert len(part) == stop - start
+                    assert part.anonymous == feed.anonymous
+                    for found, expected in zip(copied(part), whole[start:stop], strict=True):
+                        assert found.keys() == expected.keys()
+                        for key in expected:
+                            assert found[key].dtype == expected[key].dtype
+                            np.testing.assert_array_equal(found[key], expected[key])
+
+
+def test_a_part_has_the_threads_of_its_machine_unless_the_feed_was_told():
+    assert images().part(range(1), gpu=None, threads=3)._threads == 3
+    assert images().part(range(1), gpu=0, threads=30).gpu is None  # it was to be on the CPU
+    assert images(threads=2).part(range(1), gpu=None, threads=3)._threads == 2
+    on_any = fastcal.ImageFeed(DIGITS / "images")
+    assert (on_any.part(range(1), gpu=0, threads=30).gpu, on_any.part(range(1), gpu=0, threads=30)._threads) == (0, 8)
+
+
+@pytest.mark.parametrize("batches", [lambda: iter(arrays(2)), iter(arrays(2)), set()])
+def test_what_is_no_list_cannot_be_divided(batches):
+    with pytest.raises(fastcal.FastcalError, match="batches that are no list cannot be divided among workers"):
+        fastcal.ArrayFeed(batches, device="cpu").part(range(1), gpu=None, threads=1)
+
+
+def test_what_depends_on_batches_before_cannot_be_divided(tmp_path):
+    with pytest.raises(fastcal.FastcalError, match="leave skip_unreadable or workers out"):
+        images(skip_unreadable=True).part(range(1), gpu=None, threads=1)
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        shard.add(next((DIGITS / "images").rglob("*.jpg")), "0.jpg")
+    feed = fastcal.ImageFeed(tmp_path / "shard.tar", preprocess="unit")
+    with pytest.raises(fastcal.FastcalError, match=r"shard.tar are read one after another, and cannot be divided"):
+        feed.part(range(1), gpu=None, threads=1)

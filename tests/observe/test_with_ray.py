@@ -1,0 +1,378 @@
+"""The same calibration over Ray actors, to the same bytes: on two nodes of a real Ray cluster on this machine."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastcal
+from conftest import DIGITS
+from fastcal.model import Model
+from fastcal.observe.observer import Engine, observe_all
+from fastcal.progress import Progress
+
+ray = pytest.importorskip("ray")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
+with_ray = pytest.importorskip("fastcal.observe.with_ray")
+
+MODEL = DIGITS / "digits.onnx"
+
+calibrate = functools.partial(fastcal.calibrate, engine="onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster that this process is connected to, of two nodes: three CPUs "east" and two "west"."""
+    cluster = cluster_utils.Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 3, "node_name": "east", "include_dashboard": False}
+    )
+    cluster.add_node(num_cpus=2, node_name="west")
+    ray.init(address=cluster.address, log_to_driver=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # for the feeds below
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def processes(title):
+    """Processes whose command line begins with this, as Ray titles its workers by what they run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cmdline").read_bytes().startswith(title):
+                found.append(int(folder.name))
+        except OSError:  # it has ended
+            pass
+    return found
+
+
+def wait_for(condition):
+    """The first true result of `condition`, asked again and again."""
+    end = time.monotonic() + 60
+    while not (result := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return result
+
+
+def digits(images=DIGITS / "images", **options):
+    """Batches of 7 of the sample's 256 images: the last is completed with the first."""
+    return fastcal.ImageFeed(images, preprocess="unit", model=MODEL, batch_size=7, **options)
+
+
+@pytest.fixture(autouse=True)
+def no_actor_left():
+    """No test leaves an actor behind."""
+    yield
+    wait_for(lambda: not processes(b"ray::_Worker"))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_the_cache_is_that_of_one_process(cluster, workers):
+    seen = []
+    found = calibrate(MODEL, digits(), workers=workers, progress=lambda p: seen.append((p.batches, p.images, p.total)))
+    assert found.to_bytes() == calibrate(MODEL, digits()).to_bytes()
+    for algorithm in ("minmax", "percentile"):  # picked from the same histograms
+        expected = calibrate(MODEL, digits(), algorithm=algorithm, quantile=0.999)
+        scales = found.observed.scales(algorithm, 0.999)
+        assert dataclasses.replace(expected, scales=scales).to_bytes() == expected.to_bytes()
+    assert seen[-1] == (37, 259, 37)
+    assert seen == sorted(set(seen))
+
+
+def test_the_record_is_that_of_one_process(cluster):
+    feed = digits(limit=20, shuffle=True)
+    assert calibrate(MODEL, feed, workers=2).record == calibrate(MODEL, feed).record
+
+
+def many_tensors(onnx_file, count):
+    """A network with inputs x0, x1 ... and outputs y0, y1 ..., twice as much each."""
+    return onnx_file(
+        "f (" + ", ".join(f"float[N, 3] x{i}" for i in range(count)) + ") => ("
+        + ", ".join(f"float[N, 3] y{i}" for i in range(count)) + ") {"
+        + " ".join(f"y{i} = Add(x{i}, x{i})" for i in range(count)) + "}"
+    )  # fmt: skip
+
+
+class Batches(fastcal.Feed):
+    """A list of batches, as they are."""
+
+    def __init__(self, batches):
+        self.batch_size = 1
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def part(self, batches, **options):
+        return type(self)(self.batches[batches.start : batches.stop])
+
+
+class SlowFirst(Batches):
+    """Batches of which those after the first take so long that others are counted before."""
+
+    seconds = 0.0
+
+    def part(self, batches, **options):
+        part = super().part(batches)
+        part.seconds = 4.0 if batches.start == 1 else 0.0
+        return part
+
+    def __iter__(self):
+        time.sleep(self.seconds)
+        return super().__iter__()
+
+
+def test_counts_are_those_of_one_process_where_their_order_shows(cluster, onnx_file):
+    # Elements equal to the range before and after it doubles; ranges that are not known from the first batch on,
+    # because all is 0 there, and set in the batches that are the last to be counted; tensors that are always 0; NaN and
+    # infinity.
+    random = np.random.default_rng(5)
+    values = np.float32([0, 1, 1, 2, 4, 8, 0.3, 3, 6])
+    path, tensors, batches = many_tensors(onnx_file, 12), np.arange(12), []
+    for number in range(40):
+        seen = (number >= tensors) & (tensors < 11)  # x1, x2 ... are 0 for ever more batches
+        grown = np.float32(2 ** (number // 10))
+        batches.append({f"x{i}": random.choice(values, (1, 3)) * grown * np.float32(seen[i]) for i in tensors})
+    batches[20]["x5"][0, :2] = np.nan, -np.inf
+    feed = SlowFirst(batches)
+    engine, model = Engine("onnxruntime"), Model(path)
+    with engine.observer(model, None) as observer:
+        observe_all(observer, feed, lambda state: None)
+        expected = observer.histograms()
+    found = with_ray.observe(model, feed, engine, 3, None, lambda state: None).histograms
+    assert list(found) == list(expected)
+    for name, histogram in expected.items():
+        assert found[name].counts.tolist() == histogram.counts.tolist(), name
+        for attribute in ("range", "amax", "nan", "inf", "clamped"):
+            assert getattr(found[name], attribute) == getattr(histogram, attribute), name
+    assert sum(len(histogram.clamped) > 1 for histogram in expected.values()) > 5
+    assert expected["x11"].range == 0
+
+
+@pytest.fixture
+def slow(onnx_file):
+    """A network and 120 batches that take it a while each."""
+    random = np.random.default_rng(0)
+    path = onnx_file(
+        "f (float[N, 1024] x) => (float[N, 1024] y) { a = MatMul(x, w) b = MatMul(a, w) y = MatMul(b, w) }",
+        {"w": random.standard_normal((1024, 1024), dtype="f4") / np.float32(32)},
+    )
+    return path, fastcal.ArrayFeed([{"x": random.standard_normal((64, 1024), dtype="f4")} for _ in range(120)])
+
+
+@contextlib.contextmanager
+def meanwhile(*actions):
+    """Within it, each action is called with a process that is counting; yields a function to call with the progress."""
+    state, used = Progress(), []
+
+    def act():
+        for number, action in enumerate(actions, start=1):
+            wait_for(lambda number=number: state.batches > 8 * number)
+            (process, *_) = wait_for(lambda: set(processes(b"ray::_Worker.count")) - set(used))
+            action(process)
+            used.append(process)
+
+    def progress(now):
+        state.batches = now.batches
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    yield progress
+    thread.join()
+    assert len(used) == len(actions)
+
+
+def test_what_a_killed_worker_had_to_do_is_done_again_and_counted_once(cluster, slow, caplog):
+    path, feed = slow
+    expected = calibrate(path, feed, threads=1).to_bytes()
+
+    def kill(process):
+        os.kill(process, signal.SIGKILL)
+
+    with caplog.at_level(logging.WARNING, "fastcal"), meanwhile(kill, kill) as progress:
+        assert calibrate(path, feed, threads=1, workers=2, progress=progress).to_bytes() == expected
+    assert len(re.findall(r"a worker died over batches \d+ to \d+, which are counted again", caplog.text)) == 2
+
+
+def test_a_node_that_dies(cluster, slow):
+    path, feed = slow
+    expected = calibrate(path, feed, threads=1).to_bytes()
+    node = cluster.add_node(num_cpus=2, node_name="south")
+    with meanwhile(lambda process: cluster.remove_node(node, allow_graceful=False)) as progress:
+        assert calibrate(path, feed, threads=1, workers=7, progress=progress).to_bytes() == expected
+
+
+def test_a_bad_image_is_the_same_error(cluster, tmp_path):
+    images = [str(path) for path in sorted((DIGITS / "images").rglob("*.jpg"))[:50]]
+    for number in (31, 44):
+        images[number] = str(tmp_path / f"{number}.jpg")
+        Path(images[number]).write_bytes(b"no JPEG")
+    feed = digits(images)
+    with pytest.raises(fastcal.FastcalError) as in_one_process:
+        calibrate(MODEL, feed)
+    with pytest.raises(fastcal.FastcalError) as with_workers:
+        calibrate(MODEL, feed, workers=2)
+    assert str(in_one_process.value).startswith(str(tmp_path / "31.jpg"))
+    node, _, text = str(with_workers.value).partition(": ")
+    assert node in ("on node east", "on node west")
+    assert text == str(in_one_process.value)
+
+
+def test_what_is_missing_on_a_node_is_said_with_its_name(cluster, tmp_path):
+    for name in ("0.jpg", "1.jpg"):
+        shutil.copy(DIGITS / "test" / "0" / "0012.jpg", tmp_path / name)
+    shutil.copy(MODEL, tmp_path / "model.onnx")
+    feed = fastcal.ImageFeed(tmp_path, preprocess="unit", model=MODEL, batch_size=1)
+    network = Model(tmp_path / "model.onnx")
+    assert network.digest  # it has been seen here
+    where = r"^on node (east|west): "
+
+    (tmp_path / "1.jpg").unlink()
+    with pytest.raises(fastcal.FastcalError, match=where + rf"cannot read {tmp_path}/1.jpg: No such file"):
+        with_ray.observe(network, feed, Engine("onnxruntime"), 1, None, lambda state: None)
+    (tmp_path / "model.onnx").write_bytes((tmp_path / "model.onnx").read_bytes() + b"\x08\x08")
+    with pytest.raises(fastcal.FastcalError, match=where + rf"{tmp_path}/model.onnx is another model"):
+        with_ray.observe(network, feed, Engine("onnxruntime"), 1, None, lambda state: None)
+    (tmp_path / "model.onnx").unlink()
+    with pytest.raises(fastcal.FastcalError, match=where + rf"cannot read model {tmp_path}/model.onnx: No such file"):
+        with_ray.observe(network, feed, Engine("onnxruntime"), 1, None, lambda state: None)
+
+
+class Deadly(Batches):
+    """Batches that end the process which reads them."""
+
+    def __iter__(self):
+        os._exit(1)
+
+
+def test_workers_that_die_again_and_again_are_given_up(cluster, onnx_file):
+    feed = Deadly([{"x0": np.ones((1, 3), "f4")}])
+    with pytest.raises(fastcal.FastcalError, match=r"3 workers died over batches 0 to 0: .*; Ray's logs tell more"):
+        calibrate(many_tensors(onnx_file, 1), feed, workers=2)
+
+
+class Short(Batches):
+    """Batches that end before the last."""
+
+    def __iter__(self):
+        return iter(self.batches[:3])
+
+
+def test_a_feed_that_gives_too_few_batches(cluster, onnx_file):
+    feed = Short([{"x0": np.ones((1, 3), "f4")}] * 5)
+    with pytest.raises(fastcal.FastcalError, match="the feed gave 3 of 4 batches; leave workers out"):
+        calibrate(many_tensors(onnx_file, 1), feed, workers=1)
+
+
+class Strange(Batches):
+    """Batches with values of the process that reads them, which says so."""
+
+    def __iter__(self):
+        logging.getLogger("fastcal").info("strange batches")
+        for batch in self.batches:
+            time.sleep(0.02)  # until the other worker is there
+            yield {name: array * os.getpid() for name, array in batch.items()}
+
+
+def test_workers_that_compute_other_values_are_noticed(cluster, onnx_file, caplog):
+    feed = Strange([{"x0": np.ones((1, 3), "f4")}] * 300)
+    with caplog.at_level(logging.INFO, "fastcal"):
+        calibrate(many_tensors(onnx_file, 1), feed, workers=2)
+    assert caplog.text.count("workers find other values in the same batch") == 1
+    assert caplog.text.count("strange batches") == 1
+
+
+@pytest.mark.parametrize(
+    ("feed", "options", "message"),
+    [
+        (iter([{"x0": np.ones((1, 3), "f4")}]), {}, "batches that are no list cannot be divided among workers"),
+        (
+            fastcal.ArrayFeed([{"x0": np.ones((1, 3), "f4")}], last_batch="drop"),
+            {},
+            "workers must know how many batches there are, and the feed does not; leave workers out",
+        ),
+        (None, {"workers": 0}, "workers is 0; it must be at least 1"),
+        (None, {"until_stable": 1}, "until_stable looks at the batches one after another; leave it or workers out"),
+        (None, {"engine": "tensorrt"}, "engine tensorrt needs GPUs, and the Ray cluster has none"),
+        (None, {"workers": None, "ray_address": "auto"}, "ray_address is auto, and without workers"),
+    ],
+)
+def test_what_cannot_be_spread(cluster, onnx_file, feed, options, message):
+    if feed is None:
+        feed = fastcal.ArrayFeed([{"x0": np.ones((1, 3), "f4")}])
+    with pytest.raises(fastcal.FastcalError, match=message):
+        calibrate(many_tensors(onnx_file, 1), feed, **{"workers": 2, **options})
+
+
+def test_a_feed_that_cannot_be_divided(cluster, onnx_file):
+    class Own(fastcal.Feed):
+        def __len__(self):
+            return 1
+
+        def __iter__(self):
+            return iter([{"x0": np.ones((1, 3), "f4")}])
+
+    with pytest.raises(fastcal.FastcalError, match="a Own cannot be divided among workers; leave workers out"):
+        calibrate(many_tensors(onnx_file, 1), Own(), workers=1)
+
+
+def test_a_network_that_is_no_file(cluster):
+    with pytest.raises(fastcal.FastcalError, match="workers run ONNX files, not a dict; leave workers out"):
+        calibrate({}, fastcal.ArrayFeed([{"x": np.ones((1, 3), "f4")}]), workers=1)
+
+
+def test_a_cluster_that_is_not_there(run_fastcal, tmp_path):
+    options = ("-o", tmp_path / "x.cache", "--workers", 2, "--ray-address", "127.0.0.1:1")
+    done = run_fastcal("calibrate", MODEL, DIGITS / "images", *options)
+    assert done.returncode == 2
+    assert re.search("error: cannot connect to Ray at 127.0.0.1:1: .*Connection refused", done.stderr)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_workers_share_the_cpus_of_nodes_that_have_room(gpus):
+    nodes = [{"CPU": 64.0, "GPU": 2.0}, {"CPU": 64.0, "GPU": 2.0}, {"CPU": 8.0}, {}]
+    for workers, cpus in ((1, 64), (2, 64), (3, 32), (4, 32), (5, 21 if not gpus else 1)):
+        assert with_ray._cpus_each(nodes, workers, bool(gpus)) == cpus
+
+
+def test_the_command_line_is_the_same_with_workers(run_fastcal, tmp_path):
+    for name, options in (("one", ()), ("two", ("--workers", 2))):
+        options = ("--batch-size", 7, "--limit", 100, *options)
+        done = run_fastcal("calibrate", MODEL, DIGITS / "images", "-o", tmp_path / name, *options)
+        assert done.returncode == 0, done.stderr
+        assert "100 in 15 batches of 7" in done.stdout
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_ctrl_c_leaves_no_actor_behind(cluster, tmp_path, joins):
+    listed = [str(path) for path in sorted((DIGITS / "images").rglob("*.jpg"))]
+    (tmp_path / "list.txt").write_text("\n".join(listed * 400))
+    command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, "list.txt", "-o", "x.cache", "--workers", "2"]
+    process = subprocess.Popen(
+        [*command, *(("--ray-address", cluster.address) if joins else ())], cwd=tmp_path, stderr=subprocess.PIPE,
+        text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    wait_for(lambda: len(processes(b"ray::_Worker.count")) == 2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.communicate(timeout=30)[1].splitlines()[-1] == "interrupted; nothing was written"
+    assert process.returncode == 130
+    assert os.listdir(tmp_path) == ["list.txt"]
+    wait_for(lambda: not processes(b"ray::_Worker"))
