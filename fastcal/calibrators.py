@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastcal.cache import CalibrationCache, check_algorithm, check_tensorrt_version, largest_size
-from fastcal.errors import FastcalError
+from fastcal.errors import GPU_EXTRAS, FastcalError
 from fastcal.feed.arrays import ArrayFeed
 from fastcal.feed.device import type_of, wait_until_filled
 from fastcal.feed.feed import Batch, Feed, length
@@ -31,8 +31,8 @@ try:
     import tensorrt as trt
 except (ImportError, OSError) as error:
     raise FastcalError(
-        f"TensorRT's calibrators need TensorRT 8.6 to 10.16, which cannot be imported ({error}): pip install "
-        "'fastcal[cuda13]' or 'fastcal[cuda12]'; without it, fastcal calibrate writes a cache"
+        f"TensorRT's calibrators need TensorRT 8.6 to 10.16, which cannot be imported ({error}): {GPU_EXTRAS}; "
+        "without it, fastcal calibrate writes a cache"
     ) from error
 if not hasattr(trt, "IInt8EntropyCalibrator2"):
     raise FastcalError(

@@ -19,7 +19,7 @@ from fastcal.cache import DEFAULT_TENSORRT_VERSION, CalibrationCache, check_algo
 from fastcal.errors import FastcalError
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
-from fastcal.model import Model, match_batch
+from fastcal.model import FLOATS, Model, match_batch
 from fastcal.observe.calibration import calibrate
 from fastcal.observe.observations import Observations
 from fastcal.observe.observer import timed
@@ -31,8 +31,6 @@ from fastcal.record import Record
 
 #: The algorithms that are compared; "entropy" picks the scales of "entropy2".
 COMPARED = ("entropy2", "minmax", "percentile")
-
-_FLOAT = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
 #: Outputs whose SQNR differs by less than this, in dB, are called alike.
 _ALIKE = 1.0
@@ -384,7 +382,7 @@ def _power(values: npt.NDArray[Any]) -> float:
 
 
 def _check_outputs(network: Model) -> None:
-    if not any(value.type.tensor_type.elem_type in _FLOAT for value in network.proto.graph.output):
+    if not any(value.type.tensor_type.elem_type in FLOATS for value in network.proto.graph.output):
         raise FastcalError(
             f"{network.path} has no float output to compare; export it without its last layer, an ArgMax"
         )

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, quoted
 from fastcal.feed.arrays import as_feed
+from fastcal.feed.dataset import common_folder
 from fastcal.feed.device import to_host
 from fastcal.feed.feed import Batch, Feed
 from fastcal.feed.preprocess import PRESETS, Preprocess
@@ -161,7 +162,7 @@ def preview(
     if isinstance(wanted, Mapping):
         input_name = input_name or next(iter(wanted))
         if input_name not in wanted:
-            raise FastcalError(f"there are no images for input {input_name!r}, but for {', '.join(map(repr, wanted))}")
+            raise FastcalError(f"there are no images for input {input_name!r}, but for {quoted(wanted)}")
         wanted = wanted[input_name]
     if wanted is None:
         raise FastcalError("the batches do not tell their preprocessing; say which it was to be, imagenet for instance")
@@ -201,10 +202,11 @@ def _images(batch: Batch, name: str | None) -> Any:
     """The batch's array of that name; without one, its only array of four dimensions."""
     fitting = [key for key, array in batch.items() if key == name or (name is None and len(array.shape) == 4)]
     if len(fitting) != 1:
-        raise FastcalError(f"the batches have the inputs {', '.join(map(repr, batch))}; say which one has the images")
+        raise FastcalError(f"the batches have the inputs {quoted(batch)}; say which one has the images")
     return batch[fitting[0]]
 
 
 def _below_common(paths: Sequence[str]) -> list[str]:
-    root = os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in paths})
-    return [os.path.relpath(os.path.abspath(path), root) for path in paths]
+    paths = [os.path.abspath(path) for path in paths]
+    root = common_folder(paths)
+    return [os.path.relpath(path, root) for path in paths]

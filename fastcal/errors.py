@@ -1,4 +1,9 @@
-"""The one exception type for what a user can put right, and the one for a package that is missing."""
+"""The one exception type for what a user can put right, and what several of its texts are made of."""
+
+from collections.abc import Iterable
+
+#: How to get what a GPU needs.
+GPU_EXTRAS = "pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'"
 
 
 class FastcalError(Exception):
@@ -27,3 +32,8 @@ def missing(what: str, error: ModuleNotFoundError) -> Exception:
         return error
     package, extra = known
     return FastcalError(f"{what} needs {package}, which is not installed: pip install 'fastcal[{extra}]'")
+
+
+def quoted(names: Iterable[str | None]) -> str:
+    """Names as a text lists them."""
+    return ", ".join(map(repr, names))

@@ -12,10 +12,11 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, quoted
 from fastcal.feed.device import type_of
 
-_FLOAT = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+#: The element types that count as float.
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Model:
         """
         inferred = onnx.shape_inference.infer_shapes(self.proto).graph
         known = [*inferred.input, *inferred.value_info, *inferred.output]
-        floats = {value.name for value in known if value.type.tensor_type.elem_type in _FLOAT}
+        floats = {value.name for value in known if value.type.tensor_type.elem_type in FLOATS}
         varying = dict.fromkeys(value.name for value in self.inputs)
         for node in self.proto.graph.node:
             # A node of a subgraph reads from outside what is not among its inputs.
@@ -165,6 +166,11 @@ class Model:
         return sizes.pop() if len(sizes) == 1 else None
 
 
+def fits(wanted: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an array of a shape is what is wanted; None stands for any size."""
+    return len(shape) == len(wanted) and all(want in (None, have) for want, have in zip(wanted, shape, strict=True))
+
+
 def match_batch(inputs: Sequence[ModelInput], label: str, batch: Mapping[str, Any], anonymous: bool) -> dict[str, Any]:
     """A batch's arrays by a network's input names, once names, shapes and types are seen to fit.
 
@@ -204,8 +210,8 @@ def match_names(names: Sequence[str], label: str, batch: Mapping[str, Any], anon
         return {names[0]: next(iter(batch.values()))}
     if set(names) != set(batch):
         raise FastcalError(
-            f"{label} takes the inputs {', '.join(map(repr, names))}, the batches have "
-            f"{', '.join(map(repr, batch)) or 'none'}; name the batches' arrays after the inputs"
+            f"{label} takes the inputs {quoted(names)}, the batches have "
+            f"{quoted(batch) or 'none'}; name the batches' arrays after the inputs"
         )
     return {name: batch[name] for name in names}
 

@@ -4,15 +4,13 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from fastcal.errors import FastcalError
+from fastcal.errors import GPU_EXTRAS, FastcalError, quoted
 from fastcal.model import Model
 
 try:
     import tensorrt as trt  # for those who need TensorRT: `from fastcal.network import trt`
 except (ImportError, OSError) as error:
-    raise FastcalError(
-        f"TensorRT cannot be imported ({error}): pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'"
-    ) from error
+    raise FastcalError(f"TensorRT cannot be imported ({error}): {GPU_EXTRAS}") from error
 
 __all__ = ["Logger", "parse", "start_builder", "tactic_bits", "trt"]
 
@@ -92,4 +90,4 @@ def _describe(error: Any, model: Model) -> str:
     if not 0 <= error.node() < len(nodes):
         return str(error.desc())
     node = nodes[error.node()]
-    return f"{node.op_type} node of {', '.join(map(repr, node.output))}: {error.desc()}"
+    return f"{node.op_type} node of {quoted(node.output)}: {error.desc()}"

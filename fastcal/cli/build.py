@@ -13,7 +13,7 @@ import fastcal
 from fastcal.cache import largest_size
 from fastcal.cli.options import CalibrationOptions, check_outputs, data_rows
 from fastcal.cli.terminal import finish, print_rows, progress_bar, rate, terminal, waiting
-from fastcal.errors import FastcalError
+from fastcal.errors import GPU_EXTRAS, FastcalError
 from fastcal.files import check_writable, write_atomically
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _check_gpu() -> None:
     if resolve("auto") is None:
         missing = "CUDA sees none here"
         if importlib.util.find_spec("cupy") is None:
-            missing = "CuPy is not installed (pip install 'fastcal[cuda13]' or 'fastcal[cuda12]')"
+            missing = f"CuPy is not installed ({GPU_EXTRAS})"
         raise FastcalError(f"fastcal build needs CuPy and an NVIDIA GPU, and {missing}; fastcal calibrate works here")
 
 

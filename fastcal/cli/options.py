@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -113,12 +113,15 @@ class FeedOptions:
         """How images are prepared, or arrays were."""
         return _preprocess(self.preprocess, self.size)
 
-    def _array_feed(self, network: "Model | None") -> "fastcal.NumpyFeed":
+    def first_given(self, names: Iterable[str]) -> str | None:
+        """The first of these options that is not at its default, as it is written on the command line."""
         defaults = {field.name: field.default for field in fields(self)}
-        for name in sorted(self.for_images):
-            if getattr(self, name) != defaults[name]:
-                option = "--" + name.replace("_", "-")
-                raise FastcalError(f"{self.data} has arrays, which are taken as they are; {option} is for images")
+        given = (name for name in names if getattr(self, name) != defaults[name])
+        return next(("--" + name.replace("_", "-") for name in given), None)
+
+    def _array_feed(self, network: "Model | None") -> "fastcal.NumpyFeed":
+        if option := self.first_given(sorted(self.for_images)):
+            raise FastcalError(f"{self.data} has arrays, which are taken as they are; {option} is for images")
         return fastcal.NumpyFeed(
             self.data,
             model=network,

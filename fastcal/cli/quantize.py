@@ -47,9 +47,7 @@ class QuantizeOptions(CalibrationOptions):
             if content.startswith((b"TRT-", b"{")):
                 raise
             return False
-        given = [field for field in fields(self)[2:] if getattr(self, field.name) != field.default]
-        if given:
-            option = "--" + given[0].name.replace("_", "-")
+        if option := self.first_given(field.name for field in fields(self)[2:]):
             raise FastcalError(f"{self.data} is a calibration cache, and {option} is for images; leave one of them out")
         return True
 

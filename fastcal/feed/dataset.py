@@ -11,6 +11,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from fastcal.errors import FastcalError
 
@@ -31,6 +32,9 @@ _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 #: A range of numbers as WebDataset's users write it: train-{000000..000146}.tar.
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
+#: What names files that samples come from: see `list_files`.
+Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
 _log = logging.getLogger("fastcal")
 
 
@@ -49,7 +53,7 @@ class Listing:
     sorted: bool = False
 
 
-def list_files(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Listing:
+def list_files(data: Data) -> Listing:
     """The files that samples come from, in order.
 
     Args:
@@ -94,11 +98,16 @@ def order(paths: Sequence[str], *, shuffle: bool, seed: int, balance: bool, limi
     """
     places: Sequence[int] = range(len(paths))
     if shuffle:
-        # RandomState's streams are frozen by NumPy's compatibility policy, default_rng's are not.
-        places = np.random.RandomState(seed).permutation(len(paths)).tolist()
+        places = shuffled(len(paths), seed).tolist()
     if balance:
         places = _by_turns(paths, places)
     return places[:limit]
+
+
+def shuffled(count: int, seed: int) -> npt.NDArray[np.int64]:
+    """The numbers below `count` in an order that the seed decides, the same on every machine."""
+    # RandomState's streams are frozen by NumPy's compatibility policy, default_rng's are not.
+    return np.random.RandomState(seed).permutation(count)
 
 
 def _by_turns(paths: Sequence[str], places: Sequence[int]) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcal.errors import FastcalError
+from fastcal.errors import GPU_EXTRAS, FastcalError
 
 #: DLPack's numbers of CUDA's memory on a device and its managed memory.
 _DLPACK_CUDA = (2, 13)
@@ -31,9 +31,7 @@ def resolve(device: str) -> int | None:
     except ImportError as error:
         if device == "auto":
             return None
-        raise FastcalError(
-            f"device {device} needs CuPy, which is not installed: pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'"
-        ) from error
+        raise FastcalError(f"device {device} needs CuPy, which is not installed: {GPU_EXTRAS}") from error
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError:  # no driver, or none that fits
@@ -81,8 +79,7 @@ def as_cupy(array: Any) -> Any:
         import cupy
     except ImportError as error:
         raise FastcalError(
-            f"a {type(array).__name__} lies on a GPU, and CuPy, which reads it, is not installed: "
-            "pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'"
+            f"a {type(array).__name__} lies on a GPU, and CuPy, which reads it, is not installed: {GPU_EXTRAS}"
         ) from error
     if hasattr(array, "__cuda_array_interface__"):
         imported = cupy.asarray(array)

@@ -9,6 +9,9 @@ import numpy as np
 
 from fastcal.errors import FastcalError
 
+#: The batch size where neither the caller nor the model says one.
+BATCH_SIZE = 32
+
 #: Arrays by input name. The first dimension of each counts samples.
 Batch = Mapping[str, Any]
 

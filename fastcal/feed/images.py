@@ -12,18 +12,16 @@ import numpy as np
 
 from fastcal.errors import FastcalError
 from fastcal.feed.buffers import Buffer, DeviceBuffer, Shape, hand_out
+from fastcal.feed.dataset import Data
 from fastcal.feed.device import resolve
-from fastcal.feed.feed import Batch, Feed, add_to_digest, as_array
-from fastcal.feed.inputs import Data, check_inputs, image_input, image_inputs, name_inputs, open_sources
+from fastcal.feed.feed import BATCH_SIZE, Batch, Feed, add_to_digest, as_array
+from fastcal.feed.inputs import check_inputs, image_input, image_inputs, name_inputs, open_sources
 from fastcal.feed.pipeline import ImagePipeline, find_unreadable
 from fastcal.feed.prefetch import Prefetcher
 from fastcal.feed.preprocess import Preprocess
-from fastcal.feed.runs import Pass, Run, RunSize, count_batches
+from fastcal.feed.runs import Pass, Run, RunSize, count_batches, say_how_it_ends
 from fastcal.feed.sources import Arrays, Shards, UnreadableError
 from fastcal.model import Model
-
-#: The batch size where neither the caller nor the model says one.
-BATCH_SIZE = 32
 
 # What one run of the DALI pipeline prepares at most, per thread: 8 images, or so many that their files have 2 MiB, but
 # at least one.
@@ -140,7 +138,7 @@ class ImageFeed(Feed):
         self._skip = skip_unreadable
         self._max_unreadable = max_unreadable
         self._unreadable: dict[int, UnreadableError] = {}
-        self._say_how_it_ends()
+        say_how_it_ends(len(self.paths), self.batch_size, last_batch, "images")
         self._depth = depth
         self.gpu = resolve(device)
         self._on_cpu = device == "cpu"
@@ -250,23 +248,6 @@ class ImageFeed(Feed):
         for source in self._sources.values():
             source.close()
 
-    def _say_how_it_ends(self) -> None:
-        over = len(self.paths) % self.batch_size
-        if not over:
-            return
-        if self._last_batch == "wrap":
-            _log.info(
-                "%d images in batches of %d: the last is completed with the first %d",
-                len(self.paths), self.batch_size, self.batch_size - over,
-            )  # fmt: skip
-            return
-        _log.info("%d images in batches of %d: the last %d are dropped", len(self.paths), self.batch_size, over)
-        if not len(self):
-            raise FastcalError(
-                f"{len(self.paths)} images make no batch of {self.batch_size} when the last one is dropped; "
-                "use a smaller batch size, or wrap"
-            )
-
     def _allocate(self) -> None:
         shapes: dict[str, Shape] = {
             name: ((self.batch_size, *value.preprocess.shape), np.float32) for name, value in self._images.items()
@@ -351,7 +332,7 @@ class ImageFeed(Feed):
         )
 
     def _try_kinds(self) -> None:
-        """Try the first image of each kind that comes after the first batch, in a pipeline of its own.
+        """Try the first images of each kind that comes after the first batch, in a pipeline of its own.
 
         Raises:
             FastcalError: Images of some kind cannot be decoded on this device. Where samples are skipped, that is only
@@ -359,9 +340,9 @@ class ImageFeed(Feed):
         """
         for value in self._images.values():
             for extension, numbers in value.source.first_of_each_kind(_TRIED).items():
-                if numbers[0] < self.batch_size or not any(find_unreadable([value], numbers[:1], self.gpu)):
+                if numbers[0] < self.batch_size:
                     continue
-                found = [*find_unreadable([value], numbers, self.gpu)]
+                found = list(find_unreadable([value], numbers, self.gpu))
                 if len(found) < len(numbers):
                     continue
                 tried = ", ".join(value.source.names[number] for number in numbers)

@@ -1,25 +1,22 @@
 """What an `ImageFeed` has for each input: samples in their order and how they are prepared, held against the model."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, quoted
 from fastcal.feed import dataset
+from fastcal.feed.dataset import Data
 from fastcal.feed.pipeline import ImageInput
 from fastcal.feed.preprocess import Preprocess
 from fastcal.feed.sources import Arrays, ImageSource, Shards, Source, open_source
-from fastcal.model import Model, ModelInput, format_shape
-
-#: Where the samples of an input come from: see `fastcal.ImageFeed`.
-Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+from fastcal.model import Model, ModelInput, fits, format_shape
 
 
 def image_input(model: Model, name: str | None) -> ModelInput:
     """The input of that name, or the only one."""
     fitting = [value for value in model.inputs if name in (None, value.name)]
     if len(fitting) != 1:
-        names = ", ".join(repr(value.name) for value in model.inputs)
+        names = quoted(value.name for value in model.inputs)
         raise FastcalError(f"{model.path} takes the inputs {names}; say which one takes the images (input name)")
     return fitting[0]
 
@@ -143,18 +140,15 @@ def check_inputs(
     missing = [value.name for value in model.inputs if value.name not in given]
     if missing:
         raise FastcalError(
-            f"{model.path} takes the inputs {_quoted(value.name for value in model.inputs)}, the feed has none for "
-            f"{_quoted(missing)}; name data or constants for it"
+            f"{model.path} takes the inputs {quoted(value.name for value in model.inputs)}, the feed has none for "
+            f"{quoted(missing)}; name data or constants for it"
         )
     arrays = {name: ((batch_size, *source.shape), source.dtype) for name, source in sources.items()
               if isinstance(source, Arrays)}  # fmt: skip
     arrays |= {name: (values.shape, values.dtype) for name, values in constants.items()}
     for name, (shape, dtype) in arrays.items():
         value = _input_of(model, name)
-        fits = len(shape) == len(value.shape) and all(
-            want in (None, have) for want, have in zip(value.shape, shape, strict=True)
-        )
-        if not fits or dtype != value.dtype:
+        if not fits(value.shape, shape) or dtype != value.dtype:
             raise FastcalError(
                 f"{model.path} takes {value.dtype} for input {value}, the arrays are {dtype} {format_shape(shape)}; "
                 "give arrays of that type and shape"
@@ -165,7 +159,7 @@ def _input_of(model: Model, name: str) -> ModelInput:
     for value in model.inputs:
         if value.name == name:
             return value
-    names = _quoted(value.name for value in model.inputs)
+    names = quoted(value.name for value in model.inputs)
     raise FastcalError(f"{model.path} takes the inputs {names}, and none of the name {name!r}")
 
 
@@ -174,9 +168,5 @@ def _by_input(what: str, value: Any, names: Mapping[str, Any]) -> dict[str, Any]
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, value)
     if value.keys() != names.keys():
-        raise FastcalError(f"{what} is given for {_quoted(value)}, images for {_quoted(names)}; name the same inputs")
+        raise FastcalError(f"{what} is given for {quoted(value)}, images for {quoted(names)}; name the same inputs")
     return {name: value[name] for name in names}
-
-
-def _quoted(names: Any) -> str:
-    return ", ".join(map(repr, names))

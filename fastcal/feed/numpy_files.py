@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import logging
 import os
 import zipfile
 import zlib
@@ -16,20 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, quoted
 from fastcal.feed.arrays import ArrayFeed, check_last_batch
-from fastcal.feed.dataset import EXTENSIONS
-from fastcal.model import Model, ModelInput, format_shape
-
-#: The batch size where neither the caller nor the model says one.
-BATCH_SIZE = 32
-
-Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+from fastcal.feed.dataset import EXTENSIONS, Data, common_folder, shuffled
+from fastcal.feed.feed import BATCH_SIZE
+from fastcal.feed.runs import count_batches, say_how_it_ends
+from fastcal.model import Model, ModelInput, fits, format_shape
 
 #: How `numpy.savez` names an array that was given no name.
 _UNNAMED = "arr_0"
-
-_log = logging.getLogger("fastcal")
 
 
 class NumpyFeed(ArrayFeed):
@@ -92,8 +86,7 @@ class NumpyFeed(ArrayFeed):
             each = ", ".join(f"{name!r} {count}" for name, count in counts.items())
             raise FastcalError(f"the inputs have different numbers of samples, {each}; every sample needs all inputs")
         (total,) = set(counts.values())
-        # RandomState's streams are frozen by NumPy's compatibility policy, default_rng's are not.
-        numbers = np.random.RandomState(seed).permutation(total) if shuffle else np.arange(total)
+        numbers = shuffled(total, seed) if shuffle else np.arange(total)
         self.samples = len(numbers[:limit])
         self._files = _Batches(columns, numbers[:limit], batch_size or BATCH_SIZE, last_batch)
         self._seed = seed if shuffle else None
@@ -134,21 +127,10 @@ class _Batches:
     def __init__(self, columns: Mapping[str | None, "_Column"], numbers: Any, batch_size: int, last_batch: str) -> None:
         self._columns = columns
         self.batch_size = batch_size
-        over = len(numbers) % batch_size
-        if over and last_batch == "wrap":
-            _log.info(
-                "%d samples in batches of %d: the last is completed with the first %d",
-                len(numbers), batch_size, batch_size - over,
-            )  # fmt: skip
-            numbers = np.resize(numbers, len(numbers) + batch_size - over)
-        elif over and last_batch == "drop":
-            _log.info("%d samples in batches of %d: the last %d are dropped", len(numbers), batch_size, over)
-            numbers = numbers[:-over]
-            if not len(numbers):
-                raise FastcalError(
-                    f"{over} samples make no batch of {batch_size} when the last one is dropped; use a smaller batch "
-                    "size, or wrap"
-                )
+        say_how_it_ends(len(numbers), batch_size, last_batch, "samples")
+        if last_batch != "keep":
+            wanted = batch_size * count_batches(len(numbers), batch_size, last_batch == "wrap")
+            numbers = np.resize(numbers, wanted)
         self._numbers = numbers
 
     def __len__(self) -> int:
@@ -171,8 +153,9 @@ class _Batches:
         digest = hashlib.sha256(np.asarray(self._numbers, "<i8").tobytes())
         for name, column in sorted(self._columns.items(), key=lambda item: item[0] or ""):
             digest.update(f"{name}\0".encode())
-            root = os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in column.paths})
-            for path in map(os.path.abspath, column.paths):
+            paths = [os.path.abspath(path) for path in column.paths]
+            root = common_folder(paths)
+            for path in paths:
                 with _reading(path):
                     status = os.stat(path)
                 place = os.fsencode(os.path.relpath(path, root))
@@ -240,7 +223,7 @@ def _columns(data: Data | Mapping[str, Data], model: Model | None, input_name: s
         files = _by_input(_paths(data, ".npy", ".npz"), list(values), label, input_name)
     if values and files.keys() != values.keys():
         raise FastcalError(
-            f"{label} takes the inputs {_quoted(values)}, the files are for {_quoted(files)}; name the inputs"
+            f"{label} takes the inputs {quoted(values)}, the files are for {quoted(files)}; name the inputs"
         )
     return {name: _Column(pairs, values.get(name or ""), label) for name, pairs in files.items()}
 
@@ -255,7 +238,7 @@ def _by_input(
     if keys in ([None], [_UNNAMED]):
         if input_name is None and len(inputs) > 1:
             raise FastcalError(
-                f"{label} takes the inputs {_quoted(inputs)}, {paths[0]} has one array without a name; name the files "
+                f"{label} takes the inputs {quoted(inputs)}, {paths[0]} has one array without a name; name the files "
                 "of each input, or save .npz files with the inputs' names"
             )
         return {input_name or next(iter(inputs), None): [(path, keys[0]) for path in paths]}
@@ -266,7 +249,7 @@ def _by_input(
     missing = set(inputs) - set(keys)
     if missing:
         raise FastcalError(
-            f"{label} takes the inputs {_quoted(inputs)}, {paths[0]} has the arrays {_quoted(keys)}; save it with the "
+            f"{label} takes the inputs {quoted(inputs)}, {paths[0]} has the arrays {quoted(keys)}; save it with the "
             "inputs' names"
         )
     return {name: [(path, name) for path in paths] for name in inputs or keys}
@@ -274,10 +257,7 @@ def _by_input(
 
 def _check(path: str, value: ModelInput, label: str, shape: tuple[int, ...], dtype: Any) -> None:
     """Hold the first array, as a batch, against the model's input."""
-    fits = len(shape) == len(value.shape) and all(
-        want in (None, have) for want, have in zip(value.shape[1:], shape[1:], strict=True)
-    )
-    if not fits:
+    if len(shape) != len(value.shape) or not fits(value.shape[1:], shape[1:]):  # a batch of any size
         raise FastcalError(
             f"{label} takes input {value}, {path} is {format_shape(shape)}; save one sample of that shape a file, or "
             "several along a first dimension"
@@ -348,7 +328,3 @@ def _load(path: str, key: str | None, *, mapped: bool) -> Any:
             return np.load(path, mmap_mode="r" if mapped else None)
         with np.load(path) as arrays:
             return arrays[key]
-
-
-def _quoted(names: Any) -> str:
-    return ", ".join(map(repr, names))

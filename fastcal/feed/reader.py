@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, quoted
 from fastcal.feed.buffers import Buffer, DeviceBuffer
 from fastcal.feed.device import as_cupy, is_on_gpu, to_host
 from fastcal.feed.feed import add_to_digest
@@ -231,7 +231,7 @@ class Reader:
             try:
                 values = batch[key]
             except (KeyError, IndexError, TypeError) as error:
-                has = ", ".join(map(repr, batch)) if by_key else f"{len(batch)} arrays without names"
+                has = quoted(batch) if by_key else f"{len(batch)} arrays without names"
                 raise FastcalError(
                     f"batch {number} has {has or 'no arrays'}, and none for input {name!r}; name the arrays after the "
                     "inputs, or say which is which with ArrayFeed(batches, names)"

@@ -1,8 +1,13 @@
 """Which samples a pass goes through, and in which parts they are prepared."""
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
+
+from fastcal.errors import FastcalError
+
+_log = logging.getLogger("fastcal")
 
 
 @dataclass(frozen=True)
@@ -95,3 +100,24 @@ class Pass:
 def count_batches(count: int, batch_size: int, wrap: bool) -> int:
     """How many batches so many samples make."""
     return (count + batch_size - 1 if wrap else count) // batch_size
+
+
+def say_how_it_ends(count: int, batch_size: int, last_batch: str, what: str) -> None:
+    """Log what becomes of samples, called `what`, that make no whole batch: see `last_batch` of `fastcal.ArrayFeed`.
+
+    Raises:
+        FastcalError: They are all there are, and are dropped.
+    """
+    over = count % batch_size
+    if over and last_batch == "wrap":
+        _log.info(
+            "%d %s in batches of %d: the last is completed with the first %d", count, what, batch_size,
+            batch_size - over,
+        )  # fmt: skip
+    elif over and last_batch == "drop":
+        _log.info("%d %s in batches of %d: the last %d are dropped", count, what, batch_size, over)
+        if over == count:
+            raise FastcalError(
+                f"{count} {what} make no batch of {batch_size} when the last one is dropped; use a smaller batch size, "
+                "or wrap"
+            )
