@@ -95,6 +95,19 @@ def test_the_feeds_arrays_are_read_where_they_are_and_results_do_not_depend_on_w
     assert sorted(scale * 127 for name, scale in ours.items() if name not in "xry") == pytest.approx([2, 2])
 
 
+def test_constants_of_many_elements_have_the_scales_of_their_values(onnx_file, calibrate):
+    random = np.random.default_rng(0)
+    values = {"w": random.standard_normal((1000, 64), dtype="f4"), "c": random.standard_normal(1000, dtype="f4")}
+    path = onnx_file("f (float[4, 64] x) => (float[4, 1000] y) { y = Gemm<transB = 1>(x, w, c) }", values)
+    batches = [{"x": random.standard_normal((4, 64), dtype="f4")} for _ in range(3)]
+    scales = calibrate(path, batches, algorithm="minmax").scales
+    products = [batch["x"] @ values["w"].T for batch in batches]
+    sums = [product + values["c"] for product in products]
+    tensors = [[batch["x"] for batch in batches], products, sums, [values["w"]], [values["c"]], [values["c"]]]
+    expected = sorted(max(float(abs(array).max()) for array in arrays) / 127 for arrays in tensors)
+    assert sorted(scales.values()) == pytest.approx(expected, rel=1e-5)  # c as it is, and as a row
+
+
 def test_batches_of_different_sizes(onnx_file, calibrate):
     batches = [{"x": np.full((size, 2, 8, 8), size, "f4")} for size in (2, 5, 2)]
     cache = calibrate(onnx_file(GRAPH), batches, algorithm="percentile", quantile=0.5)
