@@ -332,7 +332,10 @@ class ImageFeed(Feed):
         )
 
     def _try_kinds(self) -> None:
-        """Try the first images of each kind that comes after the first batch, in a pipeline of its own.
+        """Try the first images of each kind that comes after the first batch.
+
+        In a pipeline of its own: from the first run of a pipeline nvImageCodec reckons, once and for all, how many
+        images of a batch a GPU's JPEG decoder is given (`NVIMGCODEC_LOAD_HINT_POLICY_FIXED`).
 
         Raises:
             FastcalError: Images of some kind cannot be decoded on this device. Where samples are skipped, that is only
