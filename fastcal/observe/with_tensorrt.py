@@ -243,8 +243,13 @@ def _constants(network: Any) -> dict[str, Any]:
     for layer in _layers(network):
         if layer.type == trt.LayerType.CONSTANT and _is_float(layer.get_output(0)):
             layer.__class__ = trt.IConstantLayer
-            constants[layer.get_output(0).name] = np.asarray(layer.weights, np.float32)
+            constants[layer.get_output(0).name] = _elements(layer.weights).astype(np.float32)
     return constants
+
+
+def _elements(weights: Any) -> Any:
+    """The weights of a layer; NumPy 2 finds a stride of 0 in those of TensorRT 8.6, which was built for NumPy 1."""
+    return np.lib.stride_tricks.as_strided(weights, strides=(weights.itemsize,))
 
 
 def _pooled(network: Any) -> dict[str, str]:
