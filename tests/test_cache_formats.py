@@ -63,7 +63,10 @@ def test_we_read_the_table_that_onnxruntime_writes(tmp_path):
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 
     ranges = {"x": (-3.0, 12.7), "y/z": (0.0, 1e-3)}
-    data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
+    data = {
+        name: TensorData(lowest=np.array(low, "f4"), highest=np.array(high, "f4"))
+        for name, (low, high) in ranges.items()
+    }
     quantization.write_calibration_table(TensorsData(CalibrationMethod.MinMax, data), str(tmp_path))
     read = CalibrationCache.load(tmp_path / "calibration.flatbuffers")
     assert read.scales == {
