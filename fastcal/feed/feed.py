@@ -78,12 +78,6 @@ class Feed(ABC):
         self.close()
 
 
-def add_to_digest(digest: Any, name: str, array: Any) -> None:
-    """Add a NumPy array, its name, type and shape to a hash of `hashlib`."""
-    digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
-    digest.update(np.ascontiguousarray(array).tobytes())
-
-
 def length(feed: Feed) -> int | None:
     """The number of batches in a pass; None where the feed does not know it yet."""
     try:
@@ -92,7 +86,13 @@ def length(feed: Feed) -> int | None:
         return None
 
 
+def kept_type(dtype: Any) -> np.dtype[Any]:
+    """The type in which a batch has arrays of a type: float64 as float32, the others in this machine's byte order."""
+    kept: np.dtype[Any] = np.dtype(dtype).newbyteorder("=")
+    return np.dtype(np.float32) if kept == np.float64 else kept
+
+
 def as_array(values: Any) -> Any:
-    """The values as a NumPy array of the type that a batch has them in: float32 in place of float64."""
+    """The values as a NumPy array of the type in which a batch has them."""
     array = np.asarray(values)
-    return array.astype(np.float32) if array.dtype == np.float64 else array
+    return array.astype(kept_type(array.dtype), copy=False)

@@ -14,7 +14,8 @@ from fastcal.errors import FastcalError
 from fastcal.feed.buffers import Buffer, DeviceBuffer, Shape, hand_out
 from fastcal.feed.dataset import Data
 from fastcal.feed.device import resolve
-from fastcal.feed.feed import BATCH_SIZE, Batch, Feed, add_to_digest, as_array
+from fastcal.feed.digest import add_array
+from fastcal.feed.feed import BATCH_SIZE, Batch, Feed, as_array
 from fastcal.feed.inputs import check_inputs, image_input, image_inputs, name_inputs, open_sources
 from fastcal.feed.pipeline import ImagePipeline, find_unreadable
 from fastcal.feed.prefetch import Prefetcher
@@ -226,7 +227,7 @@ class ImageFeed(Feed):
                 digest.update(f"{name}\0".encode())
             source.add_to_digest(digest, lenient=self._skip)
         for key, values in sorted(self._constants.items()):
-            add_to_digest(digest, key, values)
+            add_array(digest, key, values)
         preprocess = {name: str(value.preprocess) for name, value in self._images.items()}
         return {
             "images": len(self.paths),

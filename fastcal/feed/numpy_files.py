@@ -17,7 +17,8 @@ import numpy as np
 
 from fastcal.errors import FastcalError, quoted
 from fastcal.feed.arrays import ArrayFeed, check_last_batch
-from fastcal.feed.dataset import EXTENSIONS, Data, common_folder, shuffled
+from fastcal.feed.dataset import EXTENSIONS, Data, shuffled
+from fastcal.feed.digest import add_files
 from fastcal.feed.feed import BATCH_SIZE
 from fastcal.feed.runs import count_batches, say_how_it_ends
 from fastcal.model import Model, ModelInput, fits, format_shape
@@ -153,13 +154,7 @@ class _Batches:
         digest = hashlib.sha256(np.asarray(self._numbers, "<i8").tobytes())
         for name, column in sorted(self._columns.items(), key=lambda item: item[0] or ""):
             digest.update(f"{name}\0".encode())
-            paths = [os.path.abspath(path) for path in column.paths]
-            root = common_folder(paths)
-            for path in paths:
-                with _reading(path):
-                    status = os.stat(path)
-                place = os.fsencode(os.path.relpath(path, root))
-                digest.update(b"%s\0%d\0%d\0" % (place, status.st_size, status.st_mtime_ns))
+            add_files(digest, column.paths)
         return digest.hexdigest()
 
 

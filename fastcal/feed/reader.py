@@ -12,7 +12,8 @@ import numpy as np
 from fastcal.errors import FastcalError, quoted
 from fastcal.feed.buffers import Buffer, DeviceBuffer
 from fastcal.feed.device import as_cupy, is_on_gpu, to_host
-from fastcal.feed.feed import add_to_digest
+from fastcal.feed.digest import add_array
+from fastcal.feed.feed import kept_type
 from fastcal.feed.prefetch import Fill
 
 #: What an array is called that the caller gave no name.
@@ -73,7 +74,7 @@ class Reader:
         digest = hashlib.sha256()
         for number, batch in enumerate(self.listed):
             for name, array in sorted(self._arrays(number, batch).items()):
-                add_to_digest(digest, name, to_host(array))
+                add_array(digest, name, to_host(array))
         return {"batches": len(self.listed), "last_batch": self.last_batch, "samples": digest.hexdigest()}
 
     def describe_first(self) -> dict[str, Any]:
@@ -184,7 +185,7 @@ class Reader:
             return
         digest = hashlib.sha256()
         for name, array in sorted(arrays.items()):
-            add_to_digest(digest, name, to_host(array))
+            add_array(digest, name, to_host(array))
         self._digest = digest.hexdigest()
         self._types = {name: kept_type(array.dtype) for name, array in arrays.items()}
         self.anonymous = anonymous
@@ -268,12 +269,6 @@ def _put(buffer: Buffer, name: str, parts: Sequence[Any]) -> None:
         end = begin + len(part) if part.shape else None
         buffer.put(name, slice(begin, end) if part.shape else ..., part)
         begin = end or 0
-
-
-def kept_type(dtype: Any) -> np.dtype[Any]:
-    """The type in which a batch keeps arrays of a type: float64 as float32, others as they are."""
-    kept: np.dtype[Any] = np.dtype(np.float32) if dtype == np.float64 else np.dtype(dtype).newbyteorder("=")
-    return kept
 
 
 def _iterable(batches: Any) -> Any:

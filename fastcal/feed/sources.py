@@ -17,7 +17,8 @@ from nvidia.dali import tfrecord as dali_tfrecord
 
 from fastcal.errors import FastcalError
 from fastcal.feed.contained import ContainedDecoder, is_hazardous
-from fastcal.feed.dataset import Listing, common_folder, kind_of
+from fastcal.feed.dataset import Listing, kind_of
+from fastcal.feed.digest import add_files
 from fastcal.feed.feed import as_array
 
 #: The feature that holds the encoded image in TensorFlow's own data sets.
@@ -52,9 +53,9 @@ class Source(ABC):
 
     names: list[str]
 
-    @abstractmethod
     def select(self, numbers: Sequence[int]) -> None:
         """Keep only these samples, in this order, and number them anew."""
+        self.names = [self.names[number] for number in numbers]
 
     def part(self: AnySource, numbers: Sequence[int]) -> AnySource:
         """A source of these samples, in this order, that can be pickled and used on another machine.
@@ -74,17 +75,9 @@ class Source(ABC):
             UnreadableError: One of them cannot be read.
         """
 
-    @abstractmethod
     def add_to_digest(self, digest: Any, *, lenient: bool) -> None:
-        """Add what tells the samples from others to a hash of `hashlib`: names, sizes and times of their files.
-
-        Args:
-            digest: The hash.
-            lenient: Whether files may be missing or unreadable, which is added too.
-
-        Raises:
-            FastcalError: A file is missing.
-        """
+        """Add what tells the samples from others to a hash: see `fastcal.feed.digest.add_files`."""
+        add_files(digest, self.names, lenient=lenient)
 
     def close(self) -> None:  # noqa: B027 - a source may hold nothing
         """Release what the source holds until it is fetched from again."""
@@ -141,10 +134,6 @@ class ImageFiles(ImageSource):
         self.names = paths
         self._contained = ContainedDecoder() if any(map(is_hazardous, paths)) else None
 
-    def select(self, numbers: Sequence[int]) -> None:
-        """Keep only these samples, in this order, and number them anew."""
-        self.names = [self.names[number] for number in numbers]
-
     def read_with_dali(self, fetched: Any) -> Any:
         """The operators that make encoded images of what is fetched."""
         # Reading is twice as fast as mapping files of this size into memory.
@@ -169,10 +158,6 @@ class ImageFiles(ImageSource):
             return os.path.getsize(self.names[number])
         except OSError:  # the decoder reports what is gone
             return 0
-
-    def add_to_digest(self, digest: Any, *, lenient: bool) -> None:
-        """Add what tells the samples from others."""
-        _add_files(digest, self.names, lenient)
 
     def close(self) -> None:
         """Release what the source holds until it is fetched from again."""
@@ -199,10 +184,6 @@ class Arrays(Source):
         first = self._load(0)
         self.shape, self.dtype = first.shape, first.dtype
 
-    def select(self, numbers: Sequence[int]) -> None:
-        """Keep only these samples, in this order, and number them anew."""
-        self.names = [self.names[number] for number in numbers]
-
     def fetch(self, numbers: Sequence[int]) -> Any:
         """What these samples are prepared from."""
         arrays = [self._load(number) for number in numbers]
@@ -213,10 +194,6 @@ class Arrays(Source):
                     "all must be alike"
                 )
         return np.stack(arrays)
-
-    def add_to_digest(self, digest: Any, *, lenient: bool) -> None:
-        """Add what tells the samples from others."""
-        _add_files(digest, self.names, lenient)
 
     def _load(self, number: int) -> Any:
         path = self.names[number]
@@ -314,7 +291,7 @@ class Shards(ImageSource):
 
     def add_to_digest(self, digest: Any, *, lenient: bool) -> None:
         """Add what tells the samples from others."""
-        _add_files(digest, self._shards[: self._records[-1].shard + 1], lenient)
+        add_files(digest, self._shards[: self._records[-1].shard + 1], lenient=lenient)
         digest.update(b"%d\0" % len(self.names))
 
     def close(self) -> None:
@@ -487,19 +464,3 @@ def _contain(decoder: ContainedDecoder, source: ImageSource, number: int) -> Any
         return np.frombuffer(decoder.decode(content), np.uint8)
     except ValueError as error:
         raise UnreadableError(number, f"{name} cannot be decoded: it {error}; replace or remove it") from error
-
-
-def _add_files(digest: Any, paths: Sequence[str], lenient: bool) -> None:
-    root = common_folder(map(os.path.abspath, paths))
-    for path in map(os.path.abspath, paths):
-        name = os.fsencode(os.path.relpath(path, root))
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            if not lenient:
-                raise FastcalError(f"cannot read {path}: {error.strerror}; correct or remove it") from error
-            digest.update(b"%s\0missing\0" % name)
-            continue
-        digest.update(b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns))
-        if lenient:
-            digest.update(b"%d\0" % os.access(path, os.R_OK))

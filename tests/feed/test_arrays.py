@@ -169,7 +169,7 @@ def test_types_and_orders_in_memory():
     given = {
         "double": grid, "big": grid.astype(">f4"), "turned": grid.astype("f4").T.copy().T, "back": grid[:, ::-1],
         "byte": grid.astype("u1"), "half": grid.astype("f2"), "id": grid.astype("i8"), "mask": grid > 5,
-        "scalar": np.float32(3),
+        "scalar": np.float32(3), "big double": grid.astype(">f8"),
     }  # fmt: skip
     (batch,) = copied(ArrayFeed([given]))
     for name, array in batch.items():
@@ -178,6 +178,7 @@ def test_types_and_orders_in_memory():
     assert {name: str(array.dtype) for name, array in batch.items()} == {
         "double": "float32", "big": "float32", "turned": "float32", "back": "float32", "byte": "uint8",
         "half": "float16", "id": "int64", "mask": "bool", "scalar": "float32",
+        "big double": "float32",
     }  # fmt: skip
 
 

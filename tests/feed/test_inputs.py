@@ -24,7 +24,7 @@ def scenes(tmp_path):
     for number in range(7):
         write_image(tmp_path / "left" / f"{number}.png", 10 * number)
         write_image(tmp_path / "right" / f"{number}.png", 10 * number + 1)
-        np.save(tmp_path / "left" / f"{number}.npy", np.full((2, 3), float(number)))
+        np.save(tmp_path / "left" / f"{number}.npy", np.full((2, 3), number, ">f8"))
     return tmp_path
 
 

@@ -1,0 +1,42 @@
+"""What tells samples from others, added to a hash of `hashlib`: their files, or the values of arrays."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastcal.errors import FastcalError
+from fastcal.feed.dataset import common_folder
+
+
+def add_files(digest: Any, paths: Sequence[str], *, lenient: bool = False) -> None:
+    """Add the paths of files below their common folder, in their order, and each file's size and time.
+
+    Args:
+        digest: The hash.
+        paths: The files.
+        lenient: Whether files may be missing or unreadable, which is added too.
+
+    Raises:
+        FastcalError: A file is missing.
+    """
+    root = common_folder(map(os.path.abspath, paths))
+    for path in map(os.path.abspath, paths):
+        name = os.fsencode(os.path.relpath(path, root))
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            if not lenient:
+                raise FastcalError(f"cannot read {path}: {error.strerror}; replace or remove it") from error
+            digest.update(b"%s\0missing\0" % name)
+            continue
+        digest.update(b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns))
+        if lenient:
+            digest.update(b"%d\0" % os.access(path, os.R_OK))
+
+
+def add_array(digest: Any, name: str, array: Any) -> None:
+    """Add a NumPy array, its name, type and shape."""
+    digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
