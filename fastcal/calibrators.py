@@ -9,7 +9,7 @@ soon as they can: when `with calibrator:` around the build ends, or at `calibrat
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -191,7 +191,14 @@ class FeedCalibrator:
         self._tf32 = False
         self.stats = CalibratorStats()
 
-    def calibrate(self, network: Any, *, tf32: bool = False, **options: Any) -> None:
+    def calibrate(
+        self,
+        network: Any,
+        *,
+        tf32: bool = False,
+        optimization_level: int | None = None,
+        tactic_sources: int | Iterable[str] | None = None,
+    ) -> None:
         """Calibrate now with `fastcal.calibrate`, so that TensorRT is handed a finished cache and asks for no batch.
 
         Belongs inside `with calibrator:`, before the build. Does nothing where the cache on the disk is still true, or
@@ -200,7 +207,8 @@ class FeedCalibrator:
         Args:
             network: The `INetworkDefinition` that will be built, or its ONNX file.
             tf32: Whether TensorRT may observe the network in TF32: faster, and an amax differs by about 1e-3.
-            **options: `optimization_level` and `tactic_sources`, as `fastcal.calibrate` takes them.
+            optimization_level: As for `fastcal.calibrate`.
+            tactic_sources: As for `fastcal.calibrate`.
 
         Raises:
             FastcalError: TensorRT cannot run the network with every tensor visible, or the batches do not fit it; or
@@ -215,19 +223,12 @@ class FeedCalibrator:
         self._tf32 = tf32
         if self._usable() is not None:
             return
-        from fastcal.observe.calibration import calibrate
+        from fastcal.observe.calibration import observe
+        from fastcal.observe.observer import Engine
 
-        cache = calibrate(
-            network,
-            self.feed,
-            algorithm=settings["algorithm"],
-            quantile=settings.get("quantile", 1.0),
-            engine="tensorrt",
-            tensorrt_version=trt.__version__,
-            progress=self._progress,
-            tf32=tf32,
-            **options,
-        ).to_bytes()
+        engine = Engine("tensorrt", tf32, optimization_level, tactic_sources)
+        observed = observe(network, self.feed, engine, self._progress)
+        cache = self._cache_of(observed.scales(settings["algorithm"], settings.get("quantile", 1.0))).to_bytes()
         if self._cache is not None:
             self._record().after(self.feed).save(self._cache, cache)
         self._ready = cache
@@ -278,7 +279,7 @@ class FeedCalibrator:
         if self._cache is None:
             return None
         self._made_from = None  # files may have changed since an earlier build
-        data, reason = usable_cache(self._cache, self._header(), self._record())
+        data, reason = usable_cache(self._cache, self._cache_of({}).header, self._record())
         if data is None:
             _log.info("calibrating: %s is not used, %s", self._cache, reason)
             check_writable(self._cache, largest_size(self._model.activations if self._model else ()))
@@ -360,8 +361,8 @@ class FeedCalibrator:
         if batches is not None and hasattr(batches, "close"):
             batches.close()
 
-    def _header(self) -> str:
-        return CalibrationCache({}, self._algorithm, check_tensorrt_version(trt.__version__)).header
+    def _cache_of(self, scales: dict[str, float]) -> CalibrationCache:
+        return CalibrationCache(scales, self._algorithm, check_tensorrt_version(trt.__version__))
 
     def _record(self) -> Record:
         """What this calibration is made from, found out once a calibration: it looks at every sample's file."""
@@ -466,8 +467,8 @@ class LegacyCalibrator(FeedCalibrator, trt.IInt8LegacyCalibrator):  # type: igno
     def write_histogram_cache(self, *_: Any) -> None:
         """Keep nothing, since it could not be read back."""
 
-    def _header(self) -> str:
-        return CalibrationCache({}, "percentile", None, self._quantile, self._cutoff).header
+    def _cache_of(self, scales: dict[str, float]) -> CalibrationCache:
+        return CalibrationCache(scales, "percentile", None, self._quantile, self._cutoff)
 
     def _settings(self) -> dict[str, Any]:
         return {"algorithm": "percentile", "quantile": self._quantile, "regression_cutoff": self._cutoff}

@@ -38,13 +38,12 @@ class Record:
         entries |= {name: value for name, value in settings.items() if value is not None}
         return cls(json.loads(json.dumps(entries)))
 
-    def after(self, feed: Any) -> "Record":
+    def after(self, feed: Feed) -> "Record":
         """This record once there were passes over `feed`: it lists the samples that these left out.
 
         They need no comparing: the same files are as readable as they were.
         """
-        skipped = feed.skipped if isinstance(feed, Feed) else []
-        return Record({**self.entries, "skipped": skipped}) if skipped else self
+        return Record({**self.entries, "skipped": feed.skipped}) if feed.skipped else self
 
     def differences(self, earlier: "Record") -> list[str]:
         """What of this record an earlier one has otherwise, or not at all; empty where it all agrees."""

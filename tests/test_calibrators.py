@@ -315,6 +315,43 @@ print(error_of(lambda: make_calibrator("percentile", Numbered(), quantile=2.0)))
     ]
 
 
+def test_a_calibration_of_our_own_looks_at_the_samples_once_and_is_handed_over(run, onnx_file):
+    path = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }")
+    printed = run(f"""
+from fastcal.observe.observer import Engine
+Engine._on_tensorrt = lambda self, network, gpu: self._on_onnxruntime(network)  # as if there were a GPU
+
+class Counted(fastcal.Feed):
+    batch_size = 4
+    looked = 0
+    def __len__(self):
+        return 2
+    def __iter__(self):
+        return iter([{{"x": np.linspace(-1, 3, 12, dtype="f4").reshape(4, 3) * scale}} for scale in (1, 2)])
+    def describe(self):
+        self.looked += 1
+        return {{"samples": "same"}}
+
+model, version = {str(path)!r}, trt.__version__
+for kind, algorithm, options in (
+    (fastcal.EntropyCalibrator2, "entropy2", {{}}), (fastcal.MinMaxCalibrator, "minmax", {{}}),
+    (fastcal.LegacyCalibrator, "percentile", {{"quantile": 0.9}}),
+):
+    Path("x.cache").write_text("another calibration's")
+    feed, reports = Counted(), []
+    with kind(feed, cache="x.cache", model=model, progress=reports.append, **options) as calibrator:
+        calibrator.calibrate(model)
+        looked = feed.looked
+        served = serve(calibrator)
+    options |= {{"engine": "onnxruntime", "tensorrt_version": version}}
+    expected = fastcal.calibrate(model, feed, algorithm=algorithm, **options)
+    assert served == Path("x.cache").read_bytes() == expected.to_bytes()
+    assert fastcal.CalibrationCache.load("x.cache").record == expected.record
+    print(looked, len(reports), calibrator.stats.batches)
+""")
+    assert printed.splitlines() == ["1 2 0"] * 3
+
+
 def test_arrays_that_tensorrt_would_read_wrongly(run):
     printed = run("""
 class Given(Numbered):

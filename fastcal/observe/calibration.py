@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastcal.cache import (
@@ -102,8 +103,8 @@ def calibrate(
     if ray_address is not None and workers is None:
         raise FastcalError(f"ray_address is {ray_address}, and without workers there is nothing to do there; set both")
     version = _tensorrt_version(tensorrt_version)
-    is_file = isinstance(model, str | os.PathLike | Model)
-    network = Model.of(model) if is_file else model
+    network = _network(model)
+    is_file = isinstance(network, Model)
     settings: dict[str, Any] = {"algorithm": algorithm}
     if algorithm == "percentile":
         settings |= {"quantile": quantile, "regression_cutoff": _NO_REGRESSION}
@@ -116,25 +117,41 @@ def calibrate(
     else:
         with_ray = _import_with_ray()
     device = "auto" if how.name == "tensorrt" and workers is None else "cpu"
-    timeline: list[Progress] = []
-    progress = _kept(timeline, progress)
     with as_feed(feed, _input_names(network), device) as batches:
         record = Record.of(batches, network if is_file else None, **settings)
         if workers is not None:
-            seen = with_ray.observe(network, batches, how, workers, ray_address, progress)
+            see = partial(with_ray.observe, network, batches, how, workers, ray_address)
         else:
-            seen = _observe(network, batches, how, _Looks(algorithm, quantile, until_stable), progress)
+            looks = None if until_stable is None else _Looks(algorithm, quantile, until_stable)
+            see = partial(_see, network, batches, how, looks)
+        observed = _keep(network, see, progress)
         record = record.after(batches)
-    if not timeline:
-        raise FastcalError("the feed gave no batches; a calibration needs at least one")
-    _warn_of_nonfinite(seen.histograms)
-    record = replace(record, entries={**record.entries, "precision": precision(tf32 and seen.engine == "tensorrt")})
-    label = str(network.path) if isinstance(network, Model) else f"network {network.name!r}"
-    observed = Observations(label, seen.engine, dict(seen.histograms), dict(seen.sources), timeline)
+    record = replace(record, entries={**record.entries, "precision": precision(tf32 and observed.engine == "tensorrt")})
     cache = CalibrationCache(observed.scales(algorithm, quantile), algorithm, version, record=record, observed=observed)
     if algorithm == "percentile":
         cache.tensorrt_version, cache.quantile, cache.cutoff = None, quantile, _NO_REGRESSION
     return cache
+
+
+def observe(model: Any, feed: Feed, engine: Engine, progress: Callable[[Progress], None] | None = None) -> Observations:
+    """Run a network over all batches of a feed, in this process, and keep what there is to pick scales from.
+
+    Args:
+        model: As for `calibrate`.
+        feed: The batches.
+        engine: What runs the network.
+        progress: As for `calibrate`.
+
+    Raises:
+        FastcalError: As `calibrate`.
+    """
+    network = _network(model)
+    return _keep(network, partial(_see, network, feed, engine, None), progress)
+
+
+def _network(model: Any) -> Model | Any:
+    """The ONNX model, where `model` is one or a file of one; else the `INetworkDefinition` that it is."""
+    return Model.of(model) if isinstance(model, str | os.PathLike | Model) else model
 
 
 def _import_with_ray() -> Any:
@@ -145,12 +162,35 @@ def _import_with_ray() -> Any:
     return with_ray
 
 
-def _observe(network: Any, feed: Feed, engine: Engine, looks: "_Looks", progress: Callable[[Progress], None]) -> Seen:
-    """Observe all batches in this process, or as many as it takes for stable scales."""
+def _keep(
+    network: Model | Any,
+    see: Callable[[Callable[[Progress], None]], Seen],
+    progress: Callable[[Progress], None] | None,
+) -> Observations:
+    """What `see` sees of a network, and when: it is given a function to tell its progress, which tells `progress`."""
+    timeline: list[Progress] = []
+
+    def keep(state: Progress) -> None:
+        timeline.append(replace(state))
+        if progress is not None:
+            progress(state)
+
+    seen = see(keep)
+    if not timeline:
+        raise FastcalError("the feed gave no batches; a calibration needs at least one")
+    _warn_of_nonfinite(seen.histograms)
+    label = str(network.path) if isinstance(network, Model) else f"network {network.name!r}"
+    return Observations(label, seen.engine, dict(seen.histograms), dict(seen.sources), timeline)
+
+
+def _see(
+    network: Model | Any, feed: Feed, engine: Engine, looks: "_Looks | None", progress: Callable[[Progress], None]
+) -> Seen:
+    """See all batches in this process, or as many as it takes for stable scales."""
     if engine.name == "tensorrt" and engine.optimization_level is None:
         engine = replace(engine, optimization_level=int((length(feed) or 0) * feed.batch_size >= _MANY))
     with engine.observer(network, feed.gpu) as observer:
-        observe_all(observer, feed, progress, lambda images: looks.are_stable(observer, images))
+        observe_all(observer, feed, progress, lambda images: looks is not None and looks.are_stable(observer, images))
         return Seen(engine.name, observer.histograms(), observer.sources)
 
 
@@ -160,13 +200,13 @@ class _Looks:
     Args:
         algorithm: How scales are picked.
         quantile: For "percentile".
-        percent: By how much a scale may move from look to look; None never looks.
+        percent: By how much a scale may move from look to look.
     """
 
     #: So many looks in a row without movement.
     _in_a_row = 3
 
-    def __init__(self, algorithm: str, quantile: float, percent: float | None) -> None:
+    def __init__(self, algorithm: str, quantile: float, percent: float) -> None:
         self._pick = algorithm, quantile
         self._percent = percent
         self._next = 0
@@ -175,7 +215,7 @@ class _Looks:
 
     def are_stable(self, observer: Observer, images: int) -> bool:
         """Whether to stop after so many images, which `observer` has counted."""
-        if self._percent is None or images < self._next:
+        if images < self._next:
             return False
         self._next = images + images // 10
         before, self._scales = self._scales, pick_scales(observer.histograms(), *self._pick)
@@ -211,17 +251,6 @@ def _tensorrt_version(asked: str | None) -> str:
         return check_tensorrt_version(installed)
     _log.info("TensorRT is not installed here: the cache is written for TensorRT %s", DEFAULT_TENSORRT_VERSION)
     return DEFAULT_TENSORRT_VERSION
-
-
-def _kept(timeline: list[Progress], progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
-    """A function that keeps what it is told, and tells `progress`."""
-
-    def keep(state: Progress) -> None:
-        timeline.append(replace(state))
-        if progress is not None:
-            progress(state)
-
-    return keep
 
 
 def _warn_of_nonfinite(histograms: Mapping[str, Histogram]) -> None:

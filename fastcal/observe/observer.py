@@ -1,7 +1,7 @@
 """What observes a network: the engine that runs it, and a feed's batches going through."""
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -48,7 +48,7 @@ class Engine:
     name: str
     tf32: bool = False
     optimization_level: int | None = None
-    tactic_sources: int | tuple[str, ...] | None = None
+    tactic_sources: int | Iterable[str] | None = None
     threads: int | None = None
 
     def observer(self, network: Model | Any, gpu: int | None) -> AbstractContextManager[Observer]:
