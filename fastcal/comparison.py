@@ -26,7 +26,7 @@ from fastcal.observe.observer import timed
 from fastcal.observe.rounding import rounded
 from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner
 from fastcal.progress import Progress
-from fastcal.qdq import check_quantizable, quantize
+from fastcal.qdq import check_quantizable, load_for, quantize
 from fastcal.record import Record
 
 #: The algorithms that are compared; "entropy" picks the scales of "entropy2".
@@ -179,11 +179,7 @@ def compare(
         raise FastcalError("the batches are gone after one pass, and compare needs two; pass list(...) of them")
     if named := set(COMPARED) & set(caches or ()):
         raise FastcalError(f"a cache is named {min(named)!r} as an algorithm is; name it otherwise")
-    files = dict(caches or {})
-    given = {
-        label: cache if isinstance(cache, CalibrationCache) else CalibrationCache.load(cache)
-        for label, cache in files.items()
-    }
+    given = {label: load_for(network, cache) for label, cache in (caches or {}).items()}
     counting, comparing = _in_two_passes(progress)
     with as_feed(feed, [value.name for value in network.inputs], "cpu") as batches:
         fresh = calibrate(
@@ -193,8 +189,9 @@ def compare(
         observed = fresh.observed
         assert observed is not None  # calibrate has just seen it
         picked = {name: replace(fresh, scales=observed.scales(name, quantile)) for name in COMPARED}
-        variants = {label: quantize(network, cache) for label, cache in (picked | files).items()}
-        scales = {label: cache.scales for label, cache in (picked | given).items()}
+        compared = picked | given
+        variants = {label: quantize(network, cache) for label, cache in compared.items()}
+        scales = {label: cache.scales for label, cache in compared.items()}
         with (
             _Measurement(network, scales, variants, batches, threads) as measurement,
             closing(timed(batches, comparing, lambda images: False)) as seen,

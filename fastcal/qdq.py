@@ -77,7 +77,7 @@ def quantize(
     """
     network = Model.of(model)
     excluded = check_quantizable(network, exclude)
-    scales = _scales(network, cache)
+    scales = load_for(network, cache).scales
     graph = _Graph(network)
     plan = _Plan(graph, scales, excluded)
     if not plan.pairs:
@@ -117,8 +117,12 @@ def check_quantizable(network: Model, exclude: Iterable[str] = ()) -> set[int]:
     return _find(network, exclude)
 
 
-def _scales(network: Model, cache: CalibrationCache | str | os.PathLike[str]) -> Mapping[str, float]:
-    """The cache's scales, unless it was made from another model."""
+def load_for(network: Model, cache: CalibrationCache | str | os.PathLike[str]) -> CalibrationCache:
+    """The cache itself, or the one in a file.
+
+    Raises:
+        FastcalError: It was made from another model.
+    """
     if isinstance(cache, CalibrationCache):
         label, remedy = "the cache", "calibrate this one"
         loaded = cache
@@ -128,7 +132,7 @@ def _scales(network: Model, cache: CalibrationCache | str | os.PathLike[str]) ->
     made_from = loaded.record.entries.get("model") if loaded.record else None
     if made_from is not None and made_from != network.digest:
         raise FastcalError(f"{label} was calibrated with another model than {network.path}, says its record; {remedy}")
-    return loaded.scales
+    return loaded
 
 
 class _Graph:
