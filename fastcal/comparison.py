@@ -194,7 +194,7 @@ def compare(
         scales = {label: cache.scales for label, cache in compared.items()}
         with (
             _Measurement(network, scales, variants, batches, threads) as measurement,
-            closing(timed(batches, comparing, lambda images: False)) as seen,
+            closing(timed(batches, comparing)) as seen,
         ):
             for batch in seen:
                 measurement.add(batch)

@@ -190,7 +190,7 @@ def _see(
     if engine.name == "tensorrt" and engine.optimization_level is None:
         engine = replace(engine, optimization_level=int((length(feed) or 0) * feed.batch_size >= _MANY))
     with engine.observer(network, feed.gpu) as observer:
-        observe_all(observer, feed, progress, lambda images: looks is not None and looks.are_stable(observer, images))
+        observe_all(observer, feed, progress, None if looks is None else partial(looks.are_stable, observer))
         return Seen(engine.name, observer.histograms(), observer.sources)
 
 

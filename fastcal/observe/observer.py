@@ -109,18 +109,18 @@ def observe_all(
     observer: Observer,
     feed: Feed,
     progress: Callable[[Progress], None],
-    enough: Callable[[int], bool] = lambda images: False,
+    enough: Callable[[int], bool] | None = None,
 ) -> None:
-    """Observe a feed's batches until there were enough images; reports after each."""
+    """Observe a feed's batches, all or until there were enough images; reports after each."""
     with closing(timed(feed, progress, enough)) as batches:
         for batch in batches:
             observer.observe(batch, anonymous=feed.anonymous)
 
 
 def timed(
-    feed: Feed, progress: Callable[[Progress], None], enough: Callable[[int], bool]
+    feed: Feed, progress: Callable[[Progress], None], enough: Callable[[int], bool] | None = None
 ) -> Generator[Mapping[str, Any], None, None]:
-    """The feed's batches until there were enough images, and a report after each has been used.
+    """The feed's batches, all or until there were enough images, and a report after each has been used.
 
     Ends the feed's pass when closed.
     """
@@ -141,7 +141,7 @@ def timed(
             state.images += max((array.shape[0] for array in batch.values() if array.shape), default=0)
             state.seconds = time.perf_counter() - start
             progress(state)
-            if enough(state.images):
+            if enough is not None and enough(state.images):
                 return
     finally:
         if hasattr(batches, "close"):
