@@ -18,11 +18,14 @@ import cupy
 import numpy as np
 import onnx
 import tensorrt as trt
+from int8 import CLASSES, build, make_calibrator
 from networks import resnet50
 from photographs import write_photographs
 from PIL import Image
 
 import fastcal
+from fastcal.model import Model
+from fastcal.network import parse
 
 BATCH_SIZE = 8
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
@@ -43,45 +46,21 @@ def pil_batches(paths, side):
         yield np.stack([load(path, side) for path in paths[start : start + BATCH_SIZE]])
 
 
-def calibrator(base, next_array):
-    """A calibrator over a function that gives the next batch on the GPU, None at the end; it keeps no cache."""
-
-    class Calibrator(base):
-        def get_batch_size(self):
-            return BATCH_SIZE
-
-        def get_batch(self, names):
-            self.held = next_array()
-            return None if self.held is None else [self.held.data.ptr]
-
-        def read_calibration_cache(self):
-            return None
-
-        def write_calibration_cache(self, cache):
-            pass
-
-    return Calibrator()
-
-
 def resident(paths, side, base):
     """Batches that lie on the GPU already."""
-    batches = iter([cupy.asarray(batch) for batch in pil_batches(paths, side)])
-    return calibrator(base, lambda: next(batches, None))
+    return make_calibrator(base, [{"input": cupy.asarray(batch)} for batch in pil_batches(paths, side)], BATCH_SIZE)
 
 
 def sample(paths, side, base):
     """What samples and tutorials do: one array, copied to again and again."""
-    batches = pil_batches(paths, side)
     array = cupy.empty((BATCH_SIZE, 3, side, side), cupy.float32)
 
-    def next_array():
-        batch = next(batches, None)
-        if batch is None:
-            return None
-        array.set(batch)
-        return array
+    def batches():
+        for batch in pil_batches(paths, side):
+            array.set(batch)
+            yield {"input": array}
 
-    return calibrator(base, next_array)
+    return make_calibrator(base, batches(), BATCH_SIZE)
 
 
 def polygraphy(paths, side, base):
@@ -104,11 +83,10 @@ def with_fastcal(paths, side, base):
 
 
 WAYS = {"resident": resident, "fastcal": with_fastcal, "polygraphy": polygraphy, "sample": sample}
-ALGORITHMS = {"entropy2": trt.IInt8EntropyCalibrator2, "minmax": trt.IInt8MinMaxCalibrator}
 
 
 def timed(calibrator):
-    """The calibrator, and a list that fills with the seconds of its get_batch calls and of the time between them."""
+    """Two lists that fill with the seconds of a calibrator's get_batch calls, and of the time between them."""
     inside, between, left = [], [], [None]
     original = calibrator.get_batch
 
@@ -125,22 +103,10 @@ def timed(calibrator):
     return inside, between
 
 
-def build(calibrator, model, side):
+def build_with(calibrator, model, side):
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
-    assert trt.OnnxParser(network, logger).parse_from_file(model)
-    config = builder.create_builder_config()
-    config.set_flag(trt.BuilderFlag.INT8)
-    config.builder_optimization_level = 0
-    sources = trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS
-    config.set_tactic_sources(sum(1 << int(source) for source in sources))
-    profile = builder.create_optimization_profile()
-    profile.set_shape("input", *[(BATCH_SIZE, 3, side, side)] * 3)
-    config.add_optimization_profile(profile)
-    config.set_calibration_profile(profile)
-    config.int8_calibrator = calibrator
-    assert builder.build_serialized_network(network, config) is not None
+    build(builder, parse(builder, model, logger), calibrator, (BATCH_SIZE, 3, side, side))
 
 
 def main():
@@ -150,22 +116,23 @@ def main():
     parser.add_argument("--side", type=int, default=224, help="the network's input; a smaller one is a faster network")
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--algorithm", default="entropy2", choices=list(ALGORITHMS))
+    parser.add_argument("--algorithm", default="entropy2", choices=list(CLASSES))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     arguments = parser.parse_args()
     size = tuple(int(side) for side in arguments.size.split("x"))
     measured = {way: [] for way in arguments.ways}
     with tempfile.TemporaryDirectory() as folder:
-        model = str(Path(folder) / "resnet50.onnx")
-        onnx.save(resnet50(arguments.side), model)
+        path = str(Path(folder) / "resnet50.onnx")
+        onnx.save(resnet50(arguments.side), path)
+        model = Model(path)
         images = write_photographs(Path(folder) / "images", arguments.batches * BATCH_SIZE, size, arguments.photographs)
         paths = sorted(str(path) for path in images.iterdir())
         for _ in range(arguments.runs):
             for way in arguments.ways:
-                calibrator = WAYS[way](paths, arguments.side, ALGORITHMS[arguments.algorithm])
+                calibrator = WAYS[way](paths, arguments.side, CLASSES[arguments.algorithm])
                 inside, between = timed(calibrator)
                 start = time.perf_counter()
-                build(calibrator, model, arguments.side)
+                build_with(calibrator, model, arguments.side)
                 later = inside[1:-1]
                 measured[way].append(
                     (

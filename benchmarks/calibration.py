@@ -18,17 +18,16 @@ import cupy
 import numpy as np
 import onnx
 import tensorrt as trt
+from int8 import TACTICS, build
 from networks import resnet50
 from photographs import write_photographs
 
 import fastcal
 from fastcal.model import Model
-from fastcal.network import tactic_bits
+from fastcal.network import parse
 from fastcal.observe.device_histogram import DeviceHistograms
 from fastcal.observe.scales import pick_scales
 from fastcal.observe.with_tensorrt import TensorRTObserver
-
-TACTICS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 
 
 def milliseconds(work, runs=20):
@@ -96,17 +95,9 @@ def inside_builder(path, calibrator, batch_size):
     """Seconds of a build whose calibrator TensorRT asks for batches."""
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
-    assert trt.OnnxParser(network, logger).parse_from_file(path)
+    network = parse(builder, Model(path), logger)
     network.get_input(0).shape = (batch_size, 3, 224, 224)
-    config = builder.create_builder_config()
-    config.set_flag(trt.BuilderFlag.INT8)
-    config.builder_optimization_level = 0
-    config.set_tactic_sources(tactic_bits(TACTICS))
-    config.int8_calibrator = calibrator
-    start = time.perf_counter()
-    assert builder.build_serialized_network(network, config) is not None
-    return time.perf_counter() - start
+    return build(builder, network, calibrator)
 
 
 def with_tensorrt(path, feed):

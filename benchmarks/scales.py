@@ -15,43 +15,14 @@ from pathlib import Path
 import cupy
 import numpy as np
 import tensorrt as trt
+from int8 import CLASSES, TACTICS, build, make_calibrator
 
 from fastcal.cache import CalibrationCache
 from fastcal.model import Model
-from fastcal.network import Logger, parse, start_builder, tactic_bits
+from fastcal.network import Logger, parse, start_builder
 from fastcal.observe.histogram import BINS
 from fastcal.observe.scales import divergences, pick_scales
 from fastcal.observe.with_tensorrt import TensorRTObserver
-
-TACTICS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
-CLASSES = {"minmax": trt.IInt8MinMaxCalibrator, "entropy2": trt.IInt8EntropyCalibrator2}
-
-
-def calibrator(algorithm, batches, ready=None):
-    """TensorRT's calibrator over arrays on the GPU, or one that hands it a finished cache."""
-
-    class Calibrator(CLASSES[algorithm]):
-        def __init__(self):
-            CLASSES[algorithm].__init__(self)
-            self.left, self.asked, self.cache = list(batches), 0, None
-
-        def get_batch_size(self):
-            return 1
-
-        def get_batch(self, names):
-            self.asked += 1
-            if not self.left:
-                return None
-            self.held = self.left.pop(0)
-            return [self.held[name].data.ptr for name in names]
-
-        def read_calibration_cache(self):
-            return ready
-
-        def write_calibration_cache(self, cache):
-            self.cache = bytes(cache)
-
-    return Calibrator()
 
 
 class Warnings(logging.Handler):
@@ -61,16 +32,6 @@ class Warnings(logging.Handler):
 
     def emit(self, record):
         self.missing += "issing scale" in record.getMessage()
-
-
-def build(builder, logger, model, calibrator):
-    network = parse(builder, model, logger)
-    config = builder.create_builder_config()
-    config.set_flag(trt.BuilderFlag.INT8)
-    config.builder_optimization_level = 0
-    config.set_tactic_sources(tactic_bits(TACTICS))
-    config.int8_calibrator = calibrator
-    assert builder.build_serialized_network(network, config) is not None
 
 
 def excess(histogram, scale):
@@ -103,14 +64,14 @@ def compare(path):
         histograms = observer.histograms()
     row = [path.stem, f"{len(histograms)}"]
     ours_took = time.perf_counter() - start
-    for algorithm in CLASSES:
+    for algorithm, base in CLASSES.items():
         start = time.perf_counter()
         ours = pick_scales(histograms, algorithm)
         ours |= {name: ours[source] for name, source in observer.sources.items()}
         ours_took += time.perf_counter() - start
         start = time.perf_counter()
-        reference = calibrator(algorithm, batches)
-        build(builder, logger, model, reference)
+        reference = make_calibrator(base, batches, 1)
+        build(builder, parse(builder, model, logger), reference)
         theirs_took = time.perf_counter() - start
         theirs = CalibrationCache.from_bytes(reference.cache).scales
         assert theirs.keys() == ours.keys(), theirs.keys() ^ ours.keys()
@@ -125,8 +86,8 @@ def compare(path):
     warnings = Warnings()
     logging.getLogger("fastcal.tensorrt").addHandler(warnings)
     cache = CalibrationCache(ours, "entropy2", trt.__version__)
-    handed = calibrator("entropy2", [], cache.to_bytes())
-    build(builder, logger, model, handed)
+    handed = make_calibrator(CLASSES["entropy2"], [], 1, cache.to_bytes())
+    build(builder, parse(builder, model, logger), handed)
     row += [f"{handed.asked}", f"{warnings.missing}", f"{theirs_took:.1f} s", f"{ours_took:.1f} s"]
     print("| " + " | ".join(row) + " |", flush=True)
 
@@ -134,10 +95,11 @@ def compare(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
+    arguments = parser.parse_args()
     print("| network | tensors | MinMax, worst | Entropy2 within 1e-5 | others' divergence, worst | batches asked for "
           "with our cache | missing scales | TensorRT, Entropy2 | fastcal, both |")  # fmt: skip
     print("| --- |" + " ---: |" * 8)
-    for path in parser.parse_args().models:
+    for path in arguments.models:
         compare(path)
 
 
