@@ -10,9 +10,12 @@ import numpy as np
 from fastcal.errors import FastcalError
 from fastcal.feed.buffers import Buffer, hand_out
 from fastcal.feed.device import resolve
-from fastcal.feed.feed import Batch, Feed
+from fastcal.feed.feed import Batch, Feed, check_settings
 from fastcal.feed.prefetch import Prefetcher
 from fastcal.feed.reader import Reader, is_source
+
+#: What can become of a last batch of fewer samples.
+LAST_BATCHES = ("wrap", "drop", "keep")
 
 
 class ArrayFeed(Feed):
@@ -66,9 +69,7 @@ class ArrayFeed(Feed):
             )
         if isinstance(names, str) or not isinstance(names, Sequence | Mapping | None):
             raise FastcalError(f"names is {names!r}; give a list of the inputs' names, or a dict")
-        check_last_batch(last_batch)
-        if depth < 2:
-            raise FastcalError(f"depth is {depth}; it must be at least 2")
+        check_settings(last_batch, LAST_BATCHES, depth=depth)
         self.gpu = resolve(device)
         self._reader = Reader(batches, names, last_batch, self.gpu)
         self._depth = depth
@@ -163,12 +164,6 @@ def as_feed(batches: Any, names: Sequence[str] | None, device: str) -> AbstractC
     if isinstance(batches, Feed):
         return nullcontext(batches)
     return ArrayFeed(batches, names, last_batch="keep", device=device)
-
-
-def check_last_batch(last_batch: str) -> None:
-    """Raise FastcalError unless `last_batch` is one of `ArrayFeed`'s."""
-    if last_batch not in ("wrap", "drop", "keep"):
-        raise FastcalError(f"there is no last_batch {last_batch!r}; choose wrap, drop or keep")
 
 
 def _resumed(first: Batch, rest: Generator[Batch, None, None]) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
 """What every feed is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -76,6 +76,26 @@ class Feed(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_settings(last_batch: str, known: Sequence[str], **numbers: int | None) -> None:
+    """Check what a feed is told.
+
+    Args:
+        last_batch: What becomes of a last batch of fewer samples.
+        known: What can become of it.
+        **numbers: Other settings by name, where they are given; each is at least 1, `depth` at least 2.
+
+    Raises:
+        FastcalError: A setting is out of its range.
+    """
+    if last_batch not in known:
+        choices = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise FastcalError(f"there is no last_batch {last_batch!r}; choose {choices}")
+    for name, value in numbers.items():
+        least = 2 if name == "depth" else 1
+        if value is not None and value < least:
+            raise FastcalError(f"{name} is {value}; it must be at least {least}")
 
 
 def length(feed: Feed) -> int | None:

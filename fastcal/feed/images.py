@@ -15,7 +15,7 @@ from fastcal.feed.buffers import Buffer, DeviceBuffer, Shape, hand_out
 from fastcal.feed.dataset import Data
 from fastcal.feed.device import resolve
 from fastcal.feed.digest import add_array
-from fastcal.feed.feed import BATCH_SIZE, Batch, Feed, as_array
+from fastcal.feed.feed import BATCH_SIZE, Batch, Feed, as_array, check_settings
 from fastcal.feed.inputs import check_inputs, image_input, image_inputs, name_inputs, open_sources
 from fastcal.feed.pipeline import ImagePipeline, find_unreadable
 from fastcal.feed.prefetch import Prefetcher
@@ -50,8 +50,8 @@ class ImageFeed(Feed):
             name are images, tar shards as WebDataset writes them, or TFRecord files. For several inputs, a dict of
             these by input name, which have the same samples in the same order: {"left": "left/", "right": "right/"}. An
             input may take arrays too, `.npy` files, one a sample: {"image": "scenes/", "pose": "scenes/*.npy"}.
-        preprocess: The name of a preset ("imagenet", "yolo", "unit", "raw") or a `Preprocess`; for several inputs, one
-            for all or a dict by input name.
+        preprocess: The name of a preset, see `Preprocess.preset`, or a `Preprocess`; for several inputs, one for all or
+            a dict by input name.
         model: An ONNX file whose image inputs give size, layout, number of channels, batch size and input name. The
             preprocessing's own size is used where the model's is dynamic.
         batch_size: Samples in a batch; by default the model's where it is fixed, else 32.
@@ -117,10 +117,12 @@ class ImageFeed(Feed):
         prefetch_queue_depth: int = 2,
         hw_decoder_load: float = 0.9,
     ) -> None:
-        _check_settings(
-            last_batch, max_unreadable, batch_size=batch_size, limit=limit, depth=depth, threads=threads,
+        check_settings(
+            last_batch, ("wrap", "drop"), batch_size=batch_size, limit=limit, depth=depth, threads=threads,
             prefetch_queue_depth=prefetch_queue_depth,
         )  # fmt: skip
+        if not 0 <= max_unreadable <= 100:
+            raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
         network = None if model is None else Model.of(model)
         named = name_inputs(data, input_name, network)
         self.anonymous = not isinstance(data, Mapping) and network is None and input_name is None and not constants
@@ -418,17 +420,6 @@ class ImageFeed(Feed):
             most_bytes=_BYTES_PER_THREAD * self._threads,
             size_of=lambda number: sum(source.size(number) for source in sources),
         )
-
-
-def _check_settings(last_batch: str, max_unreadable: float, **numbers: int | None) -> None:
-    if last_batch not in ("wrap", "drop"):
-        raise FastcalError(f"there is no last_batch {last_batch!r}; choose wrap or drop")
-    for name, value in numbers.items():
-        least = 2 if name == "depth" else 1
-        if value is not None and value < least:
-            raise FastcalError(f"{name} is {value}; it must be at least {least}")
-    if not 0 <= max_unreadable <= 100:
-        raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
 
 
 def _gist(error: RuntimeError) -> str:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from fastcal.errors import FastcalError, quoted
-from fastcal.feed.arrays import ArrayFeed, check_last_batch
+from fastcal.feed.arrays import LAST_BATCHES, ArrayFeed
 from fastcal.feed.dataset import EXTENSIONS, Data, shuffled
 from fastcal.feed.digest import add_files
-from fastcal.feed.feed import BATCH_SIZE
+from fastcal.feed.feed import BATCH_SIZE, check_settings
 from fastcal.feed.runs import count_batches, say_how_it_ends
 from fastcal.model import Model, ModelInput, fits, format_shape
 
@@ -74,10 +74,7 @@ class NumpyFeed(ArrayFeed):
         device: str = "auto",
         depth: int = 2,
     ) -> None:
-        check_last_batch(last_batch)
-        for name, value in (("batch_size", batch_size), ("limit", limit)):
-            if value is not None and value < 1:
-                raise FastcalError(f"{name} is {value}; it must be at least 1")
+        check_settings(last_batch, LAST_BATCHES, batch_size=batch_size, limit=limit, depth=depth)
         if model is not None:
             model = Model.of(model)
             batch_size = model.batch_size if batch_size is None else batch_size

@@ -160,10 +160,6 @@ def find_unreadable(
                     continue
                 pipeline.submit(Run([number], number, 0), {"image": image_input.source.fetch([number])})
                 pipeline.collect(None)
-            except OSError as error:
-                yield UnreadableError(
-                    number, f"cannot read {name}: {error.strerror}; it was there when the images were listed"
-                )
             except UnreadableError as error:
                 yield error
             except RuntimeError:

@@ -95,7 +95,7 @@ class ImageSource(Source):
         """The encoded image, or so many bytes of it at most.
 
         Raises:
-            OSError: It cannot be read.
+            UnreadableError: It cannot be read.
         """
 
     @abstractmethod
@@ -149,8 +149,14 @@ class ImageFiles(ImageSource):
 
     def content(self, number: int, most: int = -1) -> bytes:
         """The encoded image, or so many bytes of it at most."""
-        with open(self.names[number], "rb") as file:
-            return file.read(most)
+        name = self.names[number]
+        try:
+            with open(name, "rb") as file:
+                return file.read(most)
+        except OSError as error:
+            raise UnreadableError(
+                number, f"cannot read {name}: {error.strerror}; it was there when the images were listed"
+            ) from error
 
     def size(self, number: int) -> int:
         """How many bytes the encoded image has, as far as that is known."""
@@ -453,14 +459,9 @@ def open_source(listing: Listing, *, limit: int | None, key: str | None) -> Sour
 
 def _contain(decoder: ContainedDecoder, source: ImageSource, number: int) -> Any:
     """The encoded image, or where its own decoder is a hazard, what a process of its own made of it."""
-    name = source.names[number]
-    try:
-        content = source.content(number)
-    except OSError as error:
-        raise UnreadableError(
-            number, f"cannot read {name}: {error.strerror}; it was there when the images were listed"
-        ) from error
+    content = source.content(number)
     try:
         return np.frombuffer(decoder.decode(content), np.uint8)
     except ValueError as error:
+        name = source.names[number]
         raise UnreadableError(number, f"{name} cannot be decoded: it {error}; replace or remove it") from error
