@@ -31,9 +31,6 @@ ALGORITHMS = (*CALIBRATION_NAMES, "percentile")
 #: How `CalibrationCache.save` can write a cache.
 FORMS = ("tensorrt", "json", "onnxruntime")
 
-#: What `fastcal.calibrate` can run a network with; "auto" is TensorRT where it, CuPy and a GPU are, else ONNX Runtime.
-ENGINES = ("auto", "tensorrt", "onnxruntime")
-
 
 @dataclass
 class CalibrationCache:

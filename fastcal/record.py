@@ -14,7 +14,7 @@ from fastcal.feed.feed import Feed
 from fastcal.files import write_atomically
 from fastcal.model import Model
 
-#: What is said of an entry that differs; the values themselves are shown where they are short.
+#: How long a value may be to be shown where it differs.
 _LONG = 100
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 import fastcal
-from fastcal.cache import ALGORITHMS, ENGINES
+from fastcal.cache import ALGORITHMS
 from fastcal.cli.terminal import Output, output
 from fastcal.errors import FastcalError
 from fastcal.feed.preprocess import PRESETS
+from fastcal.observe import ENGINES
 
 if TYPE_CHECKING:
     from fastcal.model import Model

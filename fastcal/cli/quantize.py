@@ -76,9 +76,9 @@ def quantize(
         check_report(options.report)
         if has_cache:
             quantized = fastcal.quantize(network, options.data, exclude=excluded)
-            _write_model(quantized, output)
-            print_rows(scales=options.data, **_quantized_rows(quantized, output))
-            finish(**_quantized(quantized, output))
+            made, rows = _write_model(quantized, output)
+            print_rows(scales=options.data, **rows)
+            finish(**made)
         else:
             feed = options.feed(network)
             # Any version: the cache is not written, and the TensorRT installed here may be one that reads none.
@@ -87,31 +87,22 @@ def quantize(
                 engine=options.engine, until_stable=options.until_stable, tensorrt_version=DEFAULT_TENSORRT_VERSION,
             )  # fmt: skip
             quantized = fastcal.quantize(network, cache, exclude=excluded)
-            _write_model(quantized, output)
-            written = {**_quantized_rows(quantized, output), **save_report(options.report, cache, options)}
-            print_summary(cache, feed, progress, **written)
-            finish(**_quantized(quantized, output), report=options.report, **outcome(cache, feed, progress))
+            made, rows = _write_model(quantized, output)
+            print_summary(cache, feed, progress, **rows, **save_report(options.report, cache, options))
+            finish(**made, report=options.report, **outcome(cache, feed, progress))
 
 
-def _write_model(model: "ModelProto", output: str) -> None:
+def _write_model(model: "ModelProto", output: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write the model; returns what it has become, as JSON has it and as rows of a summary."""
     from google.protobuf.message import EncodeError
+
+    from fastcal.qdq import WEIGHTED, count_quantized
 
     try:
         data = model.SerializeToString()
     except (EncodeError, ValueError) as error:
         raise FastcalError(f"cannot write {output}: it is over 2 GB; fastcal.quantize in Python returns it") from error
     write_atomically(output, data)
-
-
-def _quantized(model: "ModelProto", output: str) -> dict[str, Any]:
-    from fastcal.qdq import count_quantized
-
     quantized, layers = count_quantized(model)
-    return {"model": output, "quantized": quantized, "layers": layers}
-
-
-def _quantized_rows(model: "ModelProto", output: str) -> dict[str, str]:
-    from fastcal.qdq import WEIGHTED
-
-    found = _quantized(model, output)
-    return {"INT8": f"{found['quantized']} of {found['layers']} {', '.join(WEIGHTED)}", "model": output}
+    rows = {"INT8": f"{quantized} of {layers} {', '.join(WEIGHTED)}", "model": output}
+    return {"model": output, "quantized": quantized, "layers": layers}, rows

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
-from fastcal.cache import ENGINES
 from fastcal.errors import FastcalError, missing
 from fastcal.feed.device import resolve
 from fastcal.feed.feed import Feed, length
 from fastcal.model import Model
+from fastcal.observe import ENGINES
 from fastcal.observe.histogram import Histogram
 from fastcal.progress import Progress
 

@@ -206,9 +206,8 @@ class _Worker:
         states = [Progress()]
         with part:
             observe_all(self._observer, part, states.append)
-            histograms = dict(
-                self._observer.histograms()
-            )  # before the feed's buffers, which may be read still, are gone
+            # Before the feed's buffers, which may be read still, are gone.
+            histograms = dict(self._observer.histograms())
         state = states[-1]
         if state.batches != len(part):
             raise FastcalError(f"the feed gave {state.batches} of {len(part)} batches; leave workers out")
