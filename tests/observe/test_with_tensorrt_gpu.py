@@ -33,32 +33,9 @@ def test_squeezenet_has_tensorrts_scales(calibrate, algorithm, most, tolerance):
     assert len([name for name in ours if ours[name] != pytest.approx(theirs[name], rel=tolerance)]) <= most
 
 
-class Handed:
-    """Makes a calibrator that hands TensorRT a cache, and counts how often it asks for a batch."""
+def test_the_builder_takes_the_cache_without_a_batch_or_a_missing_scale(trt, calibrate, caplog):
+    from int8 import CLASSES, build, make_calibrator
 
-    def __new__(cls, trt, cache):
-        class Calibrator(trt.IInt8EntropyCalibrator2):
-            asked = 0
-
-            def __init__(self):
-                trt.IInt8EntropyCalibrator2.__init__(self)
-
-            def get_batch_size(self):
-                return 64
-
-            def get_batch(self, names):
-                self.asked += 1
-
-            def read_calibration_cache(self):
-                return cache
-
-            def write_calibration_cache(self, cache):
-                pass
-
-        return Calibrator()
-
-
-def test_the_builder_takes_the_cache_without_a_batch_or_a_missing_scale(trt, calibrate, tactics, caplog):
     from fastcal.network import Logger, parse
 
     with ImageFeed(DIGITS / "images", model=DIGITS / "digits.onnx", batch_size=64, device="cuda") as feed:
@@ -66,13 +43,9 @@ def test_the_builder_takes_the_cache_without_a_batch_or_a_missing_scale(trt, cal
     builder = trt.Builder(logger := Logger())
     network = parse(builder, fastcal.model.Model(DIGITS / "digits.onnx"), logger)
     network.get_input(0).shape = (64, *tuple(network.get_input(0).shape)[1:])
-    config = builder.create_builder_config()
-    config.set_flag(trt.BuilderFlag.INT8)
-    config.builder_optimization_level = 0
-    config.set_tactic_sources(tactics)
-    config.int8_calibrator = calibrator = Handed(trt, cache.to_bytes())
+    calibrator = make_calibrator(CLASSES["entropy2"], [], 64, cache.to_bytes())
     with caplog.at_level(logging.WARNING, "fastcal"):
-        assert builder.build_serialized_network(network, config) is not None
+        build(builder, network, calibrator)
     assert calibrator.asked == 0
     assert not [record for record in caplog.records if "scale" in record.getMessage().lower()]
 
