@@ -125,12 +125,6 @@ def test_all_elements_in_bin_0_leave_the_range_as_it_is():
     assert scale == np.float32(2048.5) / np.float32(127)
 
 
-def test_quantile_1_clips_nothing():
-    histogram = Histogram()
-    histogram.update(np.float32([0.1, 0.2, -0.8]))
-    assert pick_scales({"x": histogram}, "percentile", 1.0)["x"] == np.float32(0.8) / np.float32(127)
-
-
 @pytest.mark.parametrize("algorithm", ["entropy2", "entropy", "minmax", "percentile"])
 def test_a_tensor_that_is_always_0_has_scale_0(algorithm):
     histogram = Histogram()
