@@ -115,16 +115,12 @@ def calibrate(
     if workers is None:
         how = replace(how, name=choose_engine(engine, is_file))
     else:
-        with_ray = _import_with_ray()
+        _import_with_ray()  # fails now where Ray is not installed
     device = "auto" if how.name == "tensorrt" and workers is None else "cpu"
     with as_feed(feed, _input_names(network), device) as batches:
         record = Record.of(batches, network if is_file else None, **settings)
-        if workers is not None:
-            see = partial(with_ray.observe, network, batches, how, workers, ray_address)
-        else:
-            looks = None if until_stable is None else _Looks(algorithm, quantile, until_stable)
-            see = partial(_see, network, batches, how, looks)
-        observed = _keep(network, see, progress)
+        looks = None if until_stable is None else _Looks(algorithm, quantile, until_stable)
+        observed = observe(network, batches, how, progress, looks=looks, workers=workers, ray_address=ray_address)
         record = record.after(batches)
     record = replace(record, entries={**record.entries, "precision": precision(tf32 and observed.engine == "tensorrt")})
     cache = CalibrationCache(observed.scales(algorithm, quantile), algorithm, version, record=record, observed=observed)
@@ -133,20 +129,41 @@ def calibrate(
     return cache
 
 
-def observe(model: Any, feed: Feed, engine: Engine, progress: Callable[[Progress], None] | None = None) -> Observations:
-    """Run a network over all batches of a feed, in this process, and keep what there is to pick scales from.
+def observe(
+    model: Any,
+    feed: Feed,
+    engine: Engine,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    looks: "_Looks | None" = None,
+    workers: int | None = None,
+    ray_address: str | None = None,
+) -> Observations:
+    """Run a network over the batches of a feed, and keep what there is to pick scales from.
 
-    Args:
-        model: As for `calibrate`.
-        feed: The batches.
-        engine: What runs the network.
-        progress: As for `calibrate`.
+    The arguments are those of `calibrate`, but for `engine`, which says how to run the network, and `looks`, which tell
+    when there were enough batches; by default all are used.
 
     Raises:
         FastcalError: As `calibrate`.
     """
     network = _network(model)
-    return _keep(network, partial(_see, network, feed, engine, None), progress)
+    timeline: list[Progress] = []
+
+    def keep(state: Progress) -> None:
+        timeline.append(replace(state))
+        if progress is not None:
+            progress(state)
+
+    if workers is None:
+        seen = _observe_here(network, feed, engine, looks, keep)
+    else:
+        seen = _import_with_ray().observe(network, feed, engine, workers, ray_address, keep)
+    if not timeline:
+        raise FastcalError("the feed gave no batches; a calibration needs at least one")
+    _warn_of_nonfinite(seen.histograms)
+    label = str(network.path) if isinstance(network, Model) else f"network {network.name!r}"
+    return Observations(label, seen.engine, dict(seen.histograms), dict(seen.sources), timeline)
 
 
 def _network(model: Any) -> Model | Any:
@@ -162,31 +179,10 @@ def _import_with_ray() -> Any:
     return with_ray
 
 
-def _keep(
-    network: Model | Any,
-    see: Callable[[Callable[[Progress], None]], Seen],
-    progress: Callable[[Progress], None] | None,
-) -> Observations:
-    """What `see` sees of a network, and when: it is given a function to tell its progress, which tells `progress`."""
-    timeline: list[Progress] = []
-
-    def keep(state: Progress) -> None:
-        timeline.append(replace(state))
-        if progress is not None:
-            progress(state)
-
-    seen = see(keep)
-    if not timeline:
-        raise FastcalError("the feed gave no batches; a calibration needs at least one")
-    _warn_of_nonfinite(seen.histograms)
-    label = str(network.path) if isinstance(network, Model) else f"network {network.name!r}"
-    return Observations(label, seen.engine, dict(seen.histograms), dict(seen.sources), timeline)
-
-
-def _see(
+def _observe_here(
     network: Model | Any, feed: Feed, engine: Engine, looks: "_Looks | None", progress: Callable[[Progress], None]
 ) -> Seen:
-    """See all batches in this process, or as many as it takes for stable scales."""
+    """Observe all batches in this process, or as many as it takes for stable scales."""
     if engine.name == "tensorrt" and engine.optimization_level is None:
         engine = replace(engine, optimization_level=int((length(feed) or 0) * feed.batch_size >= _MANY))
     with engine.observer(network, feed.gpu) as observer:
