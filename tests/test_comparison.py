@@ -241,6 +241,6 @@ def test_what_cannot_be_compared(network, onnx_file, caches):
     with pytest.raises(fastcal.FastcalError, match="a cache is named 'minmax' as an algorithm is; name it otherwise"):
         fastcal.compare(network, batches(), caches={"minmax": caches / "right"})
     with pytest.raises(fastcal.FastcalError, match=r"right was calibrated with another model than .*model.onnx"):
-        fastcal.compare(network, batches(), caches={"x": caches / "right"})
+        fastcal.compare(network, batches(), caches={"x": caches / "right"}, progress=pytest.fail)  # before any batch
     with pytest.raises(fastcal.FastcalError, match="takes input 'x'"):
         fastcal.compare(network, [{"x": np.zeros((1, 3, 9, 9), np.float32)}])
