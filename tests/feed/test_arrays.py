@@ -423,4 +423,6 @@ def test_a_feed_of_pytorchs_tensors_calibrates(onnx_file):
             return iter([{"x": torch.tensor([[1.0], [-3.0]])}])
 
     path = onnx_file("f (float[N, 1] x) => (float[N, 1] y) { y = Relu(x) }")
-    assert calibrate(path, Own(), algorithm="minmax", engine="onnxruntime").scales["x"] == float(np.float32(3) / 127)
+    assert calibrate(path, Own(), algorithm="minmax", engine="onnxruntime").scales["x"] == float(
+        np.float32(3) / np.float32(127)
+    )

@@ -53,7 +53,7 @@ SCALED = "f (float[N, 2] x) => (float[N, 2] y) { two = Constant<value_float = 2.
 def test_minmax_of_a_known_network(onnx_file):
     feed = fastcal.ArrayFeed([{"x": np.array([[1, -3]], "f4")}, {"x": np.array([[2, 0]], "f4")}])
     cache = calibrate(onnx_file(SCALED), feed, algorithm="minmax", tensorrt_version="8.6.1")
-    assert cache.scales == {"x": float(np.float32(3) / 127), "y": float(np.float32(6) / 127)}
+    assert cache.scales == {"x": float(np.float32(3) / np.float32(127)), "y": float(np.float32(6) / np.float32(127))}
     assert (cache.algorithm, cache.tensorrt_version) == ("minmax", "8.6.1")
 
 
@@ -71,7 +71,7 @@ def test_a_max_pool_takes_its_inputs_scale(onnx_file):
     )
     images = np.arange(16, dtype="f4").reshape(1, 1, 4, 4)  # the pools of -x see small values only
     scales = calibrate(path, fastcal.ArrayFeed([{"x": images}]), algorithm="minmax").scales
-    assert scales["y"] == scales["z"] == scales["n"] == float(np.float32(15) / 127)
+    assert scales["y"] == scales["z"] == scales["n"] == float(np.float32(15) / np.float32(127))
 
 
 def test_only_float_tensors_have_scales(onnx_file):
@@ -86,7 +86,7 @@ def test_only_float_tensors_have_scales(onnx_file):
 def test_float16_activations_are_observed(onnx_file):
     path = onnx_file("f (float16[N, 2] x) => (float16[N, 2] y) { y = Add(x, x) }")
     scales = calibrate(path, fastcal.ArrayFeed([{"x": np.array([[1, 2]], "f4")}]), algorithm="minmax").scales
-    assert scales == {"x": float(np.float32(2) / 127), "y": float(np.float32(4) / 127)}
+    assert scales == {"x": float(np.float32(2) / np.float32(127)), "y": float(np.float32(4) / np.float32(127))}
 
 
 def test_external_data(onnx_file, tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_external_data(onnx_file, tmp_path, monkeypatch):
     assert weights.tobytes() not in path.read_bytes()
     monkeypatch.chdir("/")
     feed = fastcal.ArrayFeed([{"x": np.ones((1, 2), "f4")}])
-    assert calibrate(path, feed, algorithm="minmax").scales["y"] == float(np.float32(4) / 127)
+    assert calibrate(path, feed, algorithm="minmax").scales["y"] == float(np.float32(4) / np.float32(127))
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(fastcal.FastcalError, match=r"cannot load .*model.onnx.*weights.bin"):
         calibrate(path, feed)
@@ -107,7 +107,7 @@ def test_nan_and_infinity_are_reported_by_tensor(onnx_file, caplog):
     feed = fastcal.ArrayFeed([{"x": np.array([[-1, 4, np.inf]], "f4")}])
     with caplog.at_level(logging.WARNING, "fastcal"):
         cache = calibrate(path, feed, algorithm="minmax")
-    assert cache.scales == {"x": float(np.float32(4) / 127), "y": float(np.float32(2) / 127)}
+    assert cache.scales == {"x": float(np.float32(4) / np.float32(127)), "y": float(np.float32(2) / np.float32(127))}
     assert "x (0 NaN, 1 Inf), y (1 NaN, 1 Inf)" in caplog.text
 
 
@@ -120,7 +120,9 @@ def test_progress_counts_batches_and_images(onnx_file):
 
 def test_any_iterable_of_batches_will_do(onnx_file):
     batches = ({"x": np.full((1, 2), value, "f4")} for value in (1, 5))
-    assert calibrate(onnx_file(SCALED), batches, algorithm="minmax").scales["y"] == float(np.float32(10) / 127)
+    assert calibrate(onnx_file(SCALED), batches, algorithm="minmax").scales["y"] == float(
+        np.float32(10) / np.float32(127)
+    )
 
 
 def test_a_loader_s_labels_are_left_out_and_its_last_batch_is_as_it_is(onnx_file):
@@ -147,7 +149,7 @@ def test_two_inputs_take_a_tuples_arrays_in_the_models_order(onnx_file):
 def test_types_are_converted_to_the_models_but_no_float_is_cut_off(onnx_file):
     path = onnx_file("f (float[N, 2] x, int32[N, 1] i) => (float[N, 1] y) { y = GatherElements<axis = 1>(x, i) }")
     batch = {"x": np.uint8([[255, 3]]), "i": np.int64([[1]])}
-    assert calibrate(path, [batch], algorithm="minmax").scales["y"] == float(np.float32(3) / 127)
+    assert calibrate(path, [batch], algorithm="minmax").scales["y"] == float(np.float32(3) / np.float32(127))
     with pytest.raises(fastcal.FastcalError, match="takes input 'i' as int32, the batches are float32; convert them"):
         calibrate(path, [batch | {"i": np.float32([[1]])}])
 
@@ -184,9 +186,9 @@ def test_it_stops_when_no_scale_moves_any_longer(onnx_file, caplog):
         cache = run([1, 1, 2, 2, 2, 2, 2, 9], 1)
     assert len(used) == 6  # moved at the third, and not at the three after it
     assert cache.record.entries.items() >= {"until_stable": 1, "precision": "FP32"}.items()
-    assert cache.scales["y"] == float(np.float32(4) / 127)
+    assert cache.scales["y"] == float(np.float32(4) / np.float32(127))
     assert "stable after 60 images" in caplog.text
-    assert run([1, 1.02, 1.04, 1.06, 1.08], 1).scales["x"] == float(np.float32(1.08) / 127)
+    assert run([1, 1.02, 1.04, 1.06, 1.08], 1).scales["x"] == float(np.float32(1.08) / np.float32(127))
     assert len(used) == 5
     run([1, 1.02, 1.04, 1.06, 1.08], 5)
     assert len(used) == 4

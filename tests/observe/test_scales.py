@@ -74,7 +74,7 @@ def test_a_quantile_of_1_clips_nothing():
     histogram = Histogram()
     histogram.update(np.float32([0.25, 1, 8]))
     histogram.update(np.float32([0.5]))
-    assert pick_scales({"x": histogram}, "percentile", quantile=1) == {"x": float(np.float32(8) / 127)}
+    assert pick_scales({"x": histogram}, "percentile", quantile=1) == {"x": float(np.float32(8) / np.float32(127))}
 
 
 def divergence_by_definition(counts, i):
