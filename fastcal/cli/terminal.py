@@ -179,21 +179,23 @@ def progress_bar(console: Console, before: str, after: str, during: str = "calib
         TimeRemainingColumn(),
         TextColumn("left"),
     ]
-    with _Display(
-        *columns, before=before, after=after, console=console, transient=True,
-        disable=output.quiet or not console.is_terminal,
-    ) as bar:  # fmt: skip
+    bar = _Display(*columns, before=before, after=after, console=console, transient=True)
+    with bar if _shows_movement(console) else contextlib.nullcontext():
         yield Bar(bar)
 
 
 @contextlib.contextmanager
 def spinner(console: Console) -> Iterator[Callable[[str], None]]:
     """A spinner with a text, which is changed by calling what this gives."""
-    if output.quiet:
+    if not _shows_movement(console):
         yield lambda text: None
         return
     with console.status("") as status:
         yield status.update
+
+
+def _shows_movement(console: Console) -> bool:
+    return console.is_terminal and not output.quiet
 
 
 def say(text: str) -> None:
