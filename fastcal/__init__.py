@@ -111,4 +111,15 @@ if not TYPE_CHECKING:  # or else a type checker would take any name for one of f
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """What can be had here: `help` and completion ask for all of it, and know no error but AttributeError."""
+    return sorted({*globals(), *filter(_is_there, __all__)})
+
+
+def _is_there(name: str) -> bool:
+    from fastcal.errors import FastcalError
+
+    try:
+        getattr(import_module(_MODULES[name]), name)
+    except (FastcalError, ImportError):
+        return False
+    return True

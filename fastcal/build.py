@@ -8,8 +8,9 @@ from typing import Any
 
 from fastcal.calibrators import EntropyCalibrator2, FeedCalibrator  # first: it says what is wrong with TensorRT
 from fastcal.errors import FastcalError
+from fastcal.feed.feed import Feed
 from fastcal.files import check_writable, write_atomically
-from fastcal.model import Model
+from fastcal.model import Model, fits, format_shape, match_names
 from fastcal.network import Logger, parse, start_builder, tactic_bits, trt
 
 #: Who can calibrate.
@@ -35,6 +36,7 @@ def build_engine(
 ) -> bytes:
     """Build an INT8 engine with TensorRT from a model and calibration images.
 
+    Where the model's inputs are dynamic beyond their batch, the engine takes the sizes of the first calibration batch.
     TensorRT's messages go to the logger "fastcal.tensorrt".
 
     Args:
@@ -75,7 +77,7 @@ def build_engine(
     builder = start_builder(logger)
     network = parse(builder, model, logger)
     config = _configure(builder, fp16, workspace, optimization_level, tactics)
-    _add_profiles(builder, network, config, batches, calibrator.feed.batch_size)
+    _add_profiles(builder, network, config, batches, calibrator.feed)
     config.int8_calibrator = calibrator
     calibrator.check_network(network, config)
     timings = None if timing_cache is None else _load_timings(config, timing_cache)
@@ -134,19 +136,35 @@ def _configure(
     return config
 
 
-def _add_profiles(builder: Any, network: Any, config: Any, batches: tuple[int, int, int], calibrated: int) -> None:
-    """Profiles for a dynamic batch: one that the engine runs with, one that TensorRT calibrates with."""
+def _add_profiles(builder: Any, network: Any, config: Any, batches: tuple[int, int, int], feed: Feed) -> None:
+    """Profiles for dynamic inputs: one that the engine runs with, one that TensorRT calibrates with."""
     shapes = {value.name: tuple(value.shape) for value in map(network.get_input, range(network.num_inputs))}
     if not any(-1 in shape for shape in shapes.values()):
         return
+    shapes = _sized(shapes, feed)
     run, calibrate = builder.create_optimization_profile(), builder.create_optimization_profile()
     for name, shape in shapes.items():
-        if -1 in shape[1:]:
-            raise FastcalError(f"input {name!r} is dynamic beyond its batch; export the model with a fixed size")
-        for profile, sizes in ((run, batches), (calibrate, [calibrated] * 3)):
-            profile.set_shape(name, *[(size, *shape[1:]) if -1 in shape else shape for size in sizes])
+        for profile, sizes in ((run, batches), (calibrate, [feed.batch_size] * 3)):
+            profile.set_shape(name, *[(size, *shape[1:]) if shape[:1] == (-1,) else shape for size in sizes])
     config.add_optimization_profile(run)
     config.set_calibration_profile(calibrate)
+
+
+def _sized(shapes: dict[str, tuple[int, ...]], feed: Feed) -> dict[str, tuple[int, ...]]:
+    """Inputs' shapes, -1 for what is dynamic, with the sizes of the feed's batches where more than the batch is."""
+    if not any(-1 in shape[1:] for shape in shapes.values()):
+        return shapes
+    given = match_names(list(shapes), "the network", feed.shapes(), feed.anonymous)
+    sized = {}
+    for name, shape in shapes.items():
+        wanted = tuple(None if size == -1 else size for size in shape[1:])
+        if not fits(wanted, given[name][1:]):
+            raise FastcalError(
+                f"the network takes input {name!r} as {format_shape((None, *wanted))}, the batches are "
+                f"{format_shape(given[name])}; give batches of that shape"
+            )
+        sized[name] = (*shape[:1], *given[name][1:])
+    return sized
 
 
 def _load_timings(config: Any, path: str | os.PathLike[str]) -> Any:

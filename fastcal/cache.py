@@ -182,7 +182,8 @@ def check_tensorrt_version(version: str) -> str:
 
 def _version_number(version: str) -> int:
     """TensorRT's NV_TENSORRT_VERSION: 8.6.0 is 8600; from 10.0 on there are two digits more: 10.3.0 is 100300."""
-    match = re.fullmatch(r"(\d{1,2})\.(\d{1,2})(?:\.(\d{1,2}))?(?:\.\w+)*", version)
+    form = r"(\d{1,2})\.(\d{1,2})(?:\.(\d{1,2}))?(?:\.\w+)*"
+    match = re.fullmatch(form, version) if isinstance(version, str) else None  # a number would be 10.1 for 10.10
     if match is None:
         raise FastcalError(f"{version!r} is not a TensorRT version; write it like 10.16.1")
     major, minor, patch = (int(part or 0) for part in match.groups())

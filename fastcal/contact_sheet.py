@@ -201,6 +201,11 @@ def _first_images(
 def _images(batch: Batch, name: str | None) -> Any:
     """The batch's array of that name; without one, its only array of four dimensions."""
     fitting = [key for key, array in batch.items() if key == name or (name is None and len(array.shape) == 4)]
+    if not fitting and name is None:
+        raise FastcalError(
+            f"none of the batches' arrays, {quoted(batch)}, has the four dimensions of images; name the model that "
+            "takes them, or give arrays of that shape"
+        )
     if len(fitting) != 1:
         raise FastcalError(f"the batches have the inputs {quoted(batch)}; say which one has the images")
     return batch[fitting[0]]

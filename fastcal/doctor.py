@@ -120,6 +120,22 @@ def _try_tensorrt() -> str:
     return f"started the builder of TensorRT {trt.__version__}"
 
 
+def _try_matplotlib() -> str:
+    from matplotlib.figure import Figure
+
+    with tempfile.TemporaryFile() as file:
+        Figure(figsize=(1, 1)).savefig(file, format="png")
+        _expect(file.tell() > 0, True)
+    return "drew a picture"
+
+
+def _try_jinja2() -> str:
+    import jinja2
+
+    _expect(jinja2.Template("{{ 1 + 1 }}").render(), "2")
+    return "filled in a page"
+
+
 def _try_ray() -> str:
     import ray
 
@@ -157,14 +173,18 @@ _PROBES = {
     "cupy": _Probe("CuPy", "gpu", "cupy", r"cupy(-cuda\d+x)?", _try_cupy),
     "dali_gpu": _Probe("DALI (GPU)", "gpu", "nvidia", r"nvidia-dali-cuda\d+", _try_dali_gpu, ("dali", "cupy")),
     "tensorrt": _Probe("TensorRT", "gpu", "tensorrt", r"tensorrt-cu\d+", _try_tensorrt),
+    "matplotlib": _Probe("Matplotlib", "", "matplotlib", "matplotlib", _try_matplotlib),
+    "jinja2": _Probe("Jinja2", "", "jinja2", "jinja2", _try_jinja2),
     "ray": _Probe("Ray", "", "ray", "ray", _try_ray),
 }
 
 #: What fastcal does, and what each needs.
 _JOBS = {
     "calibrate on the CPU": ("onnx", "onnxruntime", "numba", "dali"),
-    "calibrate and build on the GPU": ("onnx", "dali_gpu", "cupy", "tensorrt"),
+    "calibrate and build on the GPU": ("driver", "onnx", "dali_gpu", "cupy", "tensorrt"),
     "quantize": ("onnx",),
+    "preview": ("dali", "matplotlib"),
+    "report": ("matplotlib", "jinja2"),
 }
 
 #: Further packages whose versions can matter.

@@ -53,6 +53,8 @@ class Model:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise FastcalError(f"the model is a {type(path).__name__}; name an ONNX file (onnx.save writes one)")
         self.path = Path(path)
         try:
             self.proto = onnx.load(self.path, load_external_data=False)
@@ -70,18 +72,27 @@ class Model:
 
     @cached_property
     def inputs(self) -> tuple[ModelInput, ...]:
-        """The inputs that a batch must give, in the graph's order."""
+        """The inputs that a batch must give, in the graph's order.
+
+        Raises:
+            FastcalError: There is none, or one that is no tensor, or whose number of dimensions is not known.
+        """
         constants = {tensor.name for tensor in self.proto.graph.initializer}
         constants |= {tensor.values.name for tensor in self.proto.graph.sparse_initializer}
-        return tuple(
-            ModelInput(
-                value.name,
-                tuple(size.dim_value or None for size in value.type.tensor_type.shape.dim),
-                onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type),
+        values = [value for value in self.proto.graph.input if value.name not in constants]
+        if not values:
+            raise FastcalError(f"{self.path} has no inputs: what it computes is constant, and needs no calibration")
+        return tuple(map(self._input, values))
+
+    def _input(self, value: onnx.ValueInfoProto) -> ModelInput:
+        tensor = value.type.tensor_type
+        if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
+            what = "is no tensor" if not value.type.HasField("tensor_type") else "has no shape"
+            raise FastcalError(
+                f"{self.path}: input {value.name!r} {what}; export the network with tensors of known rank"
             )
-            for value in self.proto.graph.input
-            if value.name not in constants
-        )
+        shape = tuple(size.dim_value or None for size in tensor.shape.dim)
+        return ModelInput(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
 
     @cached_property
     def activations(self) -> tuple[str, ...]:
@@ -107,16 +118,32 @@ class Model:
         """Names of the tensors that a calibration picks scales for: of float type, and not the same for every input.
 
         In the graph's order, its inputs first. What has no type that ONNX can infer is not among them.
+
+        Raises:
+            FastcalError: As `types`.
         """
-        inferred = onnx.shape_inference.infer_shapes(self.proto).graph
-        known = [*inferred.input, *inferred.value_info, *inferred.output]
-        floats = {value.name for value in known if value.type.tensor_type.elem_type in FLOATS}
+        floats = {name for name, kind in self.types.items() if kind in FLOATS}
         varying = dict.fromkeys(value.name for value in self.inputs)
         for node in self.proto.graph.node:
             # A node of a subgraph reads from outside what is not among its inputs.
             if not varying.keys().isdisjoint(node.input) or any(value.HasField("g") for value in node.attribute):
                 varying |= dict.fromkeys(name for name in node.output if name)
         return tuple(name for name in varying if name in floats)
+
+    @cached_property
+    def types(self) -> Mapping[str, int]:
+        """The element types of the tensors, as far as ONNX can infer them: numbers of `onnx.TensorProto.DataType`.
+
+        Raises:
+            FastcalError: ONNX cannot make sense of the graph.
+        """
+        try:
+            inferred = onnx.shape_inference.infer_shapes(self.proto).graph
+        except onnx.shape_inference.InferenceError as error:
+            text = " ".join(str(error).split())
+            raise FastcalError(f"{self.path} is no valid ONNX model: {text}; export it again") from error
+        known = [*inferred.input, *inferred.value_info, *inferred.output]
+        return {value.name: value.type.tensor_type.elem_type for value in known}
 
     @cached_property
     def sources(self) -> Mapping[str, str]:
@@ -209,9 +236,11 @@ def match_names(names: Sequence[str], label: str, batch: Mapping[str, Any], anon
     if anonymous and len(names) == len(batch) == 1:
         return {names[0]: next(iter(batch.values()))}
     if set(names) != set(batch):
+        remedy = "name the batches' arrays after the inputs"
+        if set(batch) < set(names):
+            remedy = f"give {quoted(name for name in names if name not in batch)} too"
         raise FastcalError(
-            f"{label} takes the inputs {quoted(names)}, the batches have "
-            f"{quoted(batch) or 'none'}; name the batches' arrays after the inputs"
+            f"{label} takes the inputs {quoted(names)}, the batches have {quoted(batch) or 'none'}; {remedy}"
         )
     return {name: batch[name] for name in names}
 

@@ -26,6 +26,9 @@ from fastcal.record import record_path
 #: Layers that multiply by weights: where TensorRT's INT8 gains are.
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
+#: The same, for a text.
+_LAYERS = ", ".join(WEIGHTED[:-1]) + f" or {WEIGHTED[-1]}"
+
 #: Layers into which TensorRT fuses the Add that follows.
 _TAKES_ADD = ("Conv", "ConvTranspose")
 
@@ -81,7 +84,10 @@ def quantize(
     graph = _Graph(network)
     plan = _Plan(graph, scales, excluded)
     if not plan.pairs:
-        raise FastcalError(f"{network.path} has no layer to quantize{_named(plan.in_float, ': ')}")
+        raise FastcalError(
+            f"{network.path} has no layer to quantize{_named(plan.in_float, ': ')}; that is a {_LAYERS} of float32 "
+            "inputs and weights, with a scale above 0 in the cache"
+        )
     if plan.in_float:
         _log.warning("%d layers stay in float%s", len(plan.in_float), _named(plan.in_float, ": "))
     _insert(graph, plan.pairs, scales)
@@ -114,6 +120,10 @@ def check_quantizable(network: Model, exclude: Iterable[str] = ()) -> set[int]:
             f"{network.path} is of opset {opset}, a scale per channel needs {_FIRST_OPSET}; export the network with "
             f"opset 17, or convert the model with onnx.version_converter.convert_version and calibrate again"
         )
+    if not any(node.op_type in WEIGHTED for node in network.proto.graph.node):
+        raise FastcalError(f"{network.path} has no layer to quantize: none is a {_LAYERS}")
+    if isinstance(exclude, str):
+        raise FastcalError(f"exclude is {exclude!r}; give a list of names or types")
     return _find(network, exclude)
 
 
@@ -158,9 +168,7 @@ class _Graph:
             for index, name in enumerate(node.input):
                 self.consumers.setdefault(name, []).append((number, index))
         self._initializers = {tensor.name: tensor for tensor in self.proto.graph.initializer}
-        inferred = onnx.shape_inference.infer_shapes(network.proto).graph
-        known = [*inferred.input, *inferred.value_info, *inferred.output]
-        self.types = {value.name: value.type.tensor_type.elem_type for value in known}
+        self.types = network.types
         self.constant = remembered(self._constant)
 
     def _constant(self, name: str) -> npt.NDArray[Any] | None:

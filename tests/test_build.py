@@ -71,6 +71,33 @@ def test_without_a_gpu_tensorrt_does_not_start(error_of, options):
     )
 
 
+def test_dynamic_sizes_are_those_of_the_batches(tensorrt_bindings, tmp_path):
+    program = f"""
+import numpy as np, fastcal
+from fastcal.build import _sized
+preprocess = fastcal.Preprocess(size=(24, 40))
+images = fastcal.ImageFeed({str(DIGITS / "images")!r}, preprocess=preprocess, batch_size=4)
+assert _sized({{"image": (-1, 3, -1, -1), }}, images) == {{"image": (-1, 3, 24, 40)}}
+assert len(list(images)) == 64
+arrays = fastcal.ArrayFeed(iter([{{"x": np.ones((2, 3, 5), "f4"), "n": np.ones(2, "f4")}}] * 3))
+assert _sized({{"x": (2, -1, 5), "n": (-1,)}}, arrays) == {{"x": (2, 3, 5), "n": (-1,)}}
+assert _sized({{"x": (-1, 3, 5), "n": (-1,)}}, None) == {{"x": (-1, 3, 5), "n": (-1,)}}
+for shape in (-1, -1, 6), (-1, -1):
+    try:
+        _sized({{"x": shape, "n": (-1,)}}, arrays)
+    except fastcal.FastcalError as error:
+        print(error)
+assert len(list(arrays)) == 3
+"""
+    environment = {**os.environ, **tensorrt_bindings}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout.splitlines() == [
+        f"the network takes input 'x' as {shape}, the batches are (2, 3, 5); give batches of that shape"
+        for shape in ("(?, ?, 6)", "(?, ?)")
+    ]
+
+
 def test_a_batch_range_for_a_fixed_batch(error_of, onnx_file):
     fixed = onnx_file("f (float[4, 3, 8, 8] image) => (float[4, 3, 8, 8] y) { y = Relu(image) }")
     shape = (4, 3, 8, 8)

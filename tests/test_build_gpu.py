@@ -119,6 +119,16 @@ def test_the_algorithm_is_the_one_asked_for(trt, run_fastcal, tmp_path, algorith
     load(trt, tmp_path / "x.engine")
 
 
+@pytest.mark.parametrize("calibration", ["fastcal", "tensorrt"])
+def test_a_dynamic_size_is_that_of_the_images(trt, run_fastcal, tmp_path, onnx_file, calibration):
+    model = onnx_file("f (float[N, 3, H, W] image) => (float[N, 3, H, W] y) { y = Relu(image) }")
+    words = ("-o", tmp_path / "x.engine", "--calibration", calibration, "--size", "24x40", "--max-batch", 40)
+    done = run_fastcal("build", model, IMAGES, *words, *FAST)
+    assert done.returncode == 0, done.stderr
+    shapes = load(trt, tmp_path / "x.engine").get_tensor_profile_shape("image", 0)
+    assert [tuple(shape) for shape in shapes] == [(batch, 3, 24, 40) for batch in (1, 32, 40)]
+
+
 def test_a_timing_cache_that_is_none_is_replaced(run_fastcal, tmp_path):
     (tmp_path / "timings").write_bytes(b"garbage")
     words = ("-o", tmp_path / "x.engine", "--timing-cache", tmp_path / "timings")
@@ -135,13 +145,11 @@ def test_what_is_wrong_is_one_line_and_no_engine(run_fastcal, tmp_path, onnx_fil
         data = path.read_bytes()
         (images / f"{number:02}.jpg").write_bytes(data[:700] if number == 9 else data)
     unknown = onnx_file("f (float[N, 3, 32, 32] image) => (float[N, 3, 32, 32] y) { y = NoSuchLayer(image) }")
-    dynamic = onnx_file("f (float[N, 3, H, 32] image) => (float[N, 3, H, 32] y) { y = Relu(image) }", name="any.onnx")
     (tmp_path / "x.engine").write_text("old")
     cache, nowhere = tmp_path / "x.cache", tmp_path / "nowhere" / "x"
     for arguments, message in (
         ((MODEL, images, "--batch-size", 4, "--cache", cache, *FAST), r".*images/09.jpg cannot be decoded"),
         ((unknown, IMAGES, *FAST), r"TensorRT cannot parse .*model.onnx: \S"),
-        ((dynamic, IMAGES, "--size", 32, *FAST), r"input 'image' is dynamic beyond its batch; export the model"),
         ((MODEL, IMAGES, "--tactic-sources", "FASTEST"), r"there is no tactic source 'FASTEST'; TensorRT [\d.]+ has "),
         ((MODEL, IMAGES, "--algorithm", "mse"), r"there is no algorithm 'mse'; choose one of entropy2, "),
         ((MODEL, IMAGES, "--cache", nowhere, *FAST), r"cannot write .*nowhere/x: there is no folder"),

@@ -11,6 +11,7 @@ import sys
 import time
 
 import numpy as np
+import onnx
 import pytest
 import typer
 
@@ -258,7 +259,12 @@ def remove_all_images(tmp_path, images):
         (break_nothing, {"--quantile": "2", "--algorithm": "percentile"}, r"quantile 2.0 is not in \(0, 1\]"),
         (break_nothing, {"--size": "big"}, r"--size big is not a size; write height x width"),
         (break_nothing, {"--batch-size": "0"}, r"batch_size is 0; it must be at least 1"),
-        (break_nothing, {"--input-name": "pixels"}, r"takes the inputs 'image'; say which"),
+        (break_nothing, {"--input-name": "pixels"}, r"takes the inputs 'image', and none of the name 'pixels'"),
+        (break_nothing, {"data": ""}, "the name of the data is empty; name a folder of images or a list file"),
+        (break_nothing, {"data": "image=images,image=images"}, "names an input twice; give each input its data once"),
+        (break_nothing, {"--size": "64x96"}, r"digits.onnx takes images of 32x32 alone; leave out --size 64x96"),
+        (break_nothing, {"--batch-size": 10**9}, r"no memory for batches of shape \(1000000000, 3, 32, 32\), 1144"),
+        (break_nothing, {"--report": "old.cache.json"}, r"old.cache.json is the report; name another file for the cac"),
         (break_nothing, {"--tensorrt": "11.0"}, r"TensorRT 11.0 takes no calibration cache"),
         (break_nothing, {"--threads": "0"}, r"threads is 0; it must be at least 1"),
         (break_nothing, {"-o": "nowhere/x.cache"}, r"cannot write nowhere/x.cache: there is no folder"),
@@ -277,6 +283,36 @@ def test_what_is_wrong_is_one_line_and_no_cache(run_fastcal, tmp_path, images, c
     assert done.stdout == ""
     assert (tmp_path / "old.cache").read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["images", "old.cache"]
+
+
+def test_names_that_the_terminal_cannot_show(run_fastcal, tmp_path, images, onnx_file):
+    """Names of files may be any bytes, names of tensors any characters."""
+    ascii, utf8 = ({**os.environ, "PYTHONIOENCODING": f"{name}:strict"} for name in ("ascii", "utf-8"))
+    model = onnx_file("f (float[N, 3, 32, 32] x) => (float[N, 3, 32, 32] y) { y = Relu(x) }")
+    named = onnx.load(model)
+    named.graph.node[0].output[0] = named.graph.output[0].name = "\u03b1"
+    onnx.save(named, model)
+    done = run_fastcal("calibrate", model, images, "-o", "\udcff.cache", cwd=tmp_path, env=utf8)
+    assert done.returncode == 0, done.stderr
+    assert "\\udcff.cache, TRT-" in done.stdout
+    done = run_fastcal("cache", "show", "\udcff.cache", cwd=tmp_path, env=ascii)
+    assert done.returncode == 0, done.stderr
+    assert "\\u03b1 " in done.stdout
+    (images / "\udcff.jpg").write_bytes(b"no image")
+    done = run_fastcal("calibrate", MODEL, images, "-o", "x.cache", cwd=tmp_path, env=utf8)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.match(r"error: .*/\\udcff.jpg cannot be decoded: ", done.stderr.splitlines()[-1])
+
+
+def test_a_shard_is_not_read_as_a_cache(run_fastcal, tmp_path):
+    (tmp_path / "x.tar").touch()
+    os.truncate(tmp_path / "x.tar", 2**40)  # more than there is memory for
+    done = run_fastcal("quantize", MODEL, "x.tar", "-o", "x.onnx", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr
+        == "error: x.tar has no sample with an image; the images' extension is the key, by default .jpg, .png, ...\n"
+    )
 
 
 def test_a_model_that_does_not_fit_the_preprocessing(run_fastcal, tmp_path, images, onnx_file):
@@ -416,6 +452,7 @@ def test_build_without_cupy(run_fastcal, tensorrt_bindings, tmp_path, images):
 def test_version_and_help(run_fastcal):
     assert run_fastcal("--version").stdout.startswith("fastcal 0.")
     assert "calibrate" in run_fastcal("--help").stdout
+    assert run_fastcal("cache", "show", "-h").stdout == run_fastcal("cache", "show", "--help").stdout != ""
     helped = run_fastcal("calibrate", "--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}).stdout
     for option in ("--algorithm", "--preprocess", "--batch-size", "--tensorrt"):
         assert option in helped

@@ -160,7 +160,11 @@ def test_what_cannot_be_previewed(photographs, tmp_path):
             {"preprocess": "unit"},
             "have the inputs 'x', 'y'; say which one",
         ),
-        ([{"x": np.zeros((1, 10))}], {"preprocess": "unit"}, "have the inputs 'x'; say which one has the images"),
+        (
+            [{"x": np.zeros((1, 10))}],
+            {"preprocess": "unit"},
+            "none of the batches' arrays, 'x', has the four dimensions",
+        ),
         (
             [{"x": np.zeros((1, 9, 9, 9))}],
             {"preprocess": "unit"},

@@ -36,7 +36,7 @@ def test_everything_works_on_a_cpu(examine):
     status, libraries, found = examine()
     assert status == 0
     assert found["ok"]
-    for label in ("ONNX", "ONNX Runtime", "numba", "DALI (CPU)"):
+    for label in ("ONNX", "ONNX Runtime", "numba", "DALI (CPU)", "Matplotlib", "Jinja2"):
         assert libraries[label]["status"] == "works", libraries[label]
         assert libraries[label]["fix"] == ""
         assert re.search(r" \d+\.\d+", libraries[label]["wheels"][0])
@@ -44,8 +44,10 @@ def test_everything_works_on_a_cpu(examine):
         assert (libraries[label]["status"], libraries[label]["fix"]) == ("unused", "")
     assert found["jobs"] == {
         "calibrate on the CPU": [],
-        "calibrate and build on the GPU": ["DALI (GPU)", "CuPy", "TensorRT"],
+        "calibrate and build on the GPU": ["GPU", "DALI (GPU)", "CuPy", "TensorRT"],
         "quantize": [],
+        "preview": [],
+        "report": [],
     }
 
 
@@ -160,7 +162,8 @@ def test_a_gpu_without_what_uses_it(monkeypatch, release, extra):
     for label in ("CuPy", "TensorRT"):
         assert by_label[label].fix == f"pip install 'fastcal[{extra}]'"
     assert (by_label["DALI (GPU)"].status, by_label["DALI (GPU)"].detail) == ("unused", "needs CuPy")
-    assert tried == ["GPU", "ONNX", "ONNX Runtime", "numba", "DALI (CPU)", "CuPy", "TensorRT", "Ray"]
+    libraries = ["ONNX", "ONNX Runtime", "numba", "DALI (CPU)", "CuPy", "TensorRT", "Matplotlib", "Jinja2", "Ray"]
+    assert tried == ["GPU", *libraries]
     assert findings.jobs["calibrate on the CPU"] == []
 
 

@@ -1,5 +1,7 @@
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from fastcal import FastcalError
 from fastcal.model import Model
@@ -24,6 +26,31 @@ def test_what_is_no_model_is_named(tmp_path, data):
     (tmp_path / "broken.onnx").write_bytes(data)
     with pytest.raises(FastcalError, match=r"broken.onnx is not an ONNX model"):
         Model(tmp_path / "broken.onnx")
+
+
+def test_inputs_that_no_batch_can_give(tmp_path):
+    tensor = helper.make_tensor_value_info("x", TensorProto.FLOAT, None)
+    sequence = helper.make_tensor_sequence_value_info("x", TensorProto.FLOAT, [1])
+    for inputs, message in (
+        ([], "has no inputs: what it computes is constant"),
+        ([tensor], "input 'x' has no shape; export the network with tensors of known rank"),
+        ([sequence], "input 'x' is no tensor; export"),
+    ):
+        graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "f", inputs, [])
+        onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+        with pytest.raises(FastcalError, match=rf"model.onnx:? {message}"):
+            _ = Model(tmp_path / "model.onnx").inputs
+
+
+def test_a_graph_that_onnx_cannot_make_sense_of(onnx_file):
+    path = onnx_file("f (float[2] x) => (float[2] y) { y = no.such.domain.Relu(x) }")
+    with pytest.raises(FastcalError, match=r"model.onnx is no valid ONNX model: .*no.such.domain.*; export it again"):
+        _ = Model(path).calibrated
+
+
+def test_what_is_no_path():
+    with pytest.raises(FastcalError, match="the model is a ModelProto; name an ONNX file"):
+        Model(onnx.ModelProto())
 
 
 def test_a_missing_model_is_named(tmp_path):

@@ -337,13 +337,25 @@ def test_models_that_cannot_be_quantized(residual, onnx_file, tmp_path):
     for path, message in (
         (tmp_path / "twice.onnx", r"twice.onnx has QuantizeLinear or DequantizeLinear already; quantize the float"),
         (tmp_path / "old.onnx", r"old.onnx is of opset 12, a scale per channel needs 13; export the network with ops"),
-        (lone, r"model.onnx has no layer to quantize$"),
+        (lone, r"model.onnx has no layer to quantize: none is a Conv, ConvTranspose, Gemm or MatMul$"),
     ):
         with pytest.raises(fastcal.FastcalError, match=message):
             fastcal.quantize(path, fastcal.CalibrationCache(cache.scales))
     for name, near in (("stm", "stem"), ("Gem", "Gemm"), ("Softmax", "Conv")):
         with pytest.raises(fastcal.FastcalError, match=rf"no layer and no type of layer '{name}' to exclude; .*{near}"):
             fastcal.quantize(residual, cache, exclude=["Relu", name])
+
+
+def test_a_model_of_float16(onnx_file):
+    graph = "f (float16[N, 2] x) => (float16[N, 2] y) { y = MatMul(x, w) }"
+    path = onnx_file(graph, {"w": np.ones((2, 2), np.float16)})
+    with pytest.raises(fastcal.FastcalError, match=r"y \(x is float16\); that is a Conv, .* of float32 inp"):
+        fastcal.quantize(path, fastcal.CalibrationCache({"x": 1.0}))
+
+
+def test_what_to_exclude_is_a_list(residual):
+    with pytest.raises(fastcal.FastcalError, match="exclude is 'Gemm'; give a list of names or types"):
+        fastcal.quantize(residual, fastcal.CalibrationCache(), exclude="Gemm")
 
 
 def test_caches_of_another_model(residual, tmp_path):

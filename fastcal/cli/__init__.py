@@ -24,6 +24,7 @@ app = typer.Typer(
     epilog=_STATUS,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 

@@ -93,9 +93,10 @@ class FeedOptions:
         data = _by_input(self.data, network)
         if isinstance(data, str) and are_arrays(data):
             return self._array_feed(network)
-        return fastcal.ImageFeed(
+        preprocess = self.preprocessing()
+        feed = fastcal.ImageFeed(
             data,
-            preprocess=self.preprocessing(),
+            preprocess=preprocess,
             model=network,
             batch_size=self.batch_size,
             input_name=self.input_name,
@@ -109,6 +110,9 @@ class FeedOptions:
             max_unreadable=self.max_unreadable,
             threads=self.threads,
         )
+        if self.size is not None:
+            _check_size(preprocess.size, feed, self.model)
+        return feed
 
     def preprocessing(self) -> fastcal.Preprocess:
         """How images are prepared, or arrays were."""
@@ -207,9 +211,15 @@ def data_used(feed: "fastcal.ImageFeed | fastcal.NumpyFeed", progress: fastcal.P
 
 
 def check_outputs(network: "Model | None", outputs: Mapping[str, str | None]) -> None:
-    """Fail now if one file would be written over another; `outputs` says what each is."""
+    """Fail now if one file would be written over another; `outputs` says what each is.
+
+    A cache to write is called "cache", and is written with its record.
+    """
+    from fastcal.record import record_path
+
     taken = {} if network is None else {os.path.realpath(network.path): "the model itself"}
-    for what, path in outputs.items():
+    cache = outputs.get("cache")
+    for what, path in {**outputs, "cache's record": cache and str(record_path(cache))}.items():
         if path is None:
             continue
         other = taken.setdefault(os.path.realpath(path), f"the {what}")
@@ -222,7 +232,21 @@ def _by_input(data: str, network: "Model | None") -> str | dict[str, str]:
     pairs = [part.partition("=") for part in data.split(",")]
     names = set() if network is None else {value.name for value in network.inputs}
     is_named = all(equals for _, equals, _ in pairs) and any(name in names for name, _, _ in pairs)
-    return {name: where for name, _, where in pairs} if is_named and not os.path.exists(data) else data
+    if not is_named or os.path.exists(data):
+        return data
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise FastcalError(f"{data} names an input twice; give each input its data once")
+    return {name: where for name, _, where in pairs}
+
+
+def _check_size(asked: tuple[int, int], feed: "fastcal.ImageFeed", model: str) -> None:
+    """Fail where no input of the model is of the size that was asked for: each has one of its own."""
+    one_or_more = feed.preprocess
+    fitted = one_or_more.values() if isinstance(one_or_more, Mapping) else [one_or_more]
+    sizes = {preprocess.size for preprocess in fitted}
+    if asked not in sizes:
+        theirs = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+        raise FastcalError(f"{model} takes images of {theirs} alone; leave out --size {asked[0]}x{asked[1]}")
 
 
 def _preprocess(name: str, size: str | None) -> fastcal.Preprocess:

@@ -36,9 +36,10 @@ class QuantizeOptions(CalibrationOptions):
             FastcalError: It is a damaged one, or one that is given together with options for a calibration.
         """
         from fastcal.cache_formats import from_any
+        from fastcal.feed.dataset import kind_of
 
         path = Path(self.data)
-        if not path.is_file():
+        if not path.is_file() or kind_of(path) is not None:  # an image, or a shard, which may be large
             return False
         content = path.read_bytes()
         try:

@@ -1,6 +1,7 @@
 """What every command prints: the log, a progress bar, its outcome, how it ends; or JSON lines for programs."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -27,6 +28,9 @@ NOT_OK = 1
 
 #: Exit status for what the user can put right.
 FAILED = 2
+
+#: How characters are printed that the terminal's encoding has not: names of files may be any bytes.
+UNPRINTABLE = "backslashreplace"
 
 #: Seconds between two lines of JSON that tell how far the work is, at least.
 _BETWEEN_EVENTS = 0.1
@@ -59,8 +63,10 @@ def terminal() -> Iterator[Console]:
     standard error meanwhile (a decoder's complaints, say) is kept aside, and shown only when the work ends in an error
     that is not understood.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
+        sys.stdout.reconfigure(errors=UNPRINTABLE)
     stderr, copy = sys.stderr, os.dup(2)
-    with tempfile.TemporaryFile() as aside, os.fdopen(copy, "w", buffering=1) as terminal:
+    with tempfile.TemporaryFile() as aside, os.fdopen(copy, "w", buffering=1, errors=UNPRINTABLE) as terminal:
         console = Console(file=terminal, soft_wrap=True, highlight=False, markup=False)
         handler = _ConsoleHandler(console)
         logger = logging.getLogger("fastcal")

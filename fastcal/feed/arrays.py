@@ -104,6 +104,10 @@ class ArrayFeed(Feed):
         """Whether the batches hold one array that was given no name."""
         return self._peek().anonymous
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Feed.shapes`; a pass begun for that goes on with the next iteration."""
+        return self._peek().shapes
+
     def part(self, batches: range, *, gpu: int | None, threads: int) -> "ArrayFeed":
         """See `Feed.part`: `batches` of a list, in host memory; `gpu` and `threads` are nothing to it."""
         listed = self._reader.listed

@@ -1,11 +1,13 @@
 """The slots of a feed's ring: arrays that are filled and read by turns."""
 
+import math
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from fastcal.errors import FastcalError
 from fastcal.feed.device import to_host
 from fastcal.feed.prefetch import Prefetcher
 
@@ -25,7 +27,16 @@ class Buffer:
     """
 
     def __init__(self, shapes: Mapping[str, Shape], constants: Mapping[str, Any]) -> None:
-        self.arrays = {name: self._allocate(*shape) for name, shape in shapes.items()} | dict(constants)
+        self.arrays = {name: self._make(*shape) for name, shape in shapes.items()} | dict(constants)
+
+    def _make(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        try:
+            return self._allocate(shape, dtype)
+        except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
+            size = math.prod(shape) * np.dtype(dtype).itemsize / 2**30
+            raise FastcalError(
+                f"there is no memory for batches of shape {shape}, {size:.1f} GiB each; make them smaller"
+            ) from error
 
     def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return np.empty(shape, dtype)
@@ -34,7 +45,7 @@ class Buffer:
         """Have an array of that shape and type for an input; for the thread that fills, as is `put`."""
         array = self.arrays.get(name)
         if array is None or (array.shape, array.dtype) != (shape, dtype):
-            self.arrays[name] = self._allocate(shape, dtype)
+            self.arrays[name] = self._make(shape, dtype)
 
     def put(self, name: str, place: Any, values: Any) -> None:
         """Copy an array of NumPy's or CuPy's, which is filled, into a part of one of the arrays.

@@ -67,6 +67,8 @@ def list_files(data: Data) -> Listing:
     if not isinstance(data, (str, os.PathLike)):
         return _existing([os.fspath(path) for path in data], "the list of paths")
     path = Path(data)
+    if not os.fspath(data):
+        raise FastcalError("the name of the data is empty; name a folder of images or a list file")
     if path.is_dir():
         return _in_folder(path)
     if not path.exists():
@@ -105,7 +107,13 @@ def order(paths: Sequence[str], *, shuffle: bool, seed: int, balance: bool, limi
 
 
 def shuffled(count: int, seed: int) -> npt.NDArray[np.int64]:
-    """The numbers below `count` in an order that the seed decides, the same on every machine."""
+    """The numbers below `count` in an order that the seed decides, the same on every machine.
+
+    Raises:
+        FastcalError: The seed is none of NumPy's.
+    """
+    if not 0 <= seed < 2**32:
+        raise FastcalError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
     # RandomState's streams are frozen by NumPy's compatibility policy, default_rng's are not.
     return np.random.RandomState(seed).permutation(count)
 
@@ -181,7 +189,7 @@ def _in_folder(folder: Path) -> Listing:
     found: dict[str | None, list[str]] = defaultdict(list)
     others = 0
     seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
             folders.clear()
@@ -197,6 +205,11 @@ def _in_folder(folder: Path) -> Listing:
         has = f"has {others} files, none of them an image" if others else "is empty"
         raise FastcalError(f"{folder} {has}; name a folder with {', '.join(EXTENSIONS['image'])} files, or shards")
     return _of_one_kind(found, str(folder), others)
+
+
+def _refuse(error: OSError) -> None:
+    """Fail where a folder in the folder cannot be read: what lies there would be left out silently."""
+    raise FastcalError(f"cannot read folder {error.filename}: {error.strerror}; make it readable, or remove it")
 
 
 def _matching(pattern: str) -> Listing:
@@ -234,7 +247,7 @@ def _expanded(pattern: str) -> list[str]:
 
 def _in_list_file(path: Path) -> Listing:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise FastcalError(f"cannot read list file {path}: {error}; it needs one image path a line") from error
     return _existing([str(path.parent / line) for line in lines if line.strip()], f"list file {path}")

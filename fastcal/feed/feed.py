@@ -41,6 +41,10 @@ class Feed(ABC):
     def __iter__(self) -> Iterator[Batch]:
         """Start a pass; an earlier one that has not reached its end is over."""
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of the first batch, by input name; a pass is begun to see it."""
+        return {name: tuple(array.shape) for name, array in next(iter(self), {}).items()}
+
     @property
     def skipped(self) -> list[str]:
         """Names of the samples that passes have found unreadable and left out."""

@@ -14,11 +14,15 @@ from fastcal.model import Model, ModelInput, fits, format_shape
 
 def image_input(model: Model, name: str | None) -> ModelInput:
     """The input of that name, or the only one."""
-    fitting = [value for value in model.inputs if name in (None, value.name)]
-    if len(fitting) != 1:
+    if name is not None:
+        return _input_of(model, name)
+    if len(model.inputs) != 1:
         names = quoted(value.name for value in model.inputs)
-        raise FastcalError(f"{model.path} takes the inputs {names}; say which one takes the images (input name)")
-    return fitting[0]
+        raise FastcalError(
+            f"{model.path} takes the inputs {names}; name the data of each (NAME=DATA,NAME=DATA, in Python a dict), or "
+            "the one that takes the images (input name)"
+        )
+    return model.inputs[0]
 
 
 def name_inputs(data: Data | Mapping[str, Data], name: str | None, model: Model | None) -> dict[str, Data]:
@@ -112,8 +116,11 @@ def image_inputs(
         fitted = Preprocess.preset(wanted) if isinstance(wanted, str) else wanted
         if model is not None:
             value = _input_of(model, name)
-            if value.dtype.kind not in "fu":
-                raise FastcalError(f"{model.path} takes {value.dtype} for input {value}, images are float32")
+            if value.dtype.kind != "f":
+                raise FastcalError(
+                    f"{model.path} takes {value.dtype} for input {value}, images are prepared as float32; feed it "
+                    "arrays instead, .npy files for instance"
+                )
             try:
                 fitted = fitted.fit(value.shape)
             except FastcalError as error:

@@ -1,6 +1,8 @@
 """What the network expects of an image: size, colours, values, layout."""
 
+import numbers
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,13 +64,16 @@ class Preprocess:
         ):
             if value not in known:
                 raise FastcalError(f"there is no {name} {value!r}; choose one of {', '.join(known)}")
-        if len(self.size) != 2 or min(self.size) < 1:
+        whole = isinstance(self.size, Sequence) and all(isinstance(side, numbers.Integral) for side in self.size)
+        if not whole or len(self.size) != 2 or min(self.size) < 1:
             raise FastcalError(f"size {self.size} is not (height, width) in pixels, e.g. (224, 224)")
         if not 0 < self.crop_fraction <= 1:
             raise FastcalError(f"crop_fraction {self.crop_fraction} is not in (0, 1]; torchvision's is 0.875")
         if not 0 <= self.fill <= 255:
             raise FastcalError(f"fill {self.fill} is not a pixel value from 0 to 255")
         for name, values in (("mean", self.mean), ("std", self.std)):
+            if isinstance(values, numbers.Real):
+                raise FastcalError(f"{name} is {values}; give a sequence, ({values},) for all channels alike")
             if len(values) not in (1, self.channel_count):
                 raise FastcalError(
                     f"{name} {values} has {len(values)} values, {self.channels} needs 1 or {self.channel_count}"
@@ -162,6 +167,8 @@ class Preprocess:
             FastcalError: It is no image input of 1 or 3 channels, or mean and std are for another number of channels.
         """
         if len(shape) != 4 or not {shape[1], shape[3]} & {1, 3}:
+            if len(shape) == 4 and None in (shape[1], shape[3]):
+                raise FastcalError("its number of channels is dynamic; export it with a fixed one, or feed it arrays")
             raise FastcalError("it takes no images of 1 or 3 channels; feed it arrays instead")
         layout = "NCHW" if shape[1] in (1, 3) else "NHWC"
         channel_count, height, width = (shape[1], *shape[2:]) if layout == "NCHW" else (shape[3], *shape[1:3])

@@ -37,6 +37,7 @@ class Reader:
 
     Attributes:
         batch_size: Samples in the first batch; 0 before it was seen.
+        shapes: The shape of each array of the first batch, by input name.
         anonymous: Whether the batches hold one array that was given no name.
         names: As it was given.
         last_batch: As it was given.
@@ -46,6 +47,7 @@ class Reader:
         self, batches: Any, names: Sequence[str] | Mapping[Any, str] | None, last_batch: str, gpu: int | None
     ) -> None:
         self.batch_size = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.anonymous = False
         self._batches = _iterable(batches)
         self.names = names
@@ -189,6 +191,7 @@ class Reader:
         self._digest = digest.hexdigest()
         self._types = {name: kept_type(array.dtype) for name, array in arrays.items()}
         self.anonymous = anonymous
+        self.shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         self.batch_size = samples
 
     def _check_types(self, number: int, arrays: Mapping[str, Any]) -> None:

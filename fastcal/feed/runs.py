@@ -110,10 +110,9 @@ def say_how_it_ends(count: int, batch_size: int, last_batch: str, what: str) -> 
     """
     over = count % batch_size
     if over and last_batch == "wrap":
-        _log.info(
-            "%d %s in batches of %d: the last is completed with the first %d", count, what, batch_size,
-            batch_size - over,
-        )  # fmt: skip
+        lacking = batch_size - over
+        how = f"the last is completed with the first {lacking}" if lacking <= count else "repeated to complete one"
+        _log.info("%d %s in batches of %d: %s", count, what, batch_size, how)
     elif over and last_batch == "drop":
         _log.info("%d %s in batches of %d: the last %d are dropped", count, what, batch_size, over)
         if over == count:

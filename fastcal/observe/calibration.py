@@ -96,6 +96,8 @@ def calibrate(
     """
     check_algorithm(algorithm, quantile)
     check_engine(engine)
+    if threads is not None and threads < 1:
+        raise FastcalError(f"threads is {threads}; it must be at least 1")
     if until_stable is not None and not until_stable > 0:
         raise FastcalError(f"until_stable is {until_stable}; it is a percentage above 0, 1 for instance")
     if until_stable is not None and workers is not None:
@@ -167,8 +169,19 @@ def observe(
 
 
 def _network(model: Any) -> Model | Any:
-    """The ONNX model, where `model` is one or a file of one; else the `INetworkDefinition` that it is."""
-    return Model.of(model) if isinstance(model, str | os.PathLike | Model) else model
+    """The ONNX model, where `model` is one or a file of one; else the `INetworkDefinition` that it is.
+
+    Raises:
+        FastcalError: It is nothing of these, or the file cannot be read.
+    """
+    if isinstance(model, str | os.PathLike | Model):
+        return Model.of(model)
+    if not hasattr(model, "num_inputs"):
+        raise FastcalError(
+            f"the model is a {type(model).__name__}; name an ONNX file (onnx.save writes one), or give an "
+            "INetworkDefinition of TensorRT's"
+        )
+    return model
 
 
 def _import_with_ray() -> Any:

@@ -134,6 +134,13 @@ def test_asking_for_the_batch_size_begins_the_pass_that_is_handed_out():
     assert loader.passes == 2
 
 
+def test_asking_for_shapes_begins_the_pass_that_is_handed_out():
+    feed = ArrayFeed({"x": np.ones((2, number + 1), "f4")} for number in range(3))
+    assert feed.shapes() == {"x": (2, 1)}
+    assert [batch["x"].shape for batch in feed] == [(2, 1), (2, 2), (2, 3)]
+    assert feed.shapes() == {"x": (2, 1)}
+
+
 def test_a_feed_that_was_closed_begins_anew():
     feed = ArrayFeed(SizedLoader(numbers(2, 2)))
     assert feed.batch_size == 2

@@ -116,6 +116,30 @@ def test_no_images(folder, data, message):
         list_images(folder / data)
 
 
+def test_a_list_file_that_begins_with_a_byte_order_mark(folder):
+    (folder / "list.txt").write_text("b.JPG\r\n", encoding="utf-8-sig")
+    assert list_images(folder / "list.txt") == [str(folder / "b.JPG")]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(folder):
+    (folder / "a").chmod(0)
+    program = (
+        "import os, sys; from fastcal.errors import FastcalError; from fastcal.feed.dataset import list_files\n"
+        "if os.geteuid() == 0: os.seteuid(65534)\n"
+        "try: list_files('.')\n"
+        "except FastcalError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=folder)
+    (folder / "a").chmod(0o755)
+    assert done.stdout == "cannot read folder ./a: Permission denied; make it readable, or remove it\n"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_its_range(seed):
+    with pytest.raises(FastcalError, match=rf"seed is {seed}; it must be from 0 to 4294967295"):
+        order(["a", "b"], shuffle=True, seed=seed, balance=False, limit=None)
+
+
 def test_no_paths():
     with pytest.raises(FastcalError, match="the list of paths is empty"):
         list_images([])

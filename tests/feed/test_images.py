@@ -250,7 +250,7 @@ def test_the_model_gives_size_layout_batch_size_and_name(photographs, onnx_file)
 
 def test_a_model_of_several_inputs_needs_a_name(photographs, onnx_file):
     model = onnx_file("f (float[N, 3, 8, 8] left, float[N, 3, 9, 9] right) => (float[N, 3, 8, 8] y) { y = Relu(left) }")
-    with pytest.raises(FastcalError, match="takes the inputs 'left', 'right'; say which"):
+    with pytest.raises(FastcalError, match="takes the inputs 'left', 'right'; name the data of each"):
         ImageFeed(photographs, preprocess="unit", model=model)
     assert ImageFeed(photographs, preprocess="unit", model=model, input_name="right").preprocess.size == (9, 9)
 

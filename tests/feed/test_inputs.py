@@ -203,6 +203,7 @@ def test_the_model_gives_sizes_and_the_batch(scenes, onnx_file):
          r"takes int64 for input 'pose' \(\?, 2, 3\), the arrays are float32 \(7, 2, 3\); give"),
         (MODEL.replace("8, 8", "8"), {}, r"input 'left' \(\?, 3, 8\): it takes no images"),
         (MODEL.replace("float[N, 3, 8, 8]", "int64[N, 3, 8, 8]"), {}, r"takes int64 for input 'left' .*images are"),
+        (MODEL.replace("float[N, 3, 8, 8] l", "uint8[N, 3, 8, 8] l"), {}, r"takes uint8 for input 'left' .*feed it"),
         (MODEL, {"image": "left"}, "takes the inputs 'left', 'right', 'pose', and none of the name 'image'"),
     ],
 )  # fmt: skip
@@ -220,6 +221,8 @@ def test_constants_are_held_against_the_model(scenes, onnx_file):
         return ImageFeed(scenes / "left", preprocess="raw", model=model, input_name="x", constants=constants)
 
     assert feed(c=[1.0, 2.0]).batch_size == 1
+    with pytest.raises(FastcalError, match=r"the inputs 'x', 'c'; name the data of each \(NAME=DATA,NAME=DATA"):
+        ImageFeed(scenes / "left", preprocess="raw", model=model)
     with pytest.raises(FastcalError, match=r"takes float32 for input 'c' \(2\), the arrays are float32 \(3\)"):
         feed(c=[1.0, 2.0, 3.0])
     with pytest.raises(FastcalError, match="takes the inputs 'x', 'c', and none of the name 'd'"):

@@ -1,6 +1,7 @@
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
 from fastcal.errors import FastcalError
@@ -94,7 +95,8 @@ def test_files_that_describe_it(tmp_path, name, text, expected):
         ("p.json", "[1, 2]", r"p.json: it holds no table of names and values"),
         ("p.json", '{"sise": 3}', r"p.json: there is no 'sise'; choose from preset, antialias, channels, "),
         ("p.json", '{"preset": "imagnet"}', r"p.json: there is no preset 'imagnet'"),
-        ("p.json", '{"size": "large"}', r"p.json describes no preprocessing: "),
+        ("p.json", '{"size": "large"}', r"p.json: size \('large', 'large'\) is not \(height, width\)"),
+        ("p.json", '{"crop_fraction": "large"}', r"p.json describes no preprocessing: "),
         ("p.json", '{"input_size": [3, 8, 8]}', r"p.json describes no preprocessing: 'mean' is missing"),
         ("p.json", '{"image_mean": [0], "image_std": [1], "resample": 5}', r"p.json: there is no interpolation 'PIL "),
         ("p.json", '{"input_size": [3, 8, 8], "crop_mode": "border"}', r"p.json: crop_mode 'border' is not supported"),
@@ -147,6 +149,27 @@ def test_it_fits_itself_to_an_image_input():
 def test_an_input_that_takes_no_images(shape):
     with pytest.raises(FastcalError, match="takes no images"):
         Preprocess.preset("unit").fit(shape)
+
+
+@pytest.mark.parametrize("shape", [(None, None, None, None), (1, None, 8, 8), (1, 8, 8, None)])
+def test_an_input_whose_channels_are_dynamic(shape):
+    with pytest.raises(FastcalError, match="its number of channels is dynamic; export it with a fixed one"):
+        Preprocess.preset("unit").fit(shape)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"size": 224}, r"size 224 is not \(height, width\) in pixels"),
+        ({"size": (224.5, 224)}, r"size \(224.5, 224\) is not \(height, width\)"),
+        ({"mean": 0.5}, r"mean is 0.5; give a sequence, \(0.5,\) for all channels alike"),
+        ({"std": 2}, r"std is 2; give a sequence"),
+    ],
+)
+def test_attributes_of_another_type(attributes, message):
+    with pytest.raises(FastcalError, match=message):
+        Preprocess(**attributes)
+    assert Preprocess(size=[8, np.int64(9)], mean=[0.5], std=np.ones(3)).shape == (3, 8, 9)
 
 
 def test_a_mean_for_other_channels_than_the_networks():

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from fastcal.feed.runs import Pass, Run, RunSize, count_batches
+from fastcal.feed.runs import Pass, Run, RunSize, count_batches, say_how_it_ends
 
 
 def batches_of(samples, batch_size, broken=(), ahead=1):
@@ -62,3 +62,18 @@ def test_a_run_says_where_it_began():
     samples = Pass(3, 2, True, {1}, None)
     assert samples.next_run() == Run([0, 2], 0, 0)
     assert samples.next_run() is None
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (8, []),
+        (10, ["10 images in batches of 4: the last is completed with the first 2"]),
+        (3, ["3 images in batches of 4: the last is completed with the first 1"]),
+        (1, ["1 images in batches of 4: repeated to complete one"]),
+    ],
+)
+def test_it_says_how_the_last_batch_is_completed(caplog, count, said):
+    caplog.set_level("INFO", "fastcal")
+    say_how_it_ends(count, 4, "wrap", "images")
+    assert caplog.messages == said

@@ -3,6 +3,7 @@
 import functools
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -144,6 +145,8 @@ def test_two_inputs_take_a_tuples_arrays_in_the_models_order(onnx_file):
         assert {name: round(scale * 127) for name, scale in scales.items()} == {"left": 5, "right": 2, "y": 3}
     with pytest.raises(fastcal.FastcalError, match="batch 0 has 1 arrays without names, and none for input 'right'"):
         calibrate(path, [left])
+    with pytest.raises(fastcal.FastcalError, match="the batches have 'left'; give 'right' too"):
+        calibrate(path, fastcal.ArrayFeed([{"left": left}]))
 
 
 def test_types_are_converted_to_the_models_but_no_float_is_cut_off(onnx_file):
@@ -163,7 +166,7 @@ FIXED = "f (float[4, 3, 8, 8] image) => (float[4, 3, 8, 8] y) { y = Relu(image) 
         ("image", (2, 3, 8, 8), r"'image' \(4, 3, 8, 8\), the batches are \(2, 3, 8, 8\); use batch size 4"),
         ("image", (4, 3, 9, 8), r"\(4, 3, 8, 8\), the batches are \(4, 3, 9, 8\); choose the preprocessing"),
         ("image", (4, 3, 8), r"the batches are \(4, 3, 8\); give arrays of 4 dimensions"),
-        ("picture", (4, 3, 8, 8), r"takes the inputs 'image', the batches have 'picture'"),
+        ("picture", (4, 3, 8, 8), r"takes the inputs 'image', the batches have 'picture'; name the batches' arrays"),
     ],
 )
 def test_batches_that_do_not_fit_are_shown_beside_the_model(onnx_file, name, shape, message):
@@ -207,8 +210,22 @@ def test_no_percentage(onnx_file, percent):
 
 
 def test_what_is_no_file_is_no_model():
-    with pytest.raises(fastcal.FastcalError, match="engine onnxruntime runs ONNX files, not a dict"):
-        calibrate({}, [{"x": np.ones((1, 2), "f4")}])
+    for engine in ("auto", "onnxruntime", "tensorrt"):
+        with pytest.raises(fastcal.FastcalError, match="the model is a ModelProto; name an ONNX file"):
+            fastcal.calibrate(onnx.ModelProto(), [{"x": np.ones((1, 2), "f4")}], engine=engine)
+    with pytest.raises(fastcal.FastcalError, match="engine onnxruntime runs ONNX files, not a SimpleNamespace"):
+        calibrate(SimpleNamespace(num_inputs=0), [{"x": np.ones((1, 2), "f4")}])
+
+
+def test_a_version_is_no_number(onnx_file):
+    with pytest.raises(fastcal.FastcalError, match=r"10.3 is not a TensorRT version; write it like 10.16.1"):
+        calibrate(onnx_file(SCALED), [{"x": np.ones((1, 2), "f4")}], tensorrt_version=10.3)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_threads(onnx_file, threads):
+    with pytest.raises(fastcal.FastcalError, match=f"threads is {threads}; it must be at least 1"):
+        calibrate(onnx_file(SCALED), [{"x": np.ones((1, 2), "f4")}], threads=threads)
 
 
 def test_no_batches_at_all(onnx_file):

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -353,8 +354,8 @@ def test_a_feed_that_cannot_be_divided(cluster, onnx_file):
 
 
 def test_a_network_that_is_no_file(cluster):
-    with pytest.raises(fastcal.FastcalError, match="workers run ONNX files, not a dict; leave workers out"):
-        calibrate({}, fastcal.ArrayFeed([{"x": np.ones((1, 3), "f4")}]), workers=1)
+    with pytest.raises(fastcal.FastcalError, match="workers run ONNX files, not a SimpleNamespace; leave workers"):
+        calibrate(SimpleNamespace(num_inputs=0), fastcal.ArrayFeed([{"x": np.ones((1, 3), "f4")}]), workers=1)
 
 
 def test_a_cluster_that_is_not_there(run_fastcal, tmp_path):
