@@ -297,7 +297,8 @@ print(len(list(iter(lambda: calibrator.get_batch(["a"]), None))), error_of(calib
 """)
     assert printed.splitlines() == [
         "2 [1]",
-        "FastcalError: the feed ended after 1 of its batches",
+        "FastcalError: the pass was cut off: its feed was closed, or another pass begun, before this one had come to "
+        "its end",
         "5 None 5",
     ]
 

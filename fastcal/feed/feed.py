@@ -39,7 +39,7 @@ class Feed(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
-        """Start a pass; an earlier one that has not reached its end is over."""
+        """Start a pass. An earlier one that has not come to its end is cut off: its iterator raises FastcalError."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each array of the first batch, by input name; a pass is begun to see it."""

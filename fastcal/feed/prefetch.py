@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
+from fastcal.errors import FastcalError
+
 Buffer = TypeVar("Buffer")
 
 #: fill(index, buffer, ended): ended() tells whether the pass is over, so that a long `fill` may return early. False is
@@ -42,7 +44,8 @@ class Prefetcher(Generic[Buffer], Iterator[Buffer]):
         """Give the last buffer back and wait for the next.
 
         Raises:
-            StopIteration: All that was filled has been handed out, or the pass was closed.
+            StopIteration: All that there is has been handed out.
+            FastcalError: The pass was closed before.
             Exception: What `fill` raised.
         """
         try:
@@ -61,6 +64,7 @@ class _Ring(Generic[Buffer]):
         self._filled: deque[Buffer] = deque()
         self._held: list[Buffer] = []
         self._ended = False
+        self._complete = False  # whether all that there is was filled
         self.idle = threading.Event()  # set when the thread is through with `fill`
         self._error: BaseException | None = None
 
@@ -73,10 +77,14 @@ class _Ring(Generic[Buffer]):
                         return
                     buffer = self._free.popleft()
                 if fill(index, buffer, lambda: self._ended) is False:
+                    self._complete = not self._ended
                     return
                 with self._changed:
+                    if self._ended:  # `fill` may have returned early
+                        return
                     self._filled.append(buffer)
                     self._changed.notify_all()
+            self._complete = True
         except BaseException as error:  # handed to the consumer
             self._error = error
         finally:
@@ -94,7 +102,11 @@ class _Ring(Generic[Buffer]):
                 return self._held[0]
             if self._error is not None:
                 raise self._error
-            raise StopIteration
+            if self._complete:
+                raise StopIteration
+            raise FastcalError(
+                "the pass was cut off: its feed was closed, or another pass begun, before this one had come to its end"
+            )
 
     def end(self) -> None:
         with self._changed:
@@ -103,6 +115,7 @@ class _Ring(Generic[Buffer]):
 
     def discard(self) -> None:
         with self._changed:
+            self._complete = self._complete and not self._filled
             self._filled.clear()
 
 

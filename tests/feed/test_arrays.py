@@ -291,12 +291,13 @@ def test_a_closed_feed_holds_no_batch():
         tracemalloc.stop()
 
 
-def test_a_new_pass_ends_the_one_before():
+def test_a_new_pass_cuts_off_the_one_before():
     feed = ArrayFeed(numbers(2, 2, 2))
     first = iter(feed)
     next(first)
     assert samples(feed) == [[0, 1], [2, 3], [4, 5]]
-    assert next(first, None) is None
+    with pytest.raises(FastcalError, match="another pass begun, before this one"):
+        next(first)
 
 
 def test_a_list_is_described_by_its_values_and_a_loader_by_its_first_batch():

@@ -167,14 +167,15 @@ def test_every_iteration_is_a_fresh_pass(photographs):
     np.testing.assert_array_equal(after_closing, first)
 
 
-def test_a_new_pass_ends_the_one_before(photographs):
+def test_a_new_pass_cuts_off_the_one_before(photographs):
     with ImageFeed(photographs, preprocess=SMALL, batch_size=2) as feed:
         first = iter(feed)
         next(first)
         second = iter(feed)
         assert len(list(second)) == 3
-        with pytest.raises(StopIteration):
+        with pytest.raises(FastcalError, match="another pass begun, before this one"):
             next(first)
+        assert next(second, "ended") == "ended"
 
 
 def test_buffers_are_allocated_once_and_taken_in_turn(photographs):

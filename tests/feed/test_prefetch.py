@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from fastcal import FastcalError
 from fastcal.feed.prefetch import Prefetcher
 
 
@@ -75,11 +76,23 @@ def test_an_ended_pass_stays_ended():
     assert threads() == []
 
 
-def test_closing_midway_ends_the_thread_and_the_pass():
-    batches = Prefetcher([[0], [0]], numbered, 100)
+@pytest.mark.parametrize("count", [100, 3])
+def test_closing_midway_ends_the_thread_and_cuts_off_the_pass(count):
+    batches = Prefetcher([[0], [0], [0]], numbered, count)
     next(batches)
     batches.close()
     assert threads() == []
+    for _ in range(2):
+        with pytest.raises(FastcalError, match="cut off"):
+            next(batches)
+
+
+def test_closing_after_the_last_batch_changes_nothing():
+    batches = Prefetcher([[0], [0]], numbered, 2)
+    assert [list(next(batches)), list(next(batches))] == [[0], [1]]
+    while threads():
+        time.sleep(0.01)
+    batches.close()
     with pytest.raises(StopIteration):
         next(batches)
 
@@ -121,18 +134,25 @@ def test_closing_wakes_a_waiting_consumer():
 
     batches = Prefetcher([[0], [0]], fill, 5)
     ended = []
-    consumer = threading.Thread(target=lambda: ended.append(next(batches, "ended")))
+
+    def consume():
+        with pytest.raises(FastcalError, match="cut off"):
+            next(batches)
+        ended.append(True)
+
+    consumer = threading.Thread(target=consume)
     consumer.start()
     filling.wait(10)
     threading.Timer(0.05, go_on.set).start()
     batches.close()
     consumer.join(10)
-    assert ended == ["ended"]
+    assert ended == [True]
 
 
 def test_the_interpreter_exits_with_a_pass_under_way():
     program = """
 import atexit
+from fastcal import FastcalError
 from fastcal.feed.prefetch import Prefetcher
 import time
 def fill(index, buffer, ended):
