@@ -24,17 +24,21 @@ class Logger(trt.ILogger):  # type: ignore[misc]
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
         self.errors: list[str] = []
+        self.warnings: list[str] = []
 
     def log(self, severity: Any, message: str) -> None:
         """Called by TensorRT."""
         levels = {trt.ILogger.VERBOSE: 5, trt.ILogger.INFO: logging.DEBUG, trt.ILogger.WARNING: logging.WARNING}
         if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
             self.errors.append(message)
+        elif severity == trt.ILogger.WARNING:
+            self.warnings.append(message)
         _log.log(levels.get(severity, logging.ERROR), "TensorRT: %s", message)
 
     def reasons(self) -> str:
-        """TensorRT's last errors, in one line."""
-        return " ".join("; ".join(self.errors[-2:]).split()) or "no reason given"
+        """TensorRT's last errors, or else its last warning, in one line."""
+        said = self.errors[-2:] or self.warnings[-1:]  # that it finds no driver is a warning to 8.6
+        return " ".join("; ".join(said).split()) or "no reason given"
 
 
 def start_builder(logger: Logger) -> Any:

@@ -71,6 +71,24 @@ def test_without_a_gpu_tensorrt_does_not_start(error_of, options):
     )
 
 
+def test_what_tensorrt_said_last_is_the_reason(tensorrt_bindings):
+    program = """
+import tensorrt as trt
+from fastcal.network import Logger
+logger = Logger()
+said = [(trt.ILogger.INFO, "starting"), (trt.ILogger.WARNING, "no driver"), (trt.ILogger.ERROR, "first\\n  line"),
+        (trt.ILogger.WARNING, "slow"), (trt.ILogger.INTERNAL_ERROR, "second"), (trt.ILogger.ERROR, "third")]
+for severity, message in said:
+    logger.log(severity, message)
+    print(logger.reasons())
+"""
+    environment = {**os.environ, **tensorrt_bindings}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.stdout.splitlines() == [
+        "no reason given", "no driver", "first line", "first line", "first line; second", "second; third",
+    ], done.stderr  # fmt: skip
+
+
 def test_dynamic_sizes_are_those_of_the_batches(tensorrt_bindings, tmp_path):
     program = f"""
 import numpy as np, fastcal
