@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+import types
 
 #: Exit status after Ctrl-C, as shells have it.
 INTERRUPTED = 130
@@ -59,6 +60,7 @@ def end_soon_after_ctrl_c() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     sys.unraisablehook = _report_unraisable
+    sys.excepthook = _report_uncaught  # libraries in C call it for exceptions they do not pass on
 
 
 def _handle(number: int, frame: object) -> None:
@@ -70,3 +72,9 @@ def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Print what was raised where it cannot be handled, unless it is Ctrl-C's exception: that is handled here."""
     if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)
+
+
+def _report_uncaught(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
+    """Print what nobody caught, with the same exception."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, traceback)

@@ -484,6 +484,20 @@ def test_progress_is_shown_on_a_terminal(tmp_path):
     assert re.search(r"calibrating .* \d+/160 batches, \d+ images/s, \d+% of the time waiting for data, .* left", text)
 
 
+def test_ctrl_c_is_no_traceback_where_a_library_does_not_pass_it_on():
+    program = """
+import sys
+from fastcal import interrupt
+interrupt.end_soon_after_ctrl_c()
+from fastcal.cli import app
+app(["--version"], standalone_mode=False)
+for error in KeyboardInterrupt(), ValueError("broken"):
+    sys.excepthook(type(error), error, None)  # what such a library calls
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "ValueError: broken\n")
+
+
 def test_ctrl_c_ends_what_does_not_listen(tmp_path):
     program = """
 import signal, time
