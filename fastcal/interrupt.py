@@ -69,12 +69,12 @@ def _handle(number: int, frame: object) -> None:
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Print what was raised where it cannot be handled, unless it is Ctrl-C's exception: that is handled here."""
-    if unraisable.exc_type is not KeyboardInterrupt:
+    """Print what was raised where it cannot be handled, unless after Ctrl-C: see `received`."""
+    if not received():
         sys.__unraisablehook__(unraisable)
 
 
 def _report_uncaught(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
-    """Print what nobody caught, with the same exception."""
-    if kind is not KeyboardInterrupt:
+    """Print what nobody caught, unless after Ctrl-C."""
+    if not received():
         sys.__excepthook__(kind, error, traceback)

@@ -484,18 +484,33 @@ def test_progress_is_shown_on_a_terminal(tmp_path):
     assert re.search(r"calibrating .* \d+/160 batches, \d+ images/s, \d+% of the time waiting for data, .* left", text)
 
 
-def test_ctrl_c_is_no_traceback_where_a_library_does_not_pass_it_on():
+def test_no_traceback_follows_ctrl_c_from_where_none_can_be_handled():
     program = """
-import sys
+import os, signal, sys, time
 from fastcal import interrupt
 interrupt.end_soon_after_ctrl_c()
 from fastcal.cli import app
 app(["--version"], standalone_mode=False)
-for error in KeyboardInterrupt(), ValueError("broken"):
-    sys.excepthook(type(error), error, None)  # what such a library calls
+class Half:
+    def __del__(self):
+        raise AttributeError("half made")
+def fail():
+    Half()
+    sys.excepthook(ValueError, ValueError("not passed on"), None)  # as a library in C does
+fail()
+print("now", file=sys.stderr)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    fail()
+    time.sleep(60)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "ValueError: broken\n")
+    process = start_listening_to_ctrl_c([sys.executable, "-c", program])
+    before, _, after = process.communicate(timeout=60)[1].partition("now\n")
+    assert "half made" in before
+    assert before.endswith("ValueError: not passed on\n")
+    assert (process.returncode, after) == (130, "interrupted; nothing was written\n")
 
 
 def test_ctrl_c_ends_what_does_not_listen(tmp_path):
