@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcal.calibrators import EntropyCalibrator2, FeedCalibrator  # first: it says what is wrong with TensorRT
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, check_range
 from fastcal.feed.feed import Feed
 from fastcal.files import check_writable, write_atomically
 from fastcal.model import Model, fits, format_shape, match_names
@@ -68,8 +68,8 @@ def build_engine(
     if calibration not in CALIBRATIONS:
         raise FastcalError(f"there is no calibration {calibration!r}; choose {' or '.join(CALIBRATIONS)}")
     batches = _batch_range(model, min_batch, opt_batch, max_batch, calibrator.feed.batch_size)
-    _check_range("workspace", workspace, 1)
-    _check_range("optimization_level", optimization_level, 0, 5)
+    check_range("workspace", workspace, 1)
+    check_range("optimization_level", optimization_level, 0, 5)
     tactics = tactic_bits(tactic_sources)
     if timing_cache is not None:
         check_writable(timing_cache, 1)
@@ -112,12 +112,6 @@ def _batch_range(
             "and in this order"
         )
     return least, opt, most
-
-
-def _check_range(name: str, value: int | None, least: int, most: int | None = None) -> None:
-    if value is not None and (value < least or (most is not None and value > most)):
-        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise FastcalError(f"{name} is {value}; it must be {allowed}")
 
 
 def _configure(

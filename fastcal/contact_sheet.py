@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcal.errors import FastcalError, quoted
+from fastcal.errors import FastcalError, check_range, quoted
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.dataset import common_folder
 from fastcal.feed.device import to_host
@@ -156,8 +156,7 @@ def preview(
         FastcalError: The batches have no such input, or it holds no images; the preprocessing is not known; or what
             the feed raises.
     """
-    if count < 1:
-        raise FastcalError(f"count is {count}; it must be at least 1")
+    check_range("count", count, 1)
     wanted = preprocess if preprocess is not None else getattr(feed, "preprocess", None)
     if isinstance(wanted, Mapping):
         input_name = input_name or next(iter(wanted))

@@ -34,6 +34,13 @@ def missing(what: str, error: ModuleNotFoundError) -> Exception:
     return FastcalError(f"{what} needs {package}, which is not installed: pip install 'fastcal[{extra}]'")
 
 
+def check_range(name: str, value: int | None, least: int, most: int | None = None) -> None:
+    """Raise FastcalError if a setting of that name is given and out of its range."""
+    if value is not None and (value < least or (most is not None and value > most)):
+        allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise FastcalError(f"{name} is {value}; it must be {allowed}")
+
+
 def quoted(names: Iterable[str | None]) -> str:
     """Names as a text lists them."""
     return ", ".join(map(repr, names))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, check_range
 
 #: What the names of the files that samples come from end in, by kind of file. Images are the formats that DALI decodes.
 EXTENSIONS = {
@@ -112,8 +112,7 @@ def shuffled(count: int, seed: int) -> npt.NDArray[np.int64]:
     Raises:
         FastcalError: The seed is none of NumPy's.
     """
-    if not 0 <= seed < 2**32:
-        raise FastcalError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
+    check_range("seed", seed, 0, 2**32 - 1)
     # RandomState's streams are frozen by NumPy's compatibility policy, default_rng's are not.
     return np.random.RandomState(seed).permutation(count)
 

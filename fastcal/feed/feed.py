@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, check_range
 
 #: The batch size where neither the caller nor the model says one.
 BATCH_SIZE = 32
@@ -97,9 +97,7 @@ def check_settings(last_batch: str, known: Sequence[str], **numbers: int | None)
         choices = f"{', '.join(known[:-1])} or {known[-1]}"
         raise FastcalError(f"there is no last_batch {last_batch!r}; choose {choices}")
     for name, value in numbers.items():
-        least = 2 if name == "depth" else 1
-        if value is not None and value < least:
-            raise FastcalError(f"{name} is {value}; it must be at least {least}")
+        check_range(name, value, 2 if name == "depth" else 1)
 
 
 def length(feed: Feed) -> int | None:

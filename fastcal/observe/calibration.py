@@ -15,7 +15,7 @@ from fastcal.cache import (
     check_tensorrt_version,
     installed_tensorrt_version,
 )
-from fastcal.errors import FastcalError, missing
+from fastcal.errors import FastcalError, check_range, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed, length
 from fastcal.model import Model
@@ -96,8 +96,7 @@ def calibrate(
     """
     check_algorithm(algorithm, quantile)
     check_engine(engine)
-    if threads is not None and threads < 1:
-        raise FastcalError(f"threads is {threads}; it must be at least 1")
+    check_range("threads", threads, 1)
     if until_stable is not None and not until_stable > 0:
         raise FastcalError(f"until_stable is {until_stable}; it is a percentage above 0, 1 for instance")
     if until_stable is not None and workers is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, check_range
 from fastcal.feed.feed import Feed, length
 from fastcal.model import Model
 from fastcal.observe.histogram import Histogram
@@ -76,8 +76,7 @@ def observe(
         FastcalError: Feed or network cannot be spread; Ray cannot be reached; workers die again and again; or what a
             worker raises, of the first batch in order that goes wrong.
     """
-    if workers < 1:
-        raise FastcalError(f"workers is {workers}; it must be at least 1")
+    check_range("workers", workers, 1)
     if not isinstance(network, Model):
         raise FastcalError(f"workers run ONNX files, not a {type(network).__name__}; leave workers out")
     feed.part(_FIRST, gpu=None, threads=1)  # raises, before Ray is started, where it cannot be divided
