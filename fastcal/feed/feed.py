@@ -42,7 +42,7 @@ class Feed(ABC):
         """Start a pass. An earlier one that has not come to its end is cut off: its iterator raises FastcalError."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each array of the first batch, by input name; a pass is begun to see it."""
+        """The shape of each array of the first batch, by input name; where it must be seen first, a pass is begun."""
         return {name: tuple(array.shape) for name, array in next(iter(self), {}).items()}
 
     @property

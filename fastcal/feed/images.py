@@ -197,6 +197,11 @@ class ImageFeed(Feed):
         """The samples that the passes so far have found unreadable and left out, in order; see `paths`."""
         return [self.paths[number] for number in sorted(self._unreadable)]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Feed.shapes`; no pass is begun."""
+        filled = {name: shape for name, (shape, _) in self._filled_shapes.items()}
+        return filled | {name: values.shape for name, values in self._constants.items()}
+
     def part(self, batches: range, *, gpu: int | None, threads: int) -> "ImageFeed":
         """See `Feed.part`: `batches` with a list of their samples alone, to be prepared on `gpu` with `threads`."""
         if self._skip:
@@ -252,11 +257,7 @@ class ImageFeed(Feed):
             source.close()
 
     def _allocate(self) -> None:
-        shapes: dict[str, Shape] = {
-            name: ((self.batch_size, *value.preprocess.shape), np.float32) for name, value in self._images.items()
-        }
-        for name, source in self._arrays.items():
-            shapes[name] = (self.batch_size, *source.shape), source.dtype
+        shapes = self._filled_shapes
         if self.gpu is None:
             self._buffers = [Buffer(shapes, self._constants) for _ in range(self._depth)]
             return
@@ -395,6 +396,13 @@ class ImageFeed(Feed):
                 which = "all" if bad == every else f"more than max_unreadable allows ({self._max_unreadable:g} %)"
                 raise FastcalError(f"{bad} of {every} samples cannot be read, {which}; the last was: {error}")
         return len(self._unreadable) > before
+
+    @property
+    def _filled_shapes(self) -> dict[str, Shape]:
+        """The shapes and types of the arrays that are filled with samples."""
+        images = {name: (value.preprocess.shape, np.float32) for name, value in self._images.items()}
+        arrays = {name: (source.shape, source.dtype) for name, source in self._arrays.items()}
+        return {name: ((self.batch_size, *shape), dtype) for name, (shape, dtype) in (images | arrays).items()}
 
     @property
     def _arrays(self) -> dict[str, Arrays]:

@@ -146,6 +146,14 @@ def test_constants_join_in(scenes):
         ImageFeed(data_of(scenes), preprocess=SMALL, constants={"pose": np.float32([2])})
 
 
+def test_shapes_are_those_of_the_batches_and_no_pass_is_begun_for_them(scenes):
+    with ImageFeed(data_of(scenes), preprocess=SMALL, batch_size=3, constants={"scale": np.float32([2])}) as feed:
+        batches = iter(feed)
+        shapes = [{name: array.shape for name, array in next(batches).items()}]
+        assert [feed.shapes()] == shapes
+        assert len(list(batches)) == len(feed) - 1
+
+
 def test_different_numbers_are_shown_and_the_odd_one_named(scenes):
     (scenes / "right" / "2.png").unlink()
     with pytest.raises(
