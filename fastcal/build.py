@@ -11,7 +11,7 @@ from fastcal.errors import FastcalError, check_range
 from fastcal.feed.feed import Feed
 from fastcal.files import check_writable, write_atomically
 from fastcal.model import Model, fits, format_shape, match_names
-from fastcal.network import Logger, parse, start_builder, tactic_bits, trt
+from fastcal.network import Logger, known_sizes, parse, start_builder, tactic_bits, trt
 
 #: Who can calibrate.
 CALIBRATIONS = ("fastcal", "tensorrt")
@@ -151,7 +151,7 @@ def _sized(shapes: dict[str, tuple[int, ...]], feed: Feed) -> dict[str, tuple[in
     given = match_names(list(shapes), "the network", feed.shapes(), feed.anonymous)
     sized = {}
     for name, shape in shapes.items():
-        wanted = tuple(None if size == -1 else size for size in shape[1:])
+        wanted = known_sizes(shape[1:])
         if not fits(wanted, given[name][1:]):
             raise FastcalError(
                 f"the network takes input {name!r} as {format_shape((None, *wanted))}, the batches are "

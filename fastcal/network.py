@@ -12,7 +12,7 @@ try:
 except (ImportError, OSError) as error:
     raise FastcalError(f"TensorRT cannot be imported ({error}): {GPU_EXTRAS}") from error
 
-__all__ = ["Logger", "parse", "start_builder", "tactic_bits", "trt"]
+__all__ = ["Logger", "known_sizes", "parse", "start_builder", "tactic_bits", "trt"]
 
 #: What TensorRT says goes to a logger of its own, so that an application can show or hide it.
 _log = logging.getLogger("fastcal.tensorrt")
@@ -69,6 +69,11 @@ def parse(builder: Any, model: Model, logger: Logger) -> Any:
         errors = [_describe(parser.get_error(index), model) for index in range(parser.num_errors)]
         raise FastcalError(f"TensorRT cannot parse {model.path}: {'; '.join(errors)}".replace("\n", " "))
     return network
+
+
+def known_sizes(shape: Iterable[int]) -> tuple[int | None, ...]:
+    """A shape of TensorRT's, which has -1 where the size is not known, with None there."""
+    return tuple(None if size == -1 else size for size in shape)
 
 
 def tactic_bits(sources: int | Iterable[str] | None) -> int | None:

@@ -13,7 +13,7 @@ import numpy as np
 from fastcal.errors import FastcalError
 from fastcal.feed.device import wait_until_filled
 from fastcal.model import Model, ModelInput, format_shape, match_batch
-from fastcal.network import Logger, parse, start_builder, tactic_bits, trt
+from fastcal.network import Logger, known_sizes, parse, start_builder, tactic_bits, trt
 from fastcal.observe.device_histogram import DeviceHistograms
 from fastcal.observe.histogram import Histogram
 
@@ -214,8 +214,7 @@ def _inputs(network: Any) -> list[Any]:
 
 
 def _input(value: Any) -> ModelInput:
-    shape = tuple(None if size == -1 else size for size in value.shape)
-    return ModelInput(value.name, shape, np.dtype(trt.nptype(value.dtype)))
+    return ModelInput(value.name, known_sizes(value.shape), np.dtype(trt.nptype(value.dtype)))
 
 
 def _layers(network: Any) -> Iterator[Any]:
@@ -266,7 +265,7 @@ def _bytes(value: Any) -> int:
     shape = tuple(value.shape)
     if min(shape, default=0) < 0:
         raise FastcalError(
-            f"the shape of tensor {value.name!r} is {format_shape(tuple(s if s >= 0 else None for s in shape))} even "
+            f"the shape of tensor {value.name!r} is {format_shape(known_sizes(shape))} even "
             "for inputs of fixed shapes: it depends on the data; use engine='onnxruntime'"
         )
     itemsize: int = np.dtype(trt.nptype(value.dtype)).itemsize
