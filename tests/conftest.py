@@ -142,6 +142,19 @@ def tensorrt_bindings(tmp_path_factory):
     return {"PYTHONPATH": path, "LD_LIBRARY_PATH": str(folder)}
 
 
+@pytest.fixture
+def run_on_bindings(tensorrt_bindings, tmp_path):
+    """A function that runs a program in an empty folder, with TensorRT's bindings."""
+
+    def run(program):
+        return subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60,
+            env={**os.environ, **tensorrt_bindings},
+        )  # fmt: skip
+
+    return run
+
+
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU where there is none."""
     from fastcal.feed.device import resolve

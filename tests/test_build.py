@@ -1,9 +1,6 @@
 """`build_engine` up to TensorRT, on TensorRT's own Python bindings. What TensorRT builds is in test_build_gpu.py."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -13,7 +10,7 @@ MODEL = DIGITS / "digits.onnx"
 
 
 @pytest.fixture
-def error_of(tensorrt_bindings, tmp_path):
+def error_of(run_on_bindings):
     """A function that builds an engine with options, and returns the error."""
 
     def error_of(options, model=MODEL, shape=(4, 3, 32, 32)):
@@ -24,10 +21,7 @@ try:
 except fastcal.FastcalError as error:
     print(error)
 """
-        environment = {**os.environ, **tensorrt_bindings}
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
-        )
+        done = run_on_bindings(program)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("\n") == 1
         return done.stdout.strip()
@@ -71,7 +65,7 @@ def test_without_a_gpu_tensorrt_does_not_start(error_of, options):
     )
 
 
-def test_what_tensorrt_said_last_is_the_reason(tensorrt_bindings):
+def test_what_tensorrt_said_last_is_the_reason(run_on_bindings):
     program = """
 import tensorrt as trt
 from fastcal.network import Logger
@@ -82,14 +76,13 @@ for severity, message in said:
     logger.log(severity, message)
     print(logger.reasons())
 """
-    environment = {**os.environ, **tensorrt_bindings}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    done = run_on_bindings(program)
     assert done.stdout.splitlines() == [
         "no reason given", "no driver", "first line", "first line", "first line; second", "second; third",
     ], done.stderr  # fmt: skip
 
 
-def test_dynamic_sizes_are_those_of_the_batches(tensorrt_bindings, tmp_path):
+def test_dynamic_sizes_are_those_of_the_batches(run_on_bindings):
     program = f"""
 import numpy as np, fastcal
 from fastcal.build import _sized
@@ -107,8 +100,7 @@ for shape in (-1, -1, 6), (-1, -1):
         print(error)
 assert len(list(arrays)) == 3
 """
-    environment = {**os.environ, **tensorrt_bindings}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    done = run_on_bindings(program)
     assert (done.stderr, done.returncode) == ("", 0)
     assert done.stdout.splitlines() == [
         f"the network takes input 'x' as {shape}, the batches are (2, 3, 5); give batches of that shape"

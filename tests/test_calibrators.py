@@ -3,7 +3,6 @@
 What TensorRT does with a calibrator is in test_calibrators_gpu.py.
 """
 
-import os
 import subprocess
 import sys
 
@@ -59,14 +58,11 @@ def error_of(function):
 
 
 @pytest.fixture
-def run(tensorrt_bindings, tmp_path):
+def run(run_on_bindings):
     """A function that runs a program after the prelude and returns what it printed."""
 
     def run(program):
-        done = subprocess.run(
-            [sys.executable, "-c", PRELUDE + program], capture_output=True, text=True, cwd=tmp_path, timeout=60,
-            env={**os.environ, **tensorrt_bindings},
-        )  # fmt: skip
+        done = run_on_bindings(PRELUDE + program)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
