@@ -2,13 +2,18 @@
 
 By turns: batches that lie on the GPU already (what no feed can beat), fastcal's feed, Polygraphy's Calibrator over a
 loader in PIL and NumPy, and the usual sample calibrator (PIL, NumPy, one copy to the GPU). TensorRT's own time for a
-batch varies by a fifth from run to run, so what counts is the time inside `get_batch`.
+batch varies from run to run, so what counts is the time inside `get_batch`. Each run is a process of its own, as builds
+are, and ends with the last batch: what TensorRT does after it is not measured.
 
     python benchmarks/builder.py [--photographs FOLDER] [--batches 16] [--runs 5] [--size 500x400] [--ways ...]
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -85,28 +90,41 @@ def with_fastcal(paths, side, base):
 WAYS = {"resident": resident, "fastcal": with_fastcal, "polygraphy": polygraphy, "sample": sample}
 
 
-def timed(calibrator):
-    """Two lists that fill with the seconds of a calibrator's get_batch calls, and of the time between them."""
-    inside, between, left = [], [], [None]
-    original = calibrator.get_batch
+def work(way, path, images, side, algorithm):
+    """What one process does: prints the seconds inside the calls of get_batch, and those between them."""
+    calibrator = WAYS[way](sorted(map(str, images.iterdir())), side, CLASSES[algorithm])
+    original, inside, between, left = calibrator.get_batch, [], [], None
 
     def get_batch(names):
+        nonlocal left
         entered = time.perf_counter()
-        if left[0] is not None:
-            between.append(entered - left[0])
         result = original(names)
-        left[0] = time.perf_counter()
-        inside.append(left[0] - entered)
+        if left is not None:
+            between.append(entered - left)
+        if result is None:
+            print(json.dumps({"inside": inside, "between": between}), flush=True)
+            os._exit(0)
+        left = time.perf_counter()
+        inside.append(left - entered)
         return result
 
     calibrator.get_batch = get_batch
-    return inside, between
-
-
-def build_with(calibrator, model, side):
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
-    build(builder, parse(builder, model, logger), calibrator, (BATCH_SIZE, 3, side, side))
+    build(builder, parse(builder, Model(path), logger), calibrator, (BATCH_SIZE, 3, side, side))
+
+
+def measure(*arguments):
+    """Seconds of the first get_batch, of the later ones' median and worst, their share of the builder's time, and it.
+
+    The builder's time is that between the calls, of which the median is returned.
+    """
+    command = [sys.executable, __file__, "--work", *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    times = json.loads(done.stdout.splitlines()[-1])
+    first, *later = times["inside"]
+    share = sum(later) / sum(times["between"])
+    return first, statistics.median(later), max(later), share, statistics.median(times["between"])
 
 
 def main():
@@ -118,41 +136,29 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--algorithm", default="entropy2", choices=list(CLASSES))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.work:
+        way, path, images = arguments.work
+        work(way, path, Path(images), arguments.side, arguments.algorithm)
+        return
     size = tuple(int(side) for side in arguments.size.split("x"))
     measured = {way: [] for way in arguments.ways}
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "resnet50.onnx")
+        path = Path(folder) / "resnet50.onnx"
         onnx.save(resnet50(arguments.side), path)
-        model = Model(path)
         images = write_photographs(Path(folder) / "images", arguments.batches * BATCH_SIZE, size, arguments.photographs)
-        paths = sorted(str(path) for path in images.iterdir())
         for _ in range(arguments.runs):
             for way in arguments.ways:
-                calibrator = WAYS[way](paths, arguments.side, CLASSES[arguments.algorithm])
-                inside, between = timed(calibrator)
-                start = time.perf_counter()
-                build_with(calibrator, model, arguments.side)
-                later = inside[1:-1]
-                measured[way].append(
-                    (
-                        inside[0],
-                        statistics.median(later),
-                        max(later),
-                        sum(later) / sum(between),
-                        statistics.median(between),
-                        time.perf_counter() - start,
-                    )
-                )
+                options = ("--side", arguments.side, "--algorithm", arguments.algorithm)
+                measured[way].append(measure(way, path, images, *options))
                 print(way, [f"{value:.4f}" for value in measured[way][-1]], flush=True)
-    print(
-        "| | first get_batch | later, median | later, worst | of the time in the builder | builder, per batch | build |"
-    )
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| | first get_batch | later, median | later, worst | of the time in the builder | builder, per batch |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for way, runs in measured.items():
-        first, middle, worst, share, batch, whole = (statistics.median(values) for values in zip(*runs, strict=True))
+        first, middle, worst, share, batch = (statistics.median(values) for values in zip(*runs, strict=True))
         milliseconds = f"{first * 1e3:.1f} ms | {middle * 1e3:.2f} ms | {worst * 1e3:.2f} ms"
-        print(f"| {way} | {milliseconds} | {share:.2%} | {batch * 1e3:.0f} ms | {whole:.1f} s |")
+        print(f"| {way} | {milliseconds} | {share:.2%} | {batch * 1e3:.0f} ms |")
 
 
 if __name__ == "__main__":

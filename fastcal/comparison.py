@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -193,8 +193,8 @@ def compare(
         variants = {label: quantize(network, cache) for label, cache in compared.items()}
         scales = {label: cache.scales for label, cache in compared.items()}
         with (
+            timed(batches, comparing) as seen,
             _Measurement(network, scales, variants, batches, threads) as measurement,
-            closing(timed(batches, comparing)) as seen,
         ):
             for batch in seen:
                 measurement.add(batch)

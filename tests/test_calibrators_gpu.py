@@ -196,14 +196,15 @@ def test_what_tensorrt_swallows_is_raised_and_no_cache_written(trt, builder, tac
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_engine_from_a_model_and_images(trt, tactics, tmp_path):
+@pytest.mark.parametrize(("calibration", "asked"), [("tensorrt", (4, 256)), ("fastcal", (0, 0))])
+def test_an_engine_from_a_model_and_images(trt, tactics, tmp_path, calibration, asked):
     with ImageFeed(DIGITS / "images", model=DIGITS / "digits.onnx", batch_size=64) as feed:
         calibrator = fastcal.EntropyCalibrator2(feed, cache=tmp_path / "x.cache", model=DIGITS / "digits.onnx")
         engine = fastcal.build_engine(
-            DIGITS / "digits.onnx", calibrator, optimization_level=0, tactic_sources=tactics,
+            DIGITS / "digits.onnx", calibrator, calibration=calibration, optimization_level=0, tactic_sources=tactics,
             timing_cache=tmp_path / "timings",
         )  # fmt: skip
-    assert (calibrator.stats.batches, calibrator.stats.images) == (4, 256)
+    assert (calibrator.stats.batches, calibrator.stats.images) == asked
     assert (tmp_path / "timings").stat().st_size > 0
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     assert runtime.deserialize_cuda_engine(engine).get_tensor_shape("image")[0] == -1

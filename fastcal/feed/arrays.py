@@ -1,6 +1,6 @@
 """`ArrayFeed`: arrays that the caller has or makes, copied into the feed's buffers ahead of the consumer."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastcal.errors import FastcalError
-from fastcal.feed.buffers import Buffer, hand_out
+from fastcal.feed.buffers import Batches, Buffer
 from fastcal.feed.device import resolve
 from fastcal.feed.feed import Batch, Feed, check_settings
 from fastcal.feed.prefetch import Prefetcher
@@ -74,7 +74,7 @@ class ArrayFeed(Feed):
         self._reader = Reader(batches, names, last_batch, self.gpu)
         self._depth = depth
         self._buffers: list[Buffer] = []
-        self._peeked: Iterator[Batch] | None = None
+        self._peeked: Batches | None = None
         self._end_pass: Callable[[], None] | None = None
 
     def __len__(self) -> int:
@@ -139,7 +139,7 @@ class ArrayFeed(Feed):
         self._buffers = []
         self._reader.release()
 
-    def _start(self) -> Generator[Batch, None, None]:
+    def _start(self) -> Batches:
         if self._end_pass is not None:
             self._end_pass()
         fill = self._reader.begin()
@@ -147,13 +147,13 @@ class ArrayFeed(Feed):
             self._buffers = self._reader.make_buffers(self._depth)
         prefetcher = Prefetcher(self._buffers, fill)
         self._end_pass = prefetcher.close
-        return hand_out(prefetcher)
+        return Batches(prefetcher)
 
     def _peek(self) -> Reader:
         """The reader, once it has seen a first batch; a pass begun for that goes on with the next iteration."""
         if not self._reader.batch_size:
-            batches = self._start()
-            self._peeked = _resumed(next(batches), batches)
+            self._peeked = self._start()
+            self._peeked.peek()
         return self._reader
 
 
@@ -168,11 +168,3 @@ def as_feed(batches: Any, names: Sequence[str] | None, device: str) -> AbstractC
     if isinstance(batches, Feed):
         return nullcontext(batches)
     return ArrayFeed(batches, names, last_batch="keep", device=device)
-
-
-def _resumed(first: Batch, rest: Generator[Batch, None, None]) -> Iterator[Batch]:
-    try:
-        yield first
-        yield from rest
-    finally:
-        rest.close()

@@ -1,7 +1,7 @@
 """The slots of a feed's ring: arrays that are filled and read by turns."""
 
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,12 +141,35 @@ class DeviceBuffer(Buffer):
             self._read.record(self._cupy.cuda.get_current_stream())
 
 
-def hand_out(prefetcher: Prefetcher[Buffer]) -> Generator[Mapping[str, Any], None, None]:
-    """The arrays of the buffers of a pass, each valid until the next are asked for."""
-    try:
-        for buffer in prefetcher:
-            buffer.wait()
-            yield buffer.arrays
-            buffer.give_back()
-    finally:
-        prefetcher.close()
+class Batches(Iterator[Mapping[str, Any]]):
+    """The batches of a pass, a buffer's arrays by input name, each valid until the next is asked for."""
+
+    def __init__(self, prefetcher: Prefetcher[Buffer]) -> None:
+        self._prefetcher = prefetcher
+        self._held: Buffer | None = None
+        self._is_peeked = False
+
+    def __next__(self) -> Mapping[str, Any]:
+        """Wait for the next batch; raises what `Prefetcher.__next__` does."""
+        if self._is_peeked and self._held is not None:
+            self._is_peeked = False
+            return self._held.arrays
+        held, self._held = self._held, None
+        if held is not None:
+            held.give_back()
+        self._held = next(self._prefetcher)
+        try:
+            self._held.wait()
+        except BaseException:
+            self.close()
+            raise
+        return self._held.arrays
+
+    def peek(self) -> None:
+        """Wait for the next batch, which is then the next to be handed out."""
+        next(self)
+        self._is_peeked = True
+
+    def close(self) -> None:
+        """End the pass."""
+        self._prefetcher.close()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastcal.errors import FastcalError
-from fastcal.feed.buffers import Buffer, DeviceBuffer, Shape, hand_out
+from fastcal.feed.buffers import Batches, Buffer, DeviceBuffer, Shape
 from fastcal.feed.dataset import Data
 from fastcal.feed.device import resolve
 from fastcal.feed.digest import add_array
@@ -190,7 +190,7 @@ class ImageFeed(Feed):
         )
         prefetcher = Prefetcher(self._buffers, self._fill, len(self))
         self._end_pass = prefetcher.close
-        return hand_out(prefetcher)
+        return Batches(prefetcher)
 
     @property
     def skipped(self) -> list[str]:

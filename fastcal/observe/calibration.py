@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from fastcal.cache import (
@@ -21,7 +20,7 @@ from fastcal.feed.feed import Feed, length
 from fastcal.model import Model
 from fastcal.observe.histogram import Histogram
 from fastcal.observe.observations import Observations
-from fastcal.observe.observer import Engine, Observer, Seen, check_engine, choose_engine, observe_all
+from fastcal.observe.observer import Engine, Observer, Seen, check_engine, choose_engine, timed
 from fastcal.observe.scales import pick_scales
 from fastcal.progress import Progress
 from fastcal.record import Record, precision
@@ -197,8 +196,14 @@ def _observe_here(
     """Observe all batches in this process, or as many as it takes for stable scales."""
     if engine.name == "tensorrt" and engine.optimization_level is None:
         engine = replace(engine, optimization_level=int((length(feed) or 0) * feed.batch_size >= _MANY))
-    with engine.observer(network, feed.gpu) as observer:
-        observe_all(observer, feed, progress, None if looks is None else partial(looks.are_stable, observer))
+
+    def enough(images: int) -> bool:
+        return looks is not None and looks.are_stable(observer, images)
+
+    # The feed starts while the engine does: each takes seconds on a GPU.
+    with timed(feed, progress, enough) as batches, engine.observer(network, feed.gpu) as observer:
+        for batch in batches:
+            observer.observe(batch, anonymous=feed.anonymous)
         return Seen(engine.name, observer.histograms(), observer.sources)
 
 

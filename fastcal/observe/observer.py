@@ -1,15 +1,15 @@
 """What observes a network: the engine that runs it, and a feed's batches going through."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 from fastcal.errors import FastcalError, missing
 from fastcal.feed.device import resolve
-from fastcal.feed.feed import Feed, length
+from fastcal.feed.feed import Batch, Feed, length
 from fastcal.model import Model
 from fastcal.observe import ENGINES
 from fastcal.observe.histogram import Histogram
@@ -105,44 +105,45 @@ def choose_engine(engine: str, is_file: bool) -> str:
     return "tensorrt" if there or not is_file else "onnxruntime"
 
 
-def observe_all(
-    observer: Observer,
-    feed: Feed,
-    progress: Callable[[Progress], None],
-    enough: Callable[[int], bool] | None = None,
-) -> None:
-    """Observe a feed's batches, all or until there were enough images; reports after each."""
-    with closing(timed(feed, progress, enough)) as batches:
-        for batch in batches:
-            observer.observe(batch, anonymous=feed.anonymous)
-
-
+@contextmanager
 def timed(
     feed: Feed, progress: Callable[[Progress], None], enough: Callable[[int], bool] | None = None
-) -> Generator[Mapping[str, Any], None, None]:
-    """The feed's batches, all or until there were enough images, and a report after each has been used.
+) -> Iterator[Iterator[Batch]]:
+    """A pass of a feed, which begins now, so that the first batch is prepared meanwhile, and ends with the context.
 
-    Ends the feed's pass when closed.
+    Args:
+        feed: The feed.
+        progress: Called after each batch has been used.
+        enough: Called then with the number of images so far; whether to stop.
     """
-    state = Progress(total=length(feed))
-    start = time.perf_counter()
     batches = iter(feed)
     try:
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            state.waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-            state.batches += 1
-            if state.total is not None:
-                state.total = length(feed)  # less where samples were skipped
-            state.images += max((array.shape[0] for array in batch.values() if array.shape), default=0)
-            state.seconds = time.perf_counter() - start
-            progress(state)
-            if enough is not None and enough(state.images):
-                return
+        yield _timed(feed, batches, progress, enough)
     finally:
         if hasattr(batches, "close"):
             batches.close()
+
+
+def _timed(
+    feed: Feed,
+    batches: Iterator[Batch],
+    progress: Callable[[Progress], None],
+    enough: Callable[[int], bool] | None,
+) -> Iterator[Batch]:
+    state = Progress(total=length(feed))
+    start = time.perf_counter()
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        state.waited += time.perf_counter() - asked
+        if batch is None:
+            return
+        yield batch
+        state.batches += 1
+        if state.total is not None:
+            state.total = length(feed)  # less where samples were skipped
+        state.images += max((array.shape[0] for array in batch.values() if array.shape), default=0)
+        state.seconds = time.perf_counter() - start
+        progress(state)
+        if enough is not None and enough(state.images):
+            return

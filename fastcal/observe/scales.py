@@ -7,6 +7,7 @@ those to the last bit.
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -116,8 +117,7 @@ def divergences(counts: Any) -> Any:
     """
     counts = counts.astype(np.float64)
     counts[:, 0] = counts[:, 1]
-    candidates = np.arange(LEVELS, BINS + 1)
-    edges = -(-np.arange(LEVELS + 1) * candidates[:, None] // LEVELS)
+    candidates, edges = _candidates()
 
     sums = _prefix_sums(counts)
     nonempty = _prefix_sums((counts > 0).astype(np.float64))
@@ -135,6 +135,13 @@ def divergences(counts: Any) -> Any:
     divergence = (p_log_p - p_log_q) / all_of_it - np.log(all_of_it) + np.log(some)
     impossible = (nonempty[:, candidates] < 2) | ((last == 0) & (beyond > 0))
     return np.where(impossible, np.inf, divergence)
+
+
+@cache
+def _candidates() -> tuple[Any, Any]:
+    """The candidates, and the edges of the groups of each: int arrays of shape (1921,) and (1921, 129)."""
+    candidates = np.arange(LEVELS, BINS + 1)
+    return candidates, -(-np.arange(LEVELS + 1) * candidates[:, None] // LEVELS)
 
 
 def _prefix_sums(values: Any) -> Any:

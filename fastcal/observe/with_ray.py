@@ -18,7 +18,7 @@ from fastcal.errors import FastcalError, check_range
 from fastcal.feed.feed import Feed, length
 from fastcal.model import Model
 from fastcal.observe.histogram import Histogram
-from fastcal.observe.observer import Engine, Seen, choose_engine, observe_all
+from fastcal.observe.observer import Engine, Seen, choose_engine, timed
 from fastcal.progress import Progress
 
 #: How many seconds' work a worker is given at once: enough to make light of what a new feed costs, and of the result's
@@ -204,7 +204,9 @@ class _Worker:
     def _observe(self, part: Feed) -> _Counted:
         states = [Progress()]
         with part:
-            observe_all(self._observer, part, states.append)
+            with timed(part, states.append) as batches:
+                for batch in batches:
+                    self._observer.observe(batch, anonymous=part.anonymous)
             # Before the feed's buffers, which may be read still, are gone.
             histograms = dict(self._observer.histograms())
         state = states[-1]

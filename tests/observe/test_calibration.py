@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -280,3 +281,40 @@ def test_what_was_seen_is_kept(onnx_file, tmp_path):
         assert anew["y"] == anew["r"]
     cache.save(tmp_path / "x.cache")
     assert fastcal.CalibrationCache.load(tmp_path / "x.cache").observed is None
+
+
+class Begun(fastcal.Feed):
+    """One batch, and whether it was asked for."""
+
+    batch_size, begun = 1, False
+
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        self.begun = True
+        return iter([{"x": np.ones((1, 2), np.float32)}])
+
+
+def test_the_feed_starts_before_the_engine(onnx_file, monkeypatch):
+    from fastcal.observe import with_onnxruntime
+
+    feed, begun = Begun(), []
+
+    class Observer(with_onnxruntime.OnnxRuntimeObserver):
+        def __init__(self, *arguments):
+            begun.append(feed.begun)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(with_onnxruntime, "OnnxRuntimeObserver", Observer)
+    path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
+    calibrate(path, feed)
+    assert begun == [True]
+
+
+def test_a_pass_ends_where_the_engine_does_not_start(onnx_file):
+    path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = NoSuchOperator(x) }")
+    with pytest.raises(fastcal.FastcalError, match="NoSuchOperator") as raised:
+        calibrate(path, ({"x": np.ones((1, 2), np.float32)} for _ in range(9)))
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("fastcal")] == []
+    del raised  # whose traceback holds what was begun

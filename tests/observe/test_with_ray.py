@@ -20,7 +20,7 @@ import pytest
 import fastcal
 from conftest import DIGITS
 from fastcal.model import Model
-from fastcal.observe.observer import Engine, observe_all
+from fastcal.observe.observer import Engine
 from fastcal.progress import Progress
 
 ray = pytest.importorskip("ray")
@@ -164,7 +164,8 @@ def test_counts_are_those_of_one_process_where_their_order_shows(cluster, onnx_f
     feed = LateSecond(batches, tmp_path / "mark")
     engine, model = Engine("onnxruntime"), Model(path)
     with engine.observer(model, None) as observer:
-        observe_all(observer, feed, lambda state: None)
+        for batch in feed:
+            observer.observe(batch)
         expected = observer.histograms()
     found = with_ray.observe(model, feed, engine, 3, None, lambda state: None).histograms
     assert list(found) == list(expected)
