@@ -140,7 +140,6 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--optimization-levels", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--precisions", nargs="+", default=["FP32", "TF32"], choices=["FP32", "TF32"])
-    parser.add_argument("--hw-decoder-load", type=float, default=0.9)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--peer-images", type=int, default=64)
     arguments = parser.parse_args()
@@ -153,10 +152,7 @@ def main():
         paths = list(itertools.islice(itertools.cycle(sorted(map(str, files.iterdir()))), arguments.images))
 
         def feed_of(paths, size):
-            return fastcal.ImageFeed(
-                paths, model=path, batch_size=size, device="cuda", last_batch="drop",
-                hw_decoder_load=arguments.hw_decoder_load,
-            )  # fmt: skip
+            return fastcal.ImageFeed(paths, model=path, batch_size=size, device="cuda", last_batch="drop")
 
         for precision, level in itertools.product(arguments.precisions, arguments.optimization_levels):
             tf32 = precision == "TF32"

@@ -23,7 +23,9 @@ def bare_dali(paths, batch_size, threads, load, depth):
     pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=0, prefetch_queue_depth=depth)
     with pipeline:
         encoded, _ = fn.readers.file(files=paths, name="reader")
-        images = fn.decoders.image(encoded, device="mixed", output_type=types.RGB, hw_decoder_load=load)
+        images = fn.decoders.image(
+            encoded, device="mixed", output_type=types.RGB, hw_decoder_load=load, jpeg_fancy_upsampling=True
+        )
         images = fn.resize(images, resize_shorter=256, interp_type=types.INTERP_LINEAR, antialias=True)
         mean, std = np.array([0.485, 0.456, 0.406]) * 255, np.array([0.229, 0.224, 0.225]) * 255
         pipeline.set_outputs(

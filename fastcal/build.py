@@ -80,16 +80,15 @@ def build_engine(
     _add_profiles(builder, network, config, batches, calibrator.feed)
     config.int8_calibrator = calibrator
     calibrator.check_network(network, config)
-    timings = None if timing_cache is None else _load_timings(config, timing_cache)
+    timings = None if timing_cache is None else _Timings(timing_cache, config, logger)
     with calibrator:
         if calibration == "fastcal":
             calibrator.calibrate(network, tf32=tf32, tactic_sources=tactics)
         engine = builder.build_serialized_network(network, config)
-    del timings  # TensorRT needed it until now
     if engine is None:
         raise FastcalError(f"TensorRT builds no engine from {model.path}: {logger.reasons()}")
-    if timing_cache is not None:
-        _save_timings(config, timing_cache)
+    if timings is not None:
+        timings.save()
     return bytes(engine)
 
 
@@ -161,22 +160,39 @@ def _sized(shapes: dict[str, tuple[int, ...]], feed: Feed) -> dict[str, tuple[in
     return sized
 
 
-def _load_timings(config: Any, path: str | os.PathLike[str]) -> Any:
-    """TensorRT's timings from a file, handed to the config; none yet where they are of other circumstances."""
-    try:
-        known = Path(path).read_bytes() if Path(path).exists() else b""
-    except OSError as error:
-        raise FastcalError(f"cannot read timing cache {path}: {error.strerror}; name another file") from error
-    timings = config.create_timing_cache(known)
-    if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
-        _log.info("%s is not used: it is of another TensorRT or GPU, or no timing cache", path)
-        timings = config.create_timing_cache(b"")
-        config.set_timing_cache(timings, ignore_mismatch=False)
-    return timings
+class _Timings:
+    """TensorRT's timings in a file, which a build uses and extends.
 
+    TensorRT needs this object until the build has ended.
 
-def _save_timings(config: Any, path: str | os.PathLike[str]) -> None:
-    try:
-        write_atomically(path, bytes(config.get_timing_cache().serialize()))
-    except FastcalError as error:  # the engine took longer to make, and is not to be lost for this
-        _log.warning("the timings are not kept: %s", error)
+    Args:
+        path: The file; it need not be there yet.
+        config: The configuration of the build.
+        logger: That of the builder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: Any, logger: Logger) -> None:
+        try:
+            known = Path(path).read_bytes() if Path(path).exists() else b""
+        except OSError as error:
+            raise FastcalError(f"cannot read timing cache {path}: {error.strerror}; name another file") from error
+        self._path, self._config, self._logger = path, config, logger
+        self._timings = config.create_timing_cache(known)
+        self._is_refused = not self._set()
+        if self._is_refused:
+            self._timings = config.create_timing_cache(b"")
+            self._set()
+
+    def _set(self) -> bool:
+        return self._timings is not None and bool(self._config.set_timing_cache(self._timings, ignore_mismatch=False))
+
+    def save(self) -> None:
+        """Write them to the file, with what the build has added; says where those that were there were of no use."""
+        said = self._logger.errors + self._logger.warnings
+        # TensorRT 8.6 takes what is no timing cache, and complains only.
+        if self._is_refused or any("timing cache will not be used" in message for message in said):
+            _log.info("%s was not used: it is of another TensorRT or GPU, or no timing cache", self._path)
+        try:
+            write_atomically(self._path, bytes(self._config.get_timing_cache().serialize()))
+        except FastcalError as error:  # the engine took longer to make, and is not to be lost for this
+            _log.warning("the timings are not kept: %s", error)

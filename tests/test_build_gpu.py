@@ -134,7 +134,7 @@ def test_a_timing_cache_that_is_none_is_replaced(run_fastcal, tmp_path):
     words = ("-o", tmp_path / "x.engine", "--timing-cache", tmp_path / "timings")
     done = run_fastcal("build", MODEL, IMAGES, *words, *FAST)
     assert done.returncode == 0, done.stderr
-    assert "timings is not used: it is of another TensorRT or GPU, or no timing cache" in done.stderr
+    assert "timings was not used: it is of another TensorRT or GPU, or no timing cache" in done.stderr
     assert len((tmp_path / "timings").read_bytes()) > len(b"garbage")
 
 

@@ -76,7 +76,9 @@ class ImagePipeline:
         self._inputs = inputs
         self.has_begun = False
         self._gpu = gpu is not None
-        decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if self._gpu else {"device": "cpu"}
+        decoder: dict[str, Any] = {"device": "cpu"}
+        if self._gpu:  # with colours between their samples interpolated as on the CPU, where it is the only way
+            decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
         self._pipeline = Pipeline(batch_size=most, num_threads=threads, device_id=gpu, prefetch_queue_depth=ahead)
         outputs = []
         with self._pipeline:
