@@ -32,6 +32,10 @@ _BYTES_PER_THREAD = 2 << 20
 # How many images of a kind are tried before it is said that none can be decoded.
 _TRIED = 3
 
+# How many samples are tried on the CPU first once a GPU's pipeline has failed; twice as many the next time. What a new
+# pipeline on a GPU takes, 2 s, is what trying some thousand images takes on the CPU.
+_FIRST_SUSPECTS = 128
+
 # How many unreadable samples are logged; all are listed in `skipped`.
 _SHOWN = 3
 
@@ -141,6 +145,8 @@ class ImageFeed(Feed):
         self._skip = skip_unreadable
         self._max_unreadable = max_unreadable
         self._unreadable: dict[int, UnreadableError] = {}
+        self._next_suspects = _FIRST_SUSPECTS
+        self._suspects = 0  # how many of the next samples are tried first
         say_how_it_ends(len(self.paths), self.batch_size, last_batch, "images")
         self._depth = depth
         self.gpu = resolve(device)
@@ -314,6 +320,11 @@ class ImageFeed(Feed):
         try:
             for name, source in self._arrays.items():
                 run.arrays[name] = source.fetch(run.numbers)
+            if self._suspects > 0:
+                self._suspects -= len(run.numbers)
+                if self._leave_out(find_unreadable(self._images.values(), run.numbers, threads=self._threads)):
+                    self._pass.go_back(run)
+                    return
             pipeline.submit(run, self._fetch(run))
         except UnreadableError as error:
             self._leave_out([error])
@@ -372,6 +383,8 @@ class ImageFeed(Feed):
         for numbers, gpu in ((first.numbers, None), (others, None), (first.numbers + others, self.gpu)):
             if self._leave_out(find_unreadable(self._images.values(), numbers, gpu)):
                 self._pass.go_back(first)
+                if self.gpu is not None:
+                    self._suspects, self._next_suspects = self._next_suspects, 2 * self._next_suspects
                 return
         raise FastcalError(
             f"DALI cannot prepare the images from {self.paths[first.numbers[0]]} on: {_gist(error)}"

@@ -50,6 +50,17 @@ def test_the_next_images_fill_up(tmp_path, depth, broken, expected):
     assert feed.skipped == [str(tmp_path / f"{number:02}.jpg") for number in sorted(broken)]
 
 
+def test_after_a_failure_images_are_tried_before_the_pipeline_gets_them(tmp_path, monkeypatch):
+    failures = []
+    recover = ImageFeed._recover
+    monkeypatch.setattr(ImageFeed, "_recover", lambda *arguments: (failures.append(1), recover(*arguments)))
+    write_numbered(tmp_path, 50, set(range(10, 50, 5)))
+    feed = ImageFeed(tmp_path, preprocess=SMALL, batch_size=4, device="cuda", skip_unreadable=True, max_unreadable=50)
+    all_of(feed)
+    assert feed.skipped == [str(tmp_path / f"{number:02}.jpg") for number in range(10, 50, 5)]
+    assert len(failures) == 1
+
+
 def test_a_truncated_jpeg_is_as_unreadable_as_on_the_cpu(tmp_path):
     for progressive in (False, True):
         path = tmp_path / f"{progressive}.jpg"

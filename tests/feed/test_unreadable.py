@@ -68,6 +68,20 @@ def test_the_next_images_fill_up(tmp_path, ahead, broken, wrap, drop):
         feed.close()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("broken", [{3}, {0, 1, 2, 3, 4}, {8, 9}, {0, 9}])
+def test_suspects_do_not_reach_the_pipeline(tmp_path, monkeypatch, broken, threads):
+    write_numbered(tmp_path, 10, broken)
+    with feed_of(tmp_path, threads=threads) as feed:
+        expected = [numbers(batch) for batch in feed]
+    monkeypatch.setattr(ImageFeed, "_recover", lambda *_: pytest.fail("the pipeline got what is unreadable"))
+    with feed_of(tmp_path, threads=threads) as feed:
+        feed._suspects = 100  # as on a GPU, after a failure
+        for _ in range(2):
+            assert [numbers(batch) for batch in feed] == expected
+        assert feed.skipped == [str(tmp_path / f"{number:02}.jpg") for number in sorted(broken)]
+
+
 def test_a_pass_left_midway_and_begun_again(tmp_path):
     write_numbered(tmp_path, 10, {1, 6})
     with feed_of(tmp_path) as feed:
