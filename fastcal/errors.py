@@ -34,6 +34,10 @@ def missing(what: str, error: ModuleNotFoundError) -> Exception:
     return FastcalError(f"{what} needs {package}, which is not installed: pip install 'fastcal[{extra}]'")
 
 
+#: More threads than this process could use anywhere; DALI aborts where it cannot start so many.
+MOST_THREADS = 1024
+
+
 def check_range(name: str, value: int | None, least: int, most: int | None = None) -> None:
     """Raise FastcalError if a setting of that name is given and out of its range."""
     if value is not None and (value < least or (most is not None and value > most)):

@@ -266,7 +266,8 @@ def remove_all_images(tmp_path, images):
         (break_nothing, {"--batch-size": 10**9}, r"no memory for batches of shape \(1000000000, 3, 32, 32\), 1144"),
         (break_nothing, {"--report": "old.cache.json"}, r"old.cache.json is the report; name another file for the cac"),
         (break_nothing, {"--tensorrt": "11.0"}, r"TensorRT 11.0 takes no calibration cache"),
-        (break_nothing, {"--threads": "0"}, r"threads is 0; it must be at least 1"),
+        (break_nothing, {"--threads": "0"}, r"threads is 0; it must be from 1 to 1024"),
+        (break_nothing, {"--threads": "100000"}, r"threads is 100000; it must be from 1 to 1024"),
         (break_nothing, {"-o": "nowhere/x.cache"}, r"cannot write nowhere/x.cache: there is no folder"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcal.errors import FastcalError, check_range
+from fastcal.errors import MOST_THREADS, FastcalError, check_range
 
 #: The batch size where neither the caller nor the model says one.
 BATCH_SIZE = 32
@@ -88,7 +88,8 @@ def check_settings(last_batch: str, known: Sequence[str], **numbers: int | None)
     Args:
         last_batch: What becomes of a last batch of fewer samples.
         known: What can become of it.
-        **numbers: Other settings by name, where they are given; each is at least 1, `depth` at least 2.
+        **numbers: Other settings by name, where they are given; each is at least 1, `depth` at least 2, `threads` at
+            most `MOST_THREADS`.
 
     Raises:
         FastcalError: A setting is out of its range.
@@ -97,7 +98,7 @@ def check_settings(last_batch: str, known: Sequence[str], **numbers: int | None)
         choices = f"{', '.join(known[:-1])} or {known[-1]}"
         raise FastcalError(f"there is no last_batch {last_batch!r}; choose {choices}")
     for name, value in numbers.items():
-        check_range(name, value, 2 if name == "depth" else 1)
+        check_range(name, value, 2 if name == "depth" else 1, MOST_THREADS if name == "threads" else None)
 
 
 def length(feed: Feed) -> int | None:

@@ -14,7 +14,7 @@ from fastcal.cache import (
     check_tensorrt_version,
     installed_tensorrt_version,
 )
-from fastcal.errors import FastcalError, check_range, missing
+from fastcal.errors import MOST_THREADS, FastcalError, check_range, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed, length
 from fastcal.model import Model
@@ -95,7 +95,7 @@ def calibrate(
     """
     check_algorithm(algorithm, quantile)
     check_engine(engine)
-    check_range("threads", threads, 1)
+    check_range("threads", threads, 1, MOST_THREADS)
     if until_stable is not None and not until_stable > 0:
         raise FastcalError(f"until_stable is {until_stable}; it is a percentage above 0, 1 for instance")
     if until_stable is not None and workers is not None:

@@ -223,9 +223,9 @@ def test_a_version_is_no_number(onnx_file):
         calibrate(onnx_file(SCALED), [{"x": np.ones((1, 2), "f4")}], tensorrt_version=10.3)
 
 
-@pytest.mark.parametrize("threads", [0, -1])
-def test_no_threads(onnx_file, threads):
-    with pytest.raises(fastcal.FastcalError, match=f"threads is {threads}; it must be at least 1"):
+@pytest.mark.parametrize("threads", [0, -1, 1025])
+def test_threads_that_no_machine_has(onnx_file, threads):
+    with pytest.raises(fastcal.FastcalError, match=f"threads is {threads}; it must be from 1 to 1024"):
         calibrate(onnx_file(SCALED), [{"x": np.ones((1, 2), "f4")}], threads=threads)
 
 
