@@ -241,7 +241,7 @@ class _Measurement:
             workers = threads or len(os.sched_getaffinity(0))
             self._pool = stack.enter_context(ThreadPoolExecutor(workers, "fastcal-rounding"))
             self._stack = stack.pop_all()
-        self._tensors = {name: _Sums(len(scales)) for name in self._float.tensors}
+        self._tensors = {name: _Sums(len(scales)) for name in (*self._float.inputs, *self._float.activations)}
         outputs = [value.name for value in network.proto.graph.output if value.name in self._tensors]
         self._outputs = {name: _Sums(len(scales)) for name in outputs}
         self._decisions: dict[str | None, list[npt.NDArray[np.intp]]] = {}

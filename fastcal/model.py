@@ -1,6 +1,7 @@
 """What has to be known of an ONNX model: its inputs, its activations, and which tensors TensorRT gives one scale."""
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,29 @@ class Model:
             raise FastcalError(f"{self.path} is no valid ONNX model: {text}; export it again") from error
         known = [*inferred.input, *inferred.value_info, *inferred.output]
         return {value.name: value.type.tensor_type.elem_type for value in known}
+
+    def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """The bytes of the tensors that the graph's nodes compute, by name, as far as ONNX can infer their shapes.
+
+        Args:
+            shapes: Those of the inputs, by name.
+        """
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        for value in proto.graph.input:
+            for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
+                dim.dim_value = size
+        try:
+            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+        except onnx.shape_inference.InferenceError:  # what runs the model says what is wrong with it
+            return {}
+        sizes = {}
+        for value in (*inferred.value_info, *inferred.output):
+            tensor = value.type.tensor_type
+            if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+                itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+                sizes[value.name] = itemsize * math.prod(dim.dim_value for dim in tensor.shape.dim)
+        return sizes
 
     @cached_property
     def sources(self) -> Mapping[str, str]:

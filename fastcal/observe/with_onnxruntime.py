@@ -1,7 +1,7 @@
 """A network observed on the CPU: run by ONNX Runtime with every activation visible, counted on all cores."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,7 @@ from fastcal.errors import FastcalError
 from fastcal.feed.device import to_host
 from fastcal.model import Model, match_batch
 from fastcal.observe.histogram import Histogram, Histograms
+from fastcal.observe.memory import SHARE, free_memory, groups
 
 _FLOAT = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
@@ -25,6 +26,8 @@ class OnnxRuntimeObserver:
     Args:
         model: The model.
         threads: How many threads run the network and count; by default one per core that this process may use.
+        memory: How many bytes all activations of a batch may take; by default 70 % of what is free. Where they take
+            more, the network runs several times over each batch and shows some of them each time.
 
     Attributes:
         sources: Tensors that take another's scale: name to the other's name.
@@ -33,10 +36,14 @@ class OnnxRuntimeObserver:
         FastcalError: ONNX Runtime does not take the model.
     """
 
-    def __init__(self, model: Model, threads: int | None = None) -> None:
+    def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
         self._model = model
+        self._threads = threads
+        self._memory = memory
         self.sources = model.sources
-        self._runner = OnnxRuntimeRunner(model, threads)
+        self._runners = [OnnxRuntimeRunner(model, threads)]
+        self._activations = self._runners[0].activations
+        self._shapes: Mapping[str, tuple[int, ...]] = {}  # of the inputs that the runners are for
         self._histograms = Histograms(threads)
 
     def begin(self, starts: Mapping[str, float]) -> None:
@@ -52,10 +59,19 @@ class OnnxRuntimeObserver:
             anonymous: Whether the batch's one array was given no name and so goes to the model's one input.
 
         Raises:
-            FastcalError: The batch does not fit the model, or ONNX Runtime fails on it.
+            FastcalError: The batch does not fit the model or the memory, or ONNX Runtime fails on it.
         """
         arrays = match_batch(self._model.inputs, str(self._model.path), batch, anonymous)
-        self._histograms.update_all(self._runner.run(arrays))
+        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+        if shapes != self._shapes:
+            self._fit(shapes)
+            self._shapes = shapes
+        for number, runner in enumerate(self._runners):
+            values = runner.run(arrays)
+            for name in runner.inputs if number else ():  # the first has counted them
+                del values[name]
+            self._histograms.update_all(values)
+            del values  # before the next ones are there
 
     def histograms(self) -> Mapping[str, Histogram]:
         """The histograms since the beginning, by tensor name."""
@@ -67,8 +83,24 @@ class OnnxRuntimeObserver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._runner, self._histograms:
-            pass
+        with self._histograms:
+            self._close()
+
+    def _close(self) -> None:
+        for runner in self._runners:
+            runner.close()
+
+    def _fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Have as many runners as it takes for activations of these inputs to fit the memory."""
+        free = free_memory()
+        memory = int(SHARE * free) if self._memory is None and free is not None else self._memory
+        if memory is None:
+            return
+        sizes = self._model.sizes(shapes)
+        shown = groups({name: sizes.get(name, 0) for name in self._activations}, memory, "the memory")
+        if shown != [list(runner.activations) for runner in self._runners]:
+            self._close()
+            self._runners = [OnnxRuntimeRunner(self._model, self._threads, activations=group) for group in shown]
 
 
 class OnnxRuntimeRunner:
@@ -80,18 +112,28 @@ class OnnxRuntimeRunner:
         model: The model; external data is read from its folder.
         threads: How many threads run one batch; by default one per core that this process may use.
         variant: What to run in place of the model, and to return the outputs of alone: the model with Q/DQ pairs, say.
+        activations: What to show of the model; by default all activations.
 
     Attributes:
-        tensors: Names of the float inputs and activations (or outputs), in the graph's order: what `run` returns.
+        inputs: Names of the float inputs.
+        activations: Names of the float activations (or outputs) that are shown, in the graph's order.
 
     Raises:
         FastcalError: ONNX Runtime does not take the model.
     """
 
-    def __init__(self, model: Model, threads: int | None = None, *, variant: onnx.ModelProto | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        threads: int | None = None,
+        *,
+        variant: onnx.ModelProto | None = None,
+        activations: Sequence[str] | None = None,
+    ) -> None:
         self._model = model
-        proto = _with_outputs(model) if variant is None else variant
+        proto = _with_outputs(model, activations) if variant is None else variant
         options = onnxruntime.SessionOptions()
+        options.enable_cpu_mem_arena = activations is None  # which would keep the memory from the others that run
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 4  # what goes wrong comes as an exception
@@ -104,9 +146,8 @@ class OnnxRuntimeRunner:
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise FastcalError(f"ONNX Runtime cannot load {model.path}: {_first_line(error)}") from error
-        self._inputs = [value.name for value in self._session.get_inputs() if value.type in _FLOAT]
-        self._activations = [value.name for value in self._session.get_outputs() if value.type in _FLOAT]
-        self.tensors = [*self._inputs, *self._activations]
+        self.inputs = [value.name for value in self._session.get_inputs() if value.type in _FLOAT]
+        self.activations = [value.name for value in self._session.get_outputs() if value.type in _FLOAT]
         # A thread of its own runs the session, so that the calling thread stays open to Ctrl-C.
         self._thread = ThreadPoolExecutor(1, "fastcal-runner")
 
@@ -117,7 +158,7 @@ class OnnxRuntimeRunner:
             batch: Arrays by input name; an array of another type than its input is converted.
 
         Returns:
-            The values of `tensors` by name.
+            The values of `inputs` and `activations` by name.
 
         Raises:
             FastcalError: ONNX Runtime fails on the batch.
@@ -125,7 +166,7 @@ class OnnxRuntimeRunner:
         arrays = {value.name: np.asarray(to_host(batch[value.name]), value.dtype) for value in self._model.inputs}
         options = onnxruntime.RunOptions()
         options.log_severity_level = 4
-        future = self._thread.submit(self._session.run, self._activations, arrays, options)
+        future = self._thread.submit(self._session.run, self.activations, arrays, options)
         try:
             values = future.result()
         except Exception as error:
@@ -134,7 +175,11 @@ class OnnxRuntimeRunner:
             options.terminate = True
             wait([future])
             raise
-        return {name: arrays[name] for name in self._inputs} | dict(zip(self._activations, values, strict=True))
+        return {name: arrays[name] for name in self.inputs} | dict(zip(self.activations, values, strict=True))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
 
     def __enter__(self) -> "OnnxRuntimeRunner":
         return self
@@ -142,15 +187,15 @@ class OnnxRuntimeRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._thread.shutdown()
+        self.close()
 
 
-def _with_outputs(model: Model) -> onnx.ModelProto:
-    """The model with every activation among its outputs; their types are left for ONNX Runtime to infer."""
+def _with_outputs(model: Model, activations: Sequence[str] | None) -> onnx.ModelProto:
+    """The model with activations, by default all, for its outputs; their types are left for ONNX Runtime to infer."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in model.activations)
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in activations or model.activations)
     return proto
 
 

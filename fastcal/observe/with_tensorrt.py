@@ -1,6 +1,5 @@
 """A network observed on a GPU: run by TensorRT in FP32 with every tensor an output, counted where the tensors are."""
 
-import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,7 @@ from fastcal.model import Model, ModelInput, format_shape, match_batch
 from fastcal.network import Logger, known_sizes, parse, start_builder, tactic_bits, trt
 from fastcal.observe.device_histogram import DeviceHistograms
 from fastcal.observe.histogram import Histogram
-
-_log = logging.getLogger("fastcal")
-
-#: The share of the GPU's free memory that the tensors of one pass may take; the rest is for TensorRT and the feed.
-_MEMORY_SHARE = 0.7
+from fastcal.observe.memory import SHARE, groups
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -147,18 +142,12 @@ class TensorRTObserver:
     def _build(self, shapes: Mapping[str, tuple[int, ...]]) -> "Iterator[_Engine]":
         """One engine per group of tensors that fit the memory together."""
         with _fixed(self._network, shapes):
-            sizes = [_bytes(value) for value in self._computed]
-            memory = self._memory or int(_MEMORY_SHARE * cupy.cuda.runtime.memGetInfo()[0])
-            groups = _groups(self._computed, sizes, memory)
-            if len(groups) > 1:
-                _log.warning(
-                    "the tensors of a batch take %.1f GiB, %.1f GiB may be used: the network runs %d times over each "
-                    "batch; a smaller batch size is faster",
-                    sum(sizes) / 2**30, memory / 2**30, len(groups),
-                )  # fmt: skip
-            for group in groups:
-                with _outputs(self._network, group):
-                    yield _Engine(self._serialize(), [value.name for value in group], self._logger)
+            tensors = {value.name: value for value in self._computed}
+            sizes = {name: _bytes(value) for name, value in tensors.items()}
+            memory = self._memory or int(SHARE * cupy.cuda.runtime.memGetInfo()[0])
+            for group in groups(sizes, memory, "the GPU's memory"):
+                with _outputs(self._network, [tensors[name] for name in group]):
+                    yield _Engine(self._serialize(), group, self._logger)
 
     def _serialize(self) -> Any:
         config = self._builder.create_builder_config()
@@ -270,24 +259,6 @@ def _bytes(value: Any) -> int:
         )
     itemsize: int = np.dtype(trt.nptype(value.dtype)).itemsize
     return int(math.prod(shape) * itemsize)
-
-
-def _groups(values: Sequence[Any], sizes: Sequence[int], memory: int) -> list[list[Any]]:
-    """The values in order, in as few groups as fit the memory each."""
-    groups: list[list[Any]] = [[]]
-    taken = 0
-    for value, size in zip(values, sizes, strict=True):
-        if size > memory:
-            raise FastcalError(
-                f"tensor {value.name!r} of a batch takes {size / 2**30:.1f} GiB and {memory / 2**30:.1f} GiB of the "
-                "GPU's memory may be used; use a smaller batch size"
-            )
-        if taken + size > memory:
-            groups.append([])
-            taken = 0
-        groups[-1].append(value)
-        taken += size
-    return groups
 
 
 @contextmanager

@@ -1,0 +1,106 @@
+"""Batches whose tensors do not fit the memory together."""
+
+import logging
+
+import numpy as np
+import pytest
+
+import fastcal
+from conftest import DIGITS
+from fastcal import FastcalError
+from fastcal.model import Model
+from fastcal.observe import memory
+from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver, OnnxRuntimeRunner
+
+MODEL = DIGITS / "digits.onnx"
+
+
+@pytest.fixture
+def batches():
+    random = np.random.default_rng(0)
+    return [{"image": random.standard_normal((7, 3, 32, 32), dtype="f4") * (1 + number)} for number in range(3)]
+
+
+def test_sizes_are_those_of_the_arrays(batches):
+    with OnnxRuntimeRunner(Model(MODEL)) as runner:
+        values = runner.run(batches[0])
+        expected = {name: values[name].nbytes for name in runner.activations}
+    sizes = Model(MODEL).sizes({"image": (7, 3, 32, 32)})
+    assert {name: sizes[name] for name in expected} == expected
+
+
+def test_sizes_that_depend_on_the_data_are_not_known(onnx_file):
+    path = onnx_file("f (float[N, 2] x) => (float[M, 2] y) { i = NonZero(x) j = Transpose(i) y = Cast<to = 1>(j) }")
+    assert Model(path).sizes({"x": (3, 2)}) == {}
+
+
+def test_several_passes_see_what_one_does(batches, caplog):
+    found = []
+    largest = max(Model(MODEL).sizes({"image": (7, 3, 32, 32)}).values())
+    for most in (None, 3 * largest, largest):
+        with caplog.at_level(logging.WARNING, "fastcal"), OnnxRuntimeObserver(Model(MODEL), memory=most) as observer:
+            for batch in batches:
+                observer.observe(batch)
+            found.append(observer.histograms())
+    assert list(found[0]) == list(found[1]) == list(found[2])
+    for name, histogram in found[0].items():
+        assert found[1][name].counts.tolist() == found[2][name].counts.tolist() == histogram.counts.tolist(), name
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert all("times over each batch; a smaller batch size is faster" in text for text in said)
+
+
+def test_a_tensor_that_does_not_fit_by_itself_is_named(batches):
+    message = r"tensor '/0/Conv_output_0' of a batch takes .* of the memory may be used; use a smaller batch size"
+    with (
+        OnnxRuntimeObserver(Model(MODEL), memory=1000) as observer,
+        pytest.raises(FastcalError, match=message),
+    ):
+        observer.observe(batches[0])
+
+
+def test_a_batch_of_another_size_is_fitted_anew(batches, caplog):
+    small = max(Model(MODEL).sizes({"image": (2, 3, 32, 32)}).values())
+    with caplog.at_level(logging.WARNING, "fastcal"), OnnxRuntimeObserver(Model(MODEL), memory=8 * small) as observer:
+        for batch in (batches[0], {"image": batches[1]["image"][:2]}, batches[2]):
+            observer.observe(batch)
+        counted = int(observer.histograms()["image"].counts.sum())
+    assert counted == 16 * 3 * 32 * 32
+    assert len(caplog.records) >= 2
+
+
+def test_free_memory_is_that_of_the_machine_or_less():
+    free = memory.free_memory()
+    with open("/proc/meminfo") as file:
+        total = int(file.readline().split()[1]) * 1024
+    assert 0 < free <= total
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("1000", [650]), ("max", [])])
+def test_a_control_group_allows_what_is_left_and_what_is_only_cached(tmp_path, limit, expected):
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 50\n")
+    names = ("memory.max", "memory.current", "inactive_file")
+    assert list(memory._allowance(tmp_path, *names)) == expected
+    assert list(memory._allowance(tmp_path / "none", *names)) == []
+
+
+def test_a_calibration_that_has_little_memory_finds_the_same_scales(batches, monkeypatch):
+    calm = fastcal.calibrate(MODEL, batches, engine="onnxruntime").scales
+    largest = max(Model(MODEL).sizes({"image": (7, 3, 32, 32)}).values())
+    monkeypatch.setattr("fastcal.observe.with_onnxruntime.free_memory", lambda: int(largest / memory.SHARE) + 1)
+    assert fastcal.calibrate(MODEL, batches, engine="onnxruntime").scales == calm
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "expected"),
+    [
+        ({"a": 2, "b": 2, "c": 2}, 4, [["a", "b"], ["c"]]),
+        ({"a": 3, "b": 2, "c": 1}, 4, [["a"], ["b", "c"]]),
+        ({"a": 4, "b": 0}, 4, [["a", "b"]]),
+        ({}, 4, [[]]),
+    ],
+)
+def test_groups_are_as_few_as_fit_in_order(sizes, most, expected):
+    assert memory.groups(sizes, most, "the memory") == expected
