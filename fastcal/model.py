@@ -164,7 +164,11 @@ class Model:
         sizes = {}
         for value in (*inferred.value_info, *inferred.output):
             tensor = value.type.tensor_type
-            if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+            if (
+                tensor.elem_type
+                and tensor.HasField("shape")
+                and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
+            ):
                 itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
                 sizes[value.name] = itemsize * math.prod(dim.dim_value for dim in tensor.shape.dim)
         return sizes

@@ -56,9 +56,9 @@ def calibrate(
 
     Runs the network in float32 with every tensor visible, with TensorRT on a GPU or with ONNX Runtime on the CPU; one
     batch is in memory at a time, and where its tensors do not fit the memory together, the network runs several times
-    over it. The scales equal TensorRT's to the last bit where the tensors' values do. With
-    TensorRT the cache holds every tensor that TensorRT asks for; with ONNX Runtime not those that TensorRT's parser
-    adds under names of its own (constants, the parts of a Gemm).
+    over it. The scales equal TensorRT's to the last bit where the tensors' values do. With TensorRT the cache holds
+    every tensor that TensorRT asks for; with ONNX Runtime not those that TensorRT's parser adds under names of its own
+    (constants, the parts of a Gemm).
 
     Args:
         model: The ONNX file; for TensorRT, a `tensorrt.INetworkDefinition` will do too.

@@ -63,10 +63,10 @@ def _allowances() -> Iterator[int]:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, place = line.split(":", 2)
         if controllers == "":
-            top, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")
+            top, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current", "")
         elif controllers == "memory":  # version 1
             top = Path("/sys/fs/cgroup/memory")
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         else:
             continue
         group = top / place.strip("/")
@@ -75,10 +75,11 @@ def _allowances() -> Iterator[int]:
                 yield from _allowance(level, *names)
 
 
-def _allowance(group: Path, limit: str, usage: str, cached: str) -> Iterator[int]:
+def _allowance(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
     try:
-        allowed = int((group / limit).read_text())
-        yield allowed - int((group / usage).read_text()) + _numbers(group / "memory.stat")[cached]
+        allowed, used = int((group / limit).read_text()), int((group / usage).read_text())
+        parts = _numbers(group / "memory.stat")
+        yield allowed - used + parts[f"{prefix}inactive_file"] + parts[f"{prefix}active_file"]
     except (OSError, KeyError, ValueError):  # no such group, as seen from a container, or no limit: "max"
         return
 

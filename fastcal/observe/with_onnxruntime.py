@@ -40,6 +40,7 @@ class OnnxRuntimeObserver:
         self._model = model
         self._threads = threads
         self._memory = memory
+        self._free: int | None = None
         self.sources = model.sources
         self._runners = [OnnxRuntimeRunner(model, threads)]
         self._activations = self._runners[0].activations
@@ -92,12 +93,17 @@ class OnnxRuntimeObserver:
 
     def _fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Have as many runners as it takes for activations of these inputs to fit the memory."""
-        free = free_memory()
-        memory = int(SHARE * free) if self._memory is None and free is not None else self._memory
-        if memory is None:
+        if self._free is None and self._memory is None:
+            self._free = free_memory()  # before batches have taken of it
+        known = self._model.sizes(shapes)
+        sizes = {name: known.get(name, 0) for name in self._activations}
+        if self._memory is not None:
+            memory = self._memory
+        elif self._free is not None:
+            memory = max(int(SHARE * self._free), min(self._free, max(sizes.values(), default=0)))
+        else:
             return
-        sizes = self._model.sizes(shapes)
-        shown = groups({name: sizes.get(name, 0) for name in self._activations}, memory, "the memory")
+        shown = groups(sizes, memory, "the memory")
         if shown != [list(runner.activations) for runner in self._runners]:
             self._close()
             self._runners = [OnnxRuntimeRunner(self._model, self._threads, activations=group) for group in shown]

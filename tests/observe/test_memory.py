@@ -76,12 +76,12 @@ def test_free_memory_is_that_of_the_machine_or_less():
     assert 0 < free <= total
 
 
-@pytest.mark.parametrize(("limit", "expected"), [("1000", [650]), ("max", [])])
+@pytest.mark.parametrize(("limit", "expected"), [("1000", [670]), ("max", [])])
 def test_a_control_group_allows_what_is_left_and_what_is_only_cached(tmp_path, limit, expected):
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("400\n")
-    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 50\n")
-    names = ("memory.max", "memory.current", "inactive_file")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 50\nactive_file 20\n")
+    names = ("memory.max", "memory.current", "")
     assert list(memory._allowance(tmp_path, *names)) == expected
     assert list(memory._allowance(tmp_path / "none", *names)) == []
 
@@ -89,8 +89,12 @@ def test_a_control_group_allows_what_is_left_and_what_is_only_cached(tmp_path, l
 def test_a_calibration_that_has_little_memory_finds_the_same_scales(batches, monkeypatch):
     calm = fastcal.calibrate(MODEL, batches, engine="onnxruntime").scales
     largest = max(Model(MODEL).sizes({"image": (7, 3, 32, 32)}).values())
-    monkeypatch.setattr("fastcal.observe.with_onnxruntime.free_memory", lambda: int(largest / memory.SHARE) + 1)
-    assert fastcal.calibrate(MODEL, batches, engine="onnxruntime").scales == calm
+    for free in (int(largest / memory.SHARE) + 1, largest):
+        monkeypatch.setattr("fastcal.observe.with_onnxruntime.free_memory", lambda free=free: free)
+        assert fastcal.calibrate(MODEL, batches, engine="onnxruntime").scales == calm
+    monkeypatch.setattr("fastcal.observe.with_onnxruntime.free_memory", lambda: largest - 1)
+    with pytest.raises(FastcalError, match="of the memory may be used; use a smaller batch size"):
+        fastcal.calibrate(MODEL, batches, engine="onnxruntime")
 
 
 @pytest.mark.parametrize(
