@@ -24,7 +24,7 @@ from fastcal.observe.calibration import calibrate
 from fastcal.observe.observations import Observations
 from fastcal.observe.observer import timed
 from fastcal.observe.rounding import rounded
-from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner
+from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner, PartedRunner
 from fastcal.progress import Progress
 from fastcal.qdq import check_quantizable, load_for, quantize
 from fastcal.record import Record
@@ -233,7 +233,7 @@ class _Measurement:
         self._samples: int | None = len(self._paths) or getattr(feed, "samples", None)
         self._stack = ExitStack()
         with ExitStack() as stack:
-            self._float = stack.enter_context(OnnxRuntimeRunner(network, threads))
+            self._float = stack.enter_context(PartedRunner(network, threads))
             self._int8 = {
                 label: stack.enter_context(OnnxRuntimeRunner(network, threads, variant=variant))
                 for label, variant in variants.items()
@@ -241,7 +241,7 @@ class _Measurement:
             workers = threads or len(os.sched_getaffinity(0))
             self._pool = stack.enter_context(ThreadPoolExecutor(workers, "fastcal-rounding"))
             self._stack = stack.pop_all()
-        self._tensors = {name: _Sums(len(scales)) for name in (*self._float.inputs, *self._float.activations)}
+        self._tensors = {name: _Sums(len(scales)) for name in self._float.tensors}
         outputs = [value.name for value in network.proto.graph.output if value.name in self._tensors]
         self._outputs = {name: _Sums(len(scales)) for name in outputs}
         self._decisions: dict[str | None, list[npt.NDArray[np.intp]]] = {}
@@ -255,25 +255,28 @@ class _Measurement:
             FastcalError: The batch does not fit the network, or ONNX Runtime fails on it.
         """
         arrays = match_batch(self._network.inputs, str(self._network.path), batch, self._anonymous)
-        values = self._float.run(arrays)
-        rounding = [
-            self._pool.submit(
-                sums.add_rounded, values[name], [scales.get(name, 0.0) for scales in self._scales.values()]
-            )
-            for name, sums in self._tensors.items()
-        ]
+        exact: dict[str, npt.NDArray[Any]] = {}
+        for values in self._float.run(arrays):
+            rounding = [
+                self._pool.submit(
+                    self._tensors[name].add_rounded, each, [scales.get(name, 0.0) for scales in self._scales.values()]
+                )
+                for name, each in values.items()
+            ]
+            exact |= {name: each for name, each in values.items() if name in self._outputs}
+            for done in rounding:
+                done.result()
+            del values, rounding  # before the next ones are there
         int8 = {label: runner.run(arrays) for label, runner in self._int8.items()}
         for name, sums in self._outputs.items():
-            sums.add(values[name], [values[name] - others[name] for others in int8.values()])
+            sums.add(exact[name], [exact[name] - others[name] for others in int8.values()])
         samples = max(array.shape[0] for array in arrays.values() if array.shape)
         new = samples if self._samples is None else min(samples, self._samples - self.images)
         self.images += new
         if len(self._outputs) == 1:
             (name,) = self._outputs
-            for label, each in ((None, values), *int8.items()):
-                self._decide(label, each[name][:new])
-        for done in rounding:
-            done.result()
+            for label, outputs in ((None, exact), *int8.items()):
+                self._decide(label, outputs[name][:new])
 
     def _decide(self, label: str | None, output: npt.NDArray[Any]) -> None:
         """Keep the class of each sample, if the output is a classifier's: of shape (N, classes, 1, ...)."""

@@ -12,6 +12,7 @@ import pytest
 
 import fastcal
 from conftest import DIGITS
+from fastcal.model import Model
 
 MODEL = DIGITS / "digits.onnx"
 IMAGENET = fastcal.Preprocess.preset("imagenet")
@@ -244,3 +245,11 @@ def test_what_cannot_be_compared(network, onnx_file, caches):
         fastcal.compare(network, batches(), caches={"x": caches / "right"}, progress=pytest.fail)  # before any batch
     with pytest.raises(fastcal.FastcalError, match="takes input 'x'"):
         fastcal.compare(network, [{"x": np.zeros((1, 3, 9, 9), np.float32)}])
+
+
+def test_little_memory_changes_nothing(monkeypatch):
+    images = [{"image": np.random.default_rng(0).standard_normal((9, 3, 32, 32), dtype="f4")}] * 2
+    calm = fastcal.compare(DIGITS / "digits.onnx", images)
+    largest = max(Model(DIGITS / "digits.onnx").sizes({"image": (9, 3, 32, 32)}).values())
+    monkeypatch.setattr("fastcal.observe.with_onnxruntime.free_memory", lambda: largest)
+    assert fastcal.compare(DIGITS / "digits.onnx", images) == calm

@@ -1,7 +1,7 @@
 """A network observed on the CPU: run by ONNX Runtime with every activation visible, counted on all cores."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any
@@ -26,8 +26,7 @@ class OnnxRuntimeObserver:
     Args:
         model: The model.
         threads: How many threads run the network and count; by default one per core that this process may use.
-        memory: How many bytes all activations of a batch may take; by default 70 % of what is free. Where they take
-            more, the network runs several times over each batch and shows some of them each time.
+        memory: As for `PartedRunner`.
 
     Attributes:
         sources: Tensors that take another's scale: name to the other's name.
@@ -38,13 +37,8 @@ class OnnxRuntimeObserver:
 
     def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
         self._model = model
-        self._threads = threads
-        self._memory = memory
-        self._free: int | None = None
         self.sources = model.sources
-        self._runners = [OnnxRuntimeRunner(model, threads)]
-        self._activations = self._runners[0].activations
-        self._shapes: Mapping[str, tuple[int, ...]] = {}  # of the inputs that the runners are for
+        self._runner = PartedRunner(model, threads, memory)
         self._histograms = Histograms(threads)
 
     def begin(self, starts: Mapping[str, float]) -> None:
@@ -63,14 +57,7 @@ class OnnxRuntimeObserver:
             FastcalError: The batch does not fit the model or the memory, or ONNX Runtime fails on it.
         """
         arrays = match_batch(self._model.inputs, str(self._model.path), batch, anonymous)
-        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-        if shapes != self._shapes:
-            self._fit(shapes)
-            self._shapes = shapes
-        for number, runner in enumerate(self._runners):
-            values = runner.run(arrays)
-            for name in runner.inputs if number else ():  # the first has counted them
-                del values[name]
+        for values in self._runner.run(arrays):
             self._histograms.update_all(values)
             del values  # before the next ones are there
 
@@ -84,12 +71,58 @@ class OnnxRuntimeObserver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._histograms:
-            self._close()
+        with self._runner, self._histograms:
+            pass
 
-    def _close(self) -> None:
-        for runner in self._runners:
-            runner.close()
+
+class PartedRunner:
+    """Runs batches through a model and shows all activations, as many at a time as fit the memory.
+
+    Where they do not fit it together, the network runs several times over each batch. A context manager.
+
+    Args:
+        model: The model.
+        threads: As for `OnnxRuntimeRunner`.
+        memory: How many bytes the activations of a batch may take; by default 70 % of what is free when the first batch
+            comes, or all of it for a single one that takes so much.
+
+    Attributes:
+        tensors: Names of the float inputs and activations, in the graph's order.
+
+    Raises:
+        FastcalError: ONNX Runtime does not take the model.
+    """
+
+    def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
+        self._model = model
+        self._threads = threads
+        self._memory = memory
+        self._free: int | None = None
+        self._runners = [OnnxRuntimeRunner(model, threads)]
+        self._activations = self._runners[0].activations
+        self.tensors = [*self._runners[0].inputs, *self._activations]
+        self._shapes: Mapping[str, tuple[int, ...]] = {}  # of the inputs that the runners are for
+
+    def run(self, batch: Mapping[str, npt.NDArray[Any]]) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """Run one batch.
+
+        Args:
+            batch: Arrays by input name.
+
+        Yields:
+            The values of some of `tensors`, by name; of each once. They are to be let go before the next are asked for.
+
+        Raises:
+            FastcalError: The batch does not fit the memory, or ONNX Runtime fails on it.
+        """
+        shapes = {name: tuple(array.shape) for name, array in batch.items()}
+        if shapes != self._shapes:
+            self._fit(shapes)
+            self._shapes = shapes
+        first, *others = self._runners
+        yield first.run(batch)
+        for runner in others:
+            yield {name: values for name, values in runner.run(batch).items() if name not in runner.inputs}
 
     def _fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Have as many runners as it takes for activations of these inputs to fit the memory."""
@@ -107,6 +140,18 @@ class OnnxRuntimeObserver:
         if shown != [list(runner.activations) for runner in self._runners]:
             self._close()
             self._runners = [OnnxRuntimeRunner(self._model, self._threads, activations=group) for group in shown]
+
+    def _close(self) -> None:
+        for runner in self._runners:
+            runner.close()
+
+    def __enter__(self) -> "PartedRunner":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close()
 
 
 class OnnxRuntimeRunner:
