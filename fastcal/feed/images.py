@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from fastcal.feed.device import resolve
 from fastcal.feed.digest import add_array
 from fastcal.feed.feed import BATCH_SIZE, Batch, Feed, as_array, check_settings
 from fastcal.feed.inputs import check_inputs, image_input, image_inputs, name_inputs, open_sources
-from fastcal.feed.pipeline import ImagePipeline, find_unreadable
+from fastcal.feed.jpeg import has_rgb_components
+from fastcal.feed.pipeline import ImageInput, ImagePipeline, find_unreadable
 from fastcal.feed.prefetch import Prefetcher
 from fastcal.feed.preprocess import Preprocess
 from fastcal.feed.runs import Pass, Run, RunSize, count_batches, say_how_it_ends
@@ -31,6 +33,9 @@ _BYTES_PER_THREAD = 2 << 20
 
 # How many images of a kind are tried before it is said that none can be decoded.
 _TRIED = 3
+
+# How many bytes of a JPEG file have its markers; thumbnails and colour profiles are among them.
+_HEADER = 1 << 18
 
 # How many samples are tried on the CPU first once a GPU's pipeline has failed; twice as many the next time. What a new
 # pipeline on a GPU takes, 2 s, is what trying some thousand images takes on the CPU.
@@ -78,8 +83,9 @@ class ImageFeed(Feed):
             GPU, images are decoded and prepared there and the batches are CuPy arrays, filled on a stream of the
             feed's own and ready for any stream; reading that is enqueued on a stream other than CuPy's current one
             must have ended before the next batch is asked for. Pixels are those of the CPU but for rounding: JPEG files
-            are decoded to within 3 levels, 0.03 on average at most, on an H100. JPEG files of RGB components, which are
-            rare, are taken for YCbCr there.
+            are decoded to within 3 levels, 0.03 on average at most, on an H100. A GPU's decoder takes JPEG files of RGB
+            components, which are rare, for YCbCr: where they are among the first of a kind, all images are decoded on
+            the CPU.
         depth: How many buffers there are, at least 2.
         threads: How many threads read and decode; by default one per core that this process may use, on a GPU 8 at
             most.
@@ -217,6 +223,8 @@ class ImageFeed(Feed):
             )
         row = range(batches.start * self.batch_size, batches.stop * self.batch_size)
         numbers = [number % len(self.paths) for number in row]
+        if gpu is not None and not self._on_cpu:
+            _ = self._has_rgb  # found out among all, and copied
         part = copy(self)
         images = {name: replace(value, source=value.source.part(numbers)) for name, value in self._images.items()}
         part._sources = {
@@ -344,7 +352,35 @@ class ImageFeed(Feed):
             gpu=self.gpu,
             ahead=ahead,
             hw_decoder_load=self._hw_decoder_load,
+            decode_on_cpu=self.gpu is not None and self._has_rgb,
         )
+
+    @cached_property
+    def _kinds(self) -> list[tuple[ImageInput, str, list[int]]]:
+        """The first samples of each kind of images: the input, what their names end in, and their numbers."""
+        return [
+            (value, extension, numbers)
+            for value in self._images.values()
+            for extension, numbers in value.source.first_of_each_kind(_TRIED).items()
+        ]
+
+    @cached_property
+    def _has_rgb(self) -> bool:
+        """Whether among the first of a kind are JPEG files of RGB components, which a GPU takes for YCbCr."""
+        for value, _, numbers in self._kinds:
+            for number in numbers:
+                try:
+                    is_rgb = has_rgb_components(value.source.content(number, _HEADER))
+                except UnreadableError:  # said when it is its turn
+                    continue
+                if is_rgb:
+                    _log.warning(
+                        "%s has RGB components, which a GPU's JPEG decoder takes for YCbCr: images are decoded on the "
+                        "CPU",
+                        value.source.names[number],
+                    )  # fmt: skip
+                    return True
+        return False
 
     def _try_kinds(self) -> None:
         """Try the first images of each kind that comes after the first batch.
@@ -356,19 +392,18 @@ class ImageFeed(Feed):
             FastcalError: Images of some kind cannot be decoded on this device. Where samples are skipped, that is only
                 logged.
         """
-        for value in self._images.values():
-            for extension, numbers in value.source.first_of_each_kind(_TRIED).items():
-                if numbers[0] < self.batch_size:
-                    continue
-                found = list(find_unreadable([value], numbers, self.gpu))
-                if len(found) < len(numbers):
-                    continue
-                tried = ", ".join(value.source.names[number] for number in numbers)
-                text = f"DALI decodes no {extension} image here: tried {tried}; convert them or leave them out"
-                if not self._skip:
-                    raise FastcalError(text if len(found) > 1 else str(found[0]))
-                if len(found) > 1:
-                    _log.warning("%s", text)
+        for value, extension, numbers in self._kinds:
+            if numbers[0] < self.batch_size:
+                continue
+            found = list(find_unreadable([value], numbers, self.gpu))
+            if len(found) < len(numbers):
+                continue
+            tried = ", ".join(value.source.names[number] for number in numbers)
+            text = f"DALI decodes no {extension} image here: tried {tried}; convert them or leave them out"
+            if not self._skip:
+                raise FastcalError(text if len(found) > 1 else str(found[0]))
+            if len(found) > 1:
+                _log.warning("%s", text)
 
     def _recover(self, error: RuntimeError, under_way: Collection[Run]) -> None:
         """Leave out the samples that the pipeline failed on, and begin again with those that were under way.

@@ -10,6 +10,7 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali import math as dali_math
 
+from fastcal.feed.jpeg import has_end_of_image
 from fastcal.feed.preprocess import Preprocess
 from fastcal.feed.runs import Run
 from fastcal.feed.sources import ImageSource, UnreadableError
@@ -55,6 +56,7 @@ class ImagePipeline:
         ahead: How many runs are under way, DALI's prefetch queue depth. The first is worked on once so many have been
             submitted.
         hw_decoder_load: The share of JPEG images that a GPU's own JPEG decoder is given, where it has one.
+        decode_on_cpu: Whether to decode on the CPU all the same on a GPU.
 
     Attributes:
         under_way: The runs that were submitted and not yet collected, in order.
@@ -70,6 +72,7 @@ class ImagePipeline:
         gpu: int | None,
         ahead: int,
         hw_decoder_load: float,
+        decode_on_cpu: bool = False,
     ) -> None:
         self.ahead = ahead
         self.under_way: deque[Run] = deque()
@@ -77,7 +80,8 @@ class ImagePipeline:
         self.has_begun = False
         self._gpu = gpu is not None
         decoder: dict[str, Any] = {"device": "cpu"}
-        if self._gpu:  # with colours between their samples interpolated as on the CPU, where it is the only way
+        if self._gpu and not decode_on_cpu:
+            # With colours interpolated between their samples: on the CPU that is the only way.
             decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
         self._pipeline = Pipeline(batch_size=most, num_threads=threads, device_id=gpu, prefetch_queue_depth=ahead)
         outputs = []
@@ -85,7 +89,9 @@ class ImagePipeline:
             for name, image_input in inputs.items():
                 fetched = fn.external_source(name=name, ndim=1, dtype=types.UINT8)
                 encoded = image_input.source.read_with_dali(fetched)
-                outputs.append(_prepare(encoded, image_input.preprocess, decoder))
+                images = fn.decoders.image(encoded, output_type=_DECODED[image_input.preprocess.channels], **decoder)
+                shape = fn.peek_image_shape(encoded)
+                outputs.append(_prepare(images.gpu() if self._gpu else images, shape, image_input.preprocess))
                 if self._gpu:  # decodes what there is of a JPEG file that breaks off, and says nothing
                     outputs.append(encoded[-2:])
             self._pipeline.set_outputs(*outputs)
@@ -194,21 +200,12 @@ def _check_ends(image_input: ImageInput, numbers: Sequence[int], ends: Any) -> N
         number = numbers[int(index)]
         source = image_input.source
         is_jpeg = source.content(number, 2) == b"\xff\xd8"
-        if is_jpeg and not _has_end_of_image(source.content(number)) and any(find_unreadable([image_input], [number])):
+        if is_jpeg and not has_end_of_image(source.content(number)) and any(find_unreadable([image_input], [number])):
             raise RuntimeError(f"encountered:\n{source.names[number]} breaks off")
 
 
-def _has_end_of_image(jpeg: bytes) -> bool:
-    """Whether there is an end-of-image marker after the first scan begins (an EXIF thumbnail before has one too)."""
-    place = 2
-    while jpeg[place : place + 1] == b"\xff" and jpeg[place + 1 : place + 2] != b"\xda":
-        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
-    return jpeg.find(b"\xff\xd9", place) >= 0
-
-
-def _prepare(encoded: Any, preprocess: Preprocess, decoder: Mapping[str, Any]) -> Any:
-    images = fn.decoders.image(encoded, output_type=_DECODED[preprocess.channels], **decoder)
-    size, position = _geometry(fn.peek_image_shape(encoded), preprocess)
+def _prepare(images: Any, shape: Any, preprocess: Preprocess) -> Any:
+    size, position = _geometry(shape, preprocess)
     images = fn.resize(
         images,
         size=size,

@@ -112,6 +112,7 @@ def test_several_inputs_and_arrays(scenes):  # noqa: F811 - a fixture
 def test_every_format_is_decoded_as_on_the_cpu(real_photographs, tmp_path):
     for name, data in variants(real_photographs[3]):
         (tmp_path / name).write_bytes(data)
+    (tmp_path / "rgb.jpg").unlink()  # which would have all decoded on the CPU
     preprocess = Preprocess(size=(160, 200))
     on_cpu, on_gpu = (
         ImageFeed(tmp_path, preprocess=preprocess, batch_size=1, device=device) for device in ("cpu", "cuda")
@@ -121,10 +122,19 @@ def test_every_format_is_decoded_as_on_the_cpu(real_photographs, tmp_path):
         difference = np.abs(one["input"] - other["input"])
         worst[path.rpartition("/")[2]] = float(difference.mean()), float(np.percentile(difference, 99.9))
     print(worst)
-    del worst["rgb.jpg"]  # a GPU's decoder takes it for YCbCr, as ImageFeed says
     assert max(mean for mean, _ in worst.values()) <= 0.1
     assert max(high for _, high in worst.values()) <= 3
     assert all(highs == (0, 0) for name, highs in worst.items() if not name.endswith(".jpg"))
+
+
+def test_jpegs_of_rgb_components_are_decoded_on_the_cpu(real_photographs, tmp_path, caplog):
+    photograph = Image.open(real_photographs[3])
+    for number in range(5):
+        photograph.save(tmp_path / f"{number}.jpg", keep_rgb=number != 1)
+    batches = [all_of(ImageFeed(tmp_path, preprocess=SMALL, batch_size=5, device=device)) for device in ("cpu", "cuda")]
+    assert np.abs(batches[0][0]["input"] - batches[1][0]["input"]).max() <= 1
+    (said,) = [record.getMessage() for record in caplog.records if "RGB" in record.getMessage()]
+    assert said.startswith(f"{tmp_path}/0.jpg has RGB components")
 
 
 def test_what_cannot_be_decoded_is_named_before_the_first_batch(tmp_path):

@@ -1,0 +1,48 @@
+"""What the markers of a JPEG file say (ITU-T T.81, annex B)."""
+
+from collections.abc import Iterator
+
+_END_OF_IMAGE = b"\xff\xd9"
+_START_OF_SCAN = 0xDA
+_JFIF, _ADOBE = 0xE0, 0xEE
+
+#: Frames, among which 0xC4, 0xC8 and 0xCC are other things.
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+
+
+def has_end_of_image(jpeg: bytes) -> bool:
+    """Whether there is an end-of-image marker after the first scan begins (an EXIF thumbnail before has one too)."""
+    place = 2
+    for _, data in _segments(jpeg):
+        place += 4 + len(data)
+    return jpeg.find(_END_OF_IMAGE, place) >= 0
+
+
+def has_rgb_components(jpeg: bytes) -> bool:
+    """Whether an image's three components are red, green and blue; told as libjpeg tells it.
+
+    Without a JFIF marker, Adobe's marker says so with a transform of 0; without either, the components' names do.
+
+    Args:
+        jpeg: The file, or its beginning.
+    """
+    jfif, transform, names = False, None, b""
+    for marker, data in _segments(jpeg):
+        if marker == _JFIF and data.startswith(b"JFIF\0"):
+            jfif = True
+        elif marker == _ADOBE and data.startswith(b"Adobe") and len(data) >= 12:
+            transform = data[11]
+        elif marker in _FRAMES and len(data) >= 15 and data[5] == 3:
+            names = data[6:15:3]
+    if jfif or not names:
+        return False
+    return names == b"RGB" if transform is None else transform == 0
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
+    """Marker and data of each segment before the first scan, as far as the file goes."""
+    place = 2
+    while jpeg[place : place + 1] == b"\xff" and len(jpeg) >= place + 4 and jpeg[place + 1] != _START_OF_SCAN:
+        length = int.from_bytes(jpeg[place + 2 : place + 4], "big")
+        yield jpeg[place + 1], jpeg[place + 4 : place + 2 + length]
+        place += 2 + length
