@@ -226,6 +226,7 @@ class ImageFeed(Feed):
         if gpu is not None and not self._on_cpu:
             _ = self._has_rgb  # found out among all, and copied
         part = copy(self)
+        vars(part).pop("_kinds", None)  # which are of all samples
         images = {name: replace(value, source=value.source.part(numbers)) for name, value in self._images.items()}
         part._sources = {
             name: images[name].source if name in images else source.part(numbers)

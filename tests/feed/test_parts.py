@@ -95,3 +95,9 @@ def test_what_depends_on_batches_before_cannot_be_divided(tmp_path):
     feed = fastcal.ImageFeed(tmp_path / "shard.tar", preprocess="unit")
     with pytest.raises(fastcal.FastcalError, match=r"shard.tar are read one after another, and cannot be divided"):
         feed.part(range(1), gpu=None, threads=1)
+
+
+def test_a_part_for_a_gpu_carries_its_own_samples_alone():
+    paths = sorted(map(str, (DIGITS / "images").rglob("*.jpg"))) * 100
+    feed = fastcal.ImageFeed(paths, preprocess="unit", batch_size=4)
+    assert len(pickle.dumps(feed.part(range(1), gpu=0, threads=1))) < 10_000
