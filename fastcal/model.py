@@ -19,6 +19,9 @@ from fastcal.feed.device import type_of
 #: The element types that count as float.
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
+#: From so many elements on a constant is no shape, and its values are not looked at.
+_LARGE = 1024
+
 
 @dataclass(frozen=True)
 class ModelInput:
@@ -139,7 +142,7 @@ class Model:
             FastcalError: ONNX cannot make sense of the graph.
         """
         try:
-            inferred = onnx.shape_inference.infer_shapes(self.proto).graph
+            inferred = self._infer({})
         except onnx.shape_inference.InferenceError as error:
             text = " ".join(str(error).split())
             raise FastcalError(f"{self.path} is no valid ONNX model: {text}; export it again") from error
@@ -152,26 +155,37 @@ class Model:
         Args:
             shapes: Those of the inputs, by name.
         """
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self.proto)
-        for value in proto.graph.input:
-            for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
-                dim.dim_value = size
         try:
-            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+            inferred = self._infer(shapes)
         except onnx.shape_inference.InferenceError:  # what runs the model says what is wrong with it
             return {}
         sizes = {}
         for value in (*inferred.value_info, *inferred.output):
             tensor = value.type.tensor_type
-            if (
-                tensor.elem_type
-                and tensor.HasField("shape")
-                and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
-            ):
+            is_known = tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
+            if tensor.elem_type and is_known:
                 itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
                 sizes[value.name] = itemsize * math.prod(dim.dim_value for dim in tensor.shape.dim)
         return sizes
+
+    def _infer(self, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
+        """The graph with the types and shapes that ONNX infers for inputs of these shapes, and without large constants.
+
+        ONNX reads none but shapes and the like from constants, and hundreds of megabytes take their time.
+        """
+        proto = onnx.ModelProto(ir_version=self.proto.ir_version, opset_import=self.proto.opset_import)
+        proto.functions.extend(self.proto.functions)
+        for field, value in self.proto.graph.ListFields():
+            if field.name != "initializer":
+                proto.graph.MergeFrom(onnx.GraphProto(**{field.name: value}))
+        for tensor in self.proto.graph.initializer:
+            if math.prod(tensor.dims) > _LARGE:
+                tensor = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+            proto.graph.initializer.append(tensor)
+        for value in proto.graph.input:
+            for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
+                dim.dim_value = size
+        return onnx.shape_inference.infer_shapes(proto, data_prop=bool(shapes)).graph
 
     @cached_property
     def sources(self) -> Mapping[str, str]:

@@ -12,10 +12,8 @@ _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 def has_end_of_image(jpeg: bytes) -> bool:
     """Whether there is an end-of-image marker after the first scan begins (an EXIF thumbnail before has one too)."""
-    place = 2
-    for _, data in _segments(jpeg):
-        place += 4 + len(data)
-    return jpeg.find(_END_OF_IMAGE, place) >= 0
+    scan = max((end for _, _, end in _segments(jpeg)), default=2)
+    return jpeg.find(_END_OF_IMAGE, scan) >= 0
 
 
 def has_rgb_components(jpeg: bytes) -> bool:
@@ -27,7 +25,7 @@ def has_rgb_components(jpeg: bytes) -> bool:
         jpeg: The file, or its beginning.
     """
     jfif, transform, names = False, None, b""
-    for marker, data in _segments(jpeg):
+    for marker, data, _ in _segments(jpeg):
         if marker == _JFIF and data.startswith(b"JFIF\0"):
             jfif = True
         elif marker == _ADOBE and data.startswith(b"Adobe") and len(data) >= 12:
@@ -39,10 +37,10 @@ def has_rgb_components(jpeg: bytes) -> bool:
     return names == b"RGB" if transform is None else transform == 0
 
 
-def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
-    """Marker and data of each segment before the first scan, as far as the file goes."""
+def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """Marker, data and end of each segment before the first scan, as far as the file goes."""
     place = 2
     while jpeg[place : place + 1] == b"\xff" and len(jpeg) >= place + 4 and jpeg[place + 1] != _START_OF_SCAN:
-        length = int.from_bytes(jpeg[place + 2 : place + 4], "big")
-        yield jpeg[place + 1], jpeg[place + 4 : place + 2 + length]
-        place += 2 + length
+        marker, end = jpeg[place + 1], place + 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+        yield marker, jpeg[place + 4 : end], end
+        place = end
