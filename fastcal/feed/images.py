@@ -200,7 +200,7 @@ class ImageFeed(Feed):
         self._pass = Pass(
             len(self.paths), self.batch_size, self._last_batch == "wrap", self._unreadable, self._run_size
         )
-        prefetcher = Prefetcher(self._buffers, self._fill, len(self))
+        prefetcher = Prefetcher(self._buffers, self._fill, len(self), self._prepare)
         self._end_pass = prefetcher.close
         return Batches(prefetcher)
 
@@ -284,6 +284,9 @@ class ImageFeed(Feed):
             constants = {name: cupy.asarray(values) for name, values in self._constants.items()}
             cupy.cuda.get_current_stream().synchronize()
         self._buffers = [DeviceBuffer(shapes, constants, device, self._stream) for _ in range(self._depth)]
+
+    def _prepare(self, index: int) -> None:
+        self._work_ahead(len(self) - index)
 
     def _fill(self, index: int, buffer: Buffer, ended: Callable[[], bool]) -> bool:
         filled = 0

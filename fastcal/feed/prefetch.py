@@ -23,19 +23,28 @@ class Prefetcher(Generic[Buffer], Iterator[Buffer]):
     A background thread fills free buffers in turn. The buffer that the consumer holds goes back to it when the next
     one is asked for, so with two buffers one is read while the other fills. What a buffer is, is not looked at.
 
-    An error in `fill` is raised in the consumer, after the buffers filled before it. The thread ends with the pass,
-    with `close`, when the iterator is deleted, and before the interpreter exits.
+    An error in `fill` or `prepare` is raised in the consumer, after the buffers filled before it. The thread ends with
+    the pass, with `close`, when the iterator is deleted, and before the interpreter exits.
 
     Args:
         buffers: At least two buffers; they are reused in this order.
         fill: Called in the thread as fill(index, buffer, ended) for index 0, 1, ... until it returns False. Once
             ended() is true, what it fills is not used, and it should return.
         count: How many buffers to hand out at most.
+        prepare: Called in the thread as prepare(index) before it waits for a buffer to fill: begins what needs none.
     """
 
-    def __init__(self, buffers: Sequence[Buffer], fill: Fill[Buffer], count: int | None = None) -> None:
+    def __init__(
+        self,
+        buffers: Sequence[Buffer],
+        fill: Fill[Buffer],
+        count: int | None = None,
+        prepare: Callable[[int], object] | None = None,
+    ) -> None:
         self._ring = _Ring(buffers)
-        thread = threading.Thread(target=self._ring.produce, args=(fill, count), name="fastcal-prefetch", daemon=True)
+        thread = threading.Thread(
+            target=self._ring.produce, args=(fill, count, prepare), name="fastcal-prefetch", daemon=True
+        )
         self.close = _stopper(self._ring, thread)
         weakref.finalize(self, self.close).atexit = False  # neither it nor the thread refers to this object
         thread.start()
@@ -68,9 +77,11 @@ class _Ring(Generic[Buffer]):
         self.idle = threading.Event()  # set when the thread is through with `fill`
         self._error: BaseException | None = None
 
-    def produce(self, fill: Fill[Buffer], count: int | None) -> None:
+    def produce(self, fill: Fill[Buffer], count: int | None, prepare: Callable[[int], object] | None) -> None:
         try:
             for index in itertools.count() if count is None else range(count):
+                if prepare is not None:
+                    prepare(index)
                 with self._changed:
                     self._changed.wait_for(lambda: self._free or self._ended)
                     if self._ended:

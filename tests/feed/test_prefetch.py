@@ -55,13 +55,34 @@ def test_the_next_buffer_fills_while_one_is_read():
     batches.close()
 
 
-def test_an_error_comes_after_the_buffers_before_it():
-    def fill(index, buffer, ended):
+def test_the_buffer_after_those_is_prepared_while_none_is_free():
+    calls, prepared = [], threading.Semaphore(0)
+
+    def prepare(index):
+        calls.append(("prepare", index))
+        if index == 2:
+            prepared.release()
+
+    batches = Prefetcher([[0], [0]], lambda index, *_: calls.append(("fill", index)), 3, prepare)
+    assert prepared.acquire(timeout=10)
+    time.sleep(0.05)
+    assert calls == [("prepare", 0), ("fill", 0), ("prepare", 1), ("fill", 1), ("prepare", 2)]
+    assert len(list(batches)) == 3
+    assert calls[5:] == [("fill", 2)]
+
+
+@pytest.mark.parametrize("where", ["fill", "prepare"])
+def test_an_error_comes_after_the_buffers_before_it(where):
+    def fail(index):
         if index == 2:
             raise KeyError("broken")
-        numbered(index, buffer, ended)
 
-    batches = Prefetcher([[0], [0]], fill, 5)
+    def fill(index, buffer, ended):
+        numbered(index, buffer, ended)
+        fail(index)
+
+    prepare = {"fill": None, "prepare": fail}[where]
+    batches = Prefetcher([[0], [0]], fill if where == "fill" else numbered, 5, prepare)
     assert [list(next(batches)), list(next(batches))] == [[0], [1]]
     with pytest.raises(KeyError, match="broken"):
         next(batches)
