@@ -254,17 +254,21 @@ def _geometry(shape: Any, preprocess: Preprocess) -> tuple[Any, Any]:
         else:
             area = shape[0] * shape[1]  # so that size * size / area is each side over the other
             new = dali_math.max(size * size * _vector(covered[::-1]) // area, _vector(covered))
-        over = new - (target[0] if target[0] == target[1] else _vector(target))
-        # DALI rounds a half up: halves that are to be rounded down, to the even number below, begin a little lower.
-        place = 0.5 - (over & 3 == 1) * _LITTLE
+        # DALI rounds a half up: a half that is to be rounded down, to the even number below, begins a little lower. It
+        # is where new - target is one more than a multiple of four.
+        rest, first = (new, target[0]) if target[0] % 4 == target[1] % 4 else (new - _vector(target), 0)
+        place = _look_up(rest & 3, [0.5 - _LITTLE * ((key - first) % 4 == 1) for key in range(4)])
     else:
         # round(a / b) is (2 * a + b) // (2 * b), and here b is the other side, area // size.
         area = shape[0] * shape[1]
-        new = (2 * size * size * _vector(target[::-1]) + area) // (2 * area)
+        new = (size * size * _vector([2 * side for side in target[::-1]]) + area) // (2 * area)
         new = dali_math.clamp(new, 1, _vector(target))
-        over = _vector(target) - new
-        place = over // 2 / dali_math.max(over, 1)
+        place = _look_up(_vector(target) - new, [over // 2 / max(over, 1) for over in range(max(target))])
     return fn.cast(new, dtype=types.FLOAT), (place[0], place[1])
+
+
+def _look_up(keys: Any, values: Sequence[float]) -> Any:
+    return fn.lookup_table(keys, keys=list(range(len(values))), values=list(values), dtype=types.FLOAT)
 
 
 def _vector(values: Sequence[int]) -> Any:
