@@ -82,14 +82,23 @@ def as_cupy(array: Any) -> Any:
             f"a {type(array).__name__} lies on a GPU, and CuPy, which reads it, is not installed: {GPU_EXTRAS}"
         ) from error
     if hasattr(array, "__cuda_array_interface__"):
-        imported = cupy.asarray(array)
-        with imported.device:
+        with _device_of(array):  # on another, CuPy would copy it there
+            imported = cupy.asarray(array)
             wait_until_filled(array)
         return imported
     imported = cupy.from_dlpack(array)  # which CuPy's current stream waits for
     with imported.device:
         cupy.cuda.get_current_stream().synchronize()
     return imported
+
+
+def _device_of(array: Any) -> Any:
+    """The `cupy.cuda.Device` that an array with the CUDA array interface lies on."""
+    import cupy
+
+    address = array.__cuda_array_interface__["data"][0]
+    # An array without elements may lie nowhere.
+    return cupy.cuda.Device(cupy.cuda.runtime.pointerGetAttributes(address).device if address else None)
 
 
 def wait_until_filled(array: Any) -> None:
