@@ -25,6 +25,7 @@ def examine(run_fastcal, tmp_path):
             (tmp_path / name / "__init__.py").write_text(text)
         path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
         done = run_fastcal("doctor", "--json", env={**os.environ, "PYTHONPATH": path})
+        assert done.stdout, done.stderr
         found = json.loads(done.stdout)
         return done.returncode, {finding["label"]: finding for finding in found["libraries"]}, found
 
