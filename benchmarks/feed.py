@@ -52,7 +52,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--hw-decoder-load", type=float, default=0.9)
-    parser.add_argument("--prefetch-queue-depth", type=int, default=2)
+    parser.add_argument("--prefetch-queue-depth", type=int, default=4)
     parser.add_argument("--passes", type=int, default=4, help="how often a run goes through the images")
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()

@@ -124,7 +124,7 @@ class ImageFeed(Feed):
         device: str = "auto",
         depth: int = 2,
         threads: int | None = None,
-        prefetch_queue_depth: int = 2,
+        prefetch_queue_depth: int = 4,
         hw_decoder_load: float = 0.9,
     ) -> None:
         check_settings(
