@@ -186,6 +186,11 @@ class ImageFeed(Feed):
         return count_batches(len(self.paths) - len(self._unreadable), self.batch_size, self._last_batch == "wrap")
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._pipeline is not None and self._pipeline.process != os.getpid():
+            raise FastcalError(
+                "a feed that was used before its process forked is of no use in the child: DALI's threads stayed with "
+                "the parent; make the feed in the child"
+            )
         if self._end_pass is not None:
             self._end_pass()
             if self.gpu is not None:

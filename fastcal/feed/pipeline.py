@@ -1,6 +1,7 @@
 """The DALI pipeline that reads, decodes and prepares images."""
 
 import ctypes
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class ImagePipeline:
     Attributes:
         under_way: The runs that were submitted and not yet collected, in order.
         has_begun: Whether `ahead` runs have been submitted, so that they are worked on.
+        process: The process that it was made in, where alone it has threads.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class ImagePipeline:
         self.under_way: deque[Run] = deque()
         self._inputs = inputs
         self.has_begun = False
+        self.process = os.getpid()
         self._gpu = gpu is not None
         decoder: dict[str, Any] = {"device": "cpu"}
         if self._gpu and not decode_on_cpu:

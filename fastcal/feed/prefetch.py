@@ -2,6 +2,7 @@
 
 import atexit
 import itertools
+import os
 import threading
 import weakref
 from collections import deque
@@ -134,10 +135,14 @@ def _stopper(ring: _Ring[Buffer], thread: threading.Thread) -> Callable[[], None
     """A function that ends the thread and waits for it; called at the interpreter's exit if it was not before.
 
     A thread left running would be in the middle of a decoder while that is taken down. Exit functions run last in,
-    first out: this one is younger than those of the libraries that `fill` calls.
+    first out: this one is younger than those of the libraries that `fill` calls. In a process that was forked there is
+    no such thread, and its locks may be held for ever.
     """
+    process = os.getpid()
 
     def stop() -> None:
+        if os.getpid() != process:
+            return
         interrupted = None
         # An event of our own, not join: up to Python 3.12 a thread whose join is interrupted counts as dead.
         while not ring.idle.is_set():

@@ -4,6 +4,8 @@ import gc
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -192,6 +194,34 @@ def test_deleting_the_feed_midway_leaves_no_thread(photographs):
     del feed, batches
     gc.collect()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastcal")]
+
+
+@pytest.mark.parametrize("midway", [False, True])
+def test_a_feed_used_before_a_fork_says_so_in_the_child(photographs, midway):
+    program = f"""
+import os, sys, threading
+import fastcal
+feed = fastcal.ImageFeed({str(photographs)!r}, preprocess=fastcal.Preprocess(size=(32, 32)), batch_size=1)
+batches = iter(feed)
+first = next(batches)["input"].copy()
+if not {midway}:
+    list(batches)
+if child := os.fork():
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 3, status
+    assert len(list(feed)) == 6  # the parent goes on
+else:
+    try:
+        next(iter(feed))
+    except fastcal.FastcalError as error:
+        assert "make the feed in the child" in str(error)
+    same = next(iter(fastcal.ImageFeed(feed.paths, preprocess=feed.preprocess, batch_size=1)))["input"]
+    assert (same == first).all()
+    del batches
+    sys.stdout.flush()
+    os._exit(3)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def damaged(folder, kind):
