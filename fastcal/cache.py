@@ -66,7 +66,14 @@ class CalibrationCache:
         return f"TRT-{_version_number(self.tensorrt_version)}-{CALIBRATION_NAMES[self.algorithm]}"
 
     def to_bytes(self) -> bytes:
-        """The file's contents."""
+        """The file's contents.
+
+        Raises:
+            FastcalError: A tensor's name has a line end in it, which TensorRT's form cannot hold.
+        """
+        for name in self.scales:
+            if "\n" in name:
+                raise FastcalError(f"tensor {name!r} has a line end in its name: rename it, or save the cache as JSON")
         lines = [self.header, *(f"{name}: {_hex(scale, '>f')}" for name, scale in self.scales.items())]
         return ("\n".join(lines) + "\n").encode(errors="surrogateescape")
 

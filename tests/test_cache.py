@@ -97,3 +97,12 @@ def test_saving_replaces_a_file_and_keeps_a_link(tmp_path):
     assert (tmp_path / "link.cache").is_symlink()
     assert CalibrationCache.load(tmp_path / "real.cache").scales == {"x": 1.0}
     assert sorted(os.listdir(tmp_path)) == ["link.cache", "real.cache"]
+
+
+def test_a_name_that_the_form_cannot_hold(tmp_path):
+    cache = CalibrationCache({"two\nlines: 1": 1.0})
+    with pytest.raises(FastcalError, match=r"tensor 'two\\nlines: 1' has a line end in its name: rename it, or save"):
+        cache.save(tmp_path / "x.cache")
+    assert not list(tmp_path.iterdir())
+    cache.save(tmp_path / "x.json", form="json")
+    assert CalibrationCache.load(tmp_path / "x.json").scales == cache.scales
