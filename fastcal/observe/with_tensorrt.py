@@ -17,6 +17,9 @@ from fastcal.observe.device_histogram import DeviceHistograms
 from fastcal.observe.histogram import Histogram
 from fastcal.observe.memory import SHARE, groups
 
+#: TensorRT wants its tensors at multiples of 256 bytes.
+_ALIGNMENT = 256
+
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -98,6 +101,9 @@ class TensorRTObserver:
             self._stream.synchronize()
             self._forget_engines()
             self._engines = list(self._build(dict(shapes)))
+            block = cupy.empty(max(engine.bytes for engine in self._engines), np.uint8)
+            for engine in self._engines:  # which run one after another
+                engine.write_to(block)
             self._shapes = shapes
         shown = {name: array for name, array in arrays.items() if array.dtype == np.float32}
         for engine in self._engines:
@@ -122,10 +128,10 @@ class TensorRTObserver:
         self._stream.synchronize()
         self._stream.__exit__(kind, error, traceback)
         self._forget_engines()
-        cupy.get_default_memory_pool().free_all_blocks()  # TensorRT, which may build next, has memory of its own
 
     def _forget_engines(self) -> None:
         self._engines, self._shapes = [], None
+        cupy.get_default_memory_pool().free_all_blocks()  # TensorRT, which may build next, has memory of its own
 
     def _on_device(self, value: ModelInput, array: Any) -> Any:
         if hasattr(array, "__cuda_array_interface__"):
@@ -137,6 +143,7 @@ class TensorRTObserver:
         if kept is None or kept.shape != array.shape:
             kept = self._uploads[value.name] = cupy.empty(array.shape, array.dtype)
         kept.set(array)  # in the stream's order: after the batch before was read
+        cupy.cuda.get_current_stream().synchronize()  # it may be pinned memory, and its owner's again
         return kept
 
     def _build(self, shapes: Mapping[str, tuple[int, ...]]) -> "Iterator[_Engine]":
@@ -166,28 +173,38 @@ class TensorRTObserver:
 
 
 class _Engine:
-    """An engine, and the arrays that it writes some of the network's tensors to."""
+    """An engine, and the arrays that it writes some of the network's tensors to.
+
+    Attributes:
+        bytes: How much memory those arrays take.
+    """
 
     def __init__(self, plan: Any, names: Sequence[str], logger: Logger) -> None:
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
+        context = None if self._engine is None else self._engine.create_execution_context()
+        if context is None:
             raise FastcalError(f"TensorRT cannot run the network: {logger.reasons()}; use a smaller batch size")
+        self._context: Any = context
         self._logger = logger
+        tensors = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        self._inputs = [name for name in tensors if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self._places: dict[str, tuple[tuple[int, ...], Any, int]] = {}
+        self.bytes = 0
+        for name in tensors:
+            if name not in self._inputs:
+                shape = tuple(self._engine.get_tensor_shape(name))
+                dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
+                self._places[name] = shape, dtype, self.bytes
+                self.bytes += _aligned(math.prod(shape) * dtype.itemsize)
+        self._names = [name for name in names if name in self._places]
         self._shown: dict[str, Any] = {}
-        self._inputs: list[str] = []
-        for index in range(self._engine.num_io_tensors):
-            name = self._engine.get_tensor_name(index)
-            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
-                self._inputs.append(name)
-                continue
-            array = cupy.empty(
-                tuple(self._engine.get_tensor_shape(name)), trt.nptype(self._engine.get_tensor_dtype(name))
-            )
-            self._context.set_tensor_address(name, array.data.ptr)
-            self._shown[name] = array
-        self._names = [name for name in names if name in self._shown]
+
+    def write_to(self, block: Any) -> None:
+        """Have the arrays in a block of the GPU's memory, of `bytes` at least."""
+        for name, (shape, dtype, offset) in self._places.items():
+            self._shown[name] = cupy.ndarray(shape, dtype, block.data + offset)
+            self._context.set_tensor_address(name, self._shown[name].data.ptr)
 
     def run(self, arrays: Mapping[str, Any], stream: Any) -> dict[str, Any]:
         """Enqueue one batch; the tensors by name as float32 arrays, there when the stream has come so far."""
@@ -251,14 +268,21 @@ def _pooled(network: Any) -> dict[str, str]:
 
 
 def _bytes(value: Any) -> int:
+    """How many bytes of the GPU's memory it takes to count a tensor."""
     shape = tuple(value.shape)
     if min(shape, default=0) < 0:
         raise FastcalError(
             f"the shape of tensor {value.name!r} is {format_shape(known_sizes(shape))} even "
             "for inputs of fixed shapes: it depends on the data; use engine='onnxruntime'"
         )
-    itemsize: int = np.dtype(trt.nptype(value.dtype)).itemsize
-    return int(math.prod(shape) * itemsize)
+    elements, dtype = math.prod(shape), np.dtype(trt.nptype(value.dtype))
+    copy = 0 if dtype == np.float32 else _aligned(4 * elements)  # they are counted as float32
+    return _aligned(elements * dtype.itemsize) + copy
+
+
+def _aligned(size: int) -> int:
+    """So many bytes and a few more, for what comes next in a block of memory."""
+    return max(-(-size // _ALIGNMENT), 1) * _ALIGNMENT
 
 
 @contextmanager
