@@ -268,6 +268,8 @@ class FeedCalibrator:
             self.feed.close()
         if error is None:
             self.check()
+        elif self._error not in (None, error) and isinstance(error, Exception):
+            raise self._error from error  # that there is no engine, say, is what came of it
 
     def __del__(self) -> None:
         self._end_pass()
@@ -288,7 +290,9 @@ class FeedCalibrator:
         return data
 
     def _next_addresses(self, names: Sequence[str]) -> list[int] | None:
-        if self._batches is None:
+        if self._batches is None:  # perhaps after a build that ended between its last batch and its cache
+            self._ended = False
+            self.stats = CalibratorStats()
             self._batches = iter(self.feed)
         batch = next(self._batches, None)
         if batch is None:
