@@ -113,4 +113,6 @@ def usable_cache(path: str | os.PathLike[str], header: str, record: Record) -> t
     if earlier is None:
         return None, f"nothing tells what it was made from ({record_path(path)} is missing or of another cache)"
     differences = record.differences(earlier)
+    if "until_stable" in earlier.entries and "until_stable" not in record.entries:
+        differences.append(f"until_stable ({earlier.entries['until_stable']} then: perhaps not all batches)")
     return (None, "it was made from other " + ", ".join(differences)) if differences else (data, "")

@@ -156,6 +156,58 @@ print(list(Path().iterdir()))
     assert printed.splitlines() == [*expected, "[]"]
 
 
+def test_what_came_first_is_raised_where_the_build_itself_raises(run):
+    printed = run("""
+def build(feed, error):
+    with fastcal.EntropyCalibrator2(feed) as calibrator:
+        serve(calibrator)
+        raise error
+for feed, error in (
+    (Numbered(error=OSError("the disk is gone")), RuntimeError("no engine")),
+    (Numbered(error=KeyboardInterrupt()), RuntimeError("no engine")),
+    (Numbered(error=OSError("the disk is gone")), KeyboardInterrupt()),
+    (Numbered(), RuntimeError("no engine")),
+):
+    try:
+        build(feed, error)
+    except BaseException as error:
+        print(repr(error), repr(error.__cause__))
+""")
+    assert printed.splitlines() == [
+        "OSError('the disk is gone') RuntimeError('no engine')",
+        "KeyboardInterrupt() RuntimeError('no engine')",
+        "KeyboardInterrupt() None",
+        "RuntimeError('no engine') None",
+    ]
+
+
+def test_a_build_that_ends_before_its_cache_leaves_the_next_no_excuse(run):
+    assert run("""
+calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="x.cache")
+assert len(serve(calibrator, write=False)) == 3
+assert calibrator.read_calibration_cache() is None
+calibrator.get_batch(["a", "b"])  # one of three
+calibrator.write_calibration_cache(b"x")
+print(calibrator.stats.batches, Path("x.cache").exists())
+""").split() == ["1", "False"]
+
+
+def test_a_cache_of_as_many_batches_as_it_took_is_not_that_of_all(run):
+    printed = run("""
+from fastcal.cache import CalibrationCache
+from fastcal.record import Record, usable_cache
+all_of_them = Record.of(Numbered(), None, algorithm="entropy2")
+cache = CalibrationCache({"a": 1.0}, "entropy2", "10.16.1")
+Record.of(Numbered(), None, algorithm="entropy2", until_stable=1).save("x.cache", cache.to_bytes())
+print(usable_cache("x.cache", cache.header, all_of_them)[1])
+all_of_them.save("x.cache", cache.to_bytes())
+print(usable_cache("x.cache", cache.header, all_of_them)[1] == "")
+""")
+    assert printed.splitlines() == [
+        "it was made from other until_stable (1 then: perhaps not all batches)", "True",
+    ]  # fmt: skip
+
+
 def test_the_cache_is_used_only_while_it_is_true(run, tmp_path):
     printed = run("""
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
