@@ -97,6 +97,9 @@ class _Ring(Generic[Buffer]):
                     self._filled.append(buffer)
                     self._changed.notify_all()
             self._complete = True
+        except StopIteration as error:  # to the consumer that would be the end of the pass
+            self._error = RuntimeError("what fills a buffer raised StopIteration")
+            self._error.__cause__ = error
         except BaseException as error:  # handed to the consumer
             self._error = error
         finally:

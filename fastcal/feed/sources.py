@@ -311,7 +311,11 @@ class Shards(ImageSource):
             if number < self._next:
                 self._reader, self._next = self._start_reader(), 0
             while self._next <= number:
-                self._kept[self._next] = next(self._reader)
+                try:
+                    self._kept[self._next] = next(self._reader)
+                except BaseException:
+                    self._reader, self._next = iter(()), len(self.names)  # begin anew: this one has ended
+                    raise
                 self._next += 1
                 while len(self._kept) > max(self.keep, 1):
                     self._kept.popitem(last=False)

@@ -89,6 +89,17 @@ def test_an_error_comes_after_the_buffers_before_it(where):
     assert threads() == []
 
 
+def test_a_stop_iteration_in_the_thread_is_an_error():
+    def fill(index, buffer, ended):
+        if index == 1:
+            next(iter(()))
+
+    batches = Prefetcher([[0], [0]], fill, 5)
+    next(batches)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        next(batches)
+
+
 def test_an_ended_pass_stays_ended():
     batches = Prefetcher([[0], [0]], numbered, 1)
     assert [list(buffer) for buffer in batches] == [[0]]
