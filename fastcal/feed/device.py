@@ -102,13 +102,20 @@ def _device_of(array: Any) -> Any:
 
 
 def wait_until_filled(array: Any) -> None:
-    """Wait for what another library still does to its array on a GPU, as far as the array tells.
+    """Wait for what another library still does to its array on a GPU, which is current.
 
-    The CUDA array interface names the stream to wait for (from its version 3 on); where it names none, as PyTorch's
-    does not, that is CUDA's default stream, which PyTorch works on unless told otherwise.
+    From its version 3 on the CUDA array interface names the stream to wait for. Where it does not, as PyTorch's does
+    not, DLPack has the library make CuPy's current stream wait for the library's own; an array that speaks neither is
+    taken to be filled on CUDA's default stream.
     """
-    stream = array.__cuda_array_interface__.get("stream", 1)
-    if stream is not None:
-        import cupy
+    interface = array.__cuda_array_interface__
+    stream = interface.get("stream", 1)  # 1 is CUDA's own handle of its default stream
+    if stream is None:
+        return
+    import cupy
 
-        cupy.cuda.runtime.streamSynchronize(stream)  # 1 is CUDA's own handle of its default stream
+    if "stream" not in interface and hasattr(array, "__dlpack__"):
+        cupy.from_dlpack(array)
+        cupy.cuda.get_current_stream().synchronize()
+    else:
+        cupy.cuda.runtime.streamSynchronize(stream)

@@ -54,6 +54,13 @@ def of_torch():
         yield {"x": torch.full(SHAPE, number, dtype=torch.float32, device="cuda")}
 
 
+def of_torch_on_a_stream():
+    import torch
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield from of_torch()
+
+
 def of_torch_in_pinned_memory():
     import torch
 
@@ -73,7 +80,8 @@ def of_dali_on_the_gpu():
 
 
 SOURCES = [
-    on_the_host, of_cupy, of_cupy_on_a_stream, allocated_anew, of_torch, of_torch_in_pinned_memory, of_dali_on_the_gpu,
+    on_the_host, of_cupy, of_cupy_on_a_stream, allocated_anew, of_torch, of_torch_on_a_stream,
+    of_torch_in_pinned_memory, of_dali_on_the_gpu,
 ]  # fmt: skip
 
 
