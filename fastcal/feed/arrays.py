@@ -1,5 +1,6 @@
 """`ArrayFeed`: arrays that the caller has or makes, copied into the feed's buffers ahead of the consumer."""
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -75,6 +76,7 @@ class ArrayFeed(Feed):
         self._depth = depth
         self._buffers: list[Buffer] = []
         self._peeked: Batches | None = None
+        self._running: weakref.ref[Batches] | None = None  # the last pass begun, while somebody has it
         self._end_pass: Callable[[], None] | None = None
 
     def __len__(self) -> int:
@@ -135,7 +137,7 @@ class ArrayFeed(Feed):
         if self._end_pass is not None:
             self._end_pass()
             self._end_pass = None  # it refers to the buffers
-        self._peeked = None
+        self._peeked = self._running = None
         self._buffers = []
         self._reader.release()
 
@@ -147,13 +149,20 @@ class ArrayFeed(Feed):
             self._buffers = self._reader.make_buffers(self._depth)
         prefetcher = Prefetcher(self._buffers, fill)
         self._end_pass = prefetcher.close
-        return Batches(prefetcher)
+        batches = Batches(prefetcher)
+        self._running = weakref.ref(batches)
+        return batches
 
     def _peek(self) -> Reader:
-        """The reader, once it has seen a first batch; a pass begun for that goes on with the next iteration."""
+        """The reader, once it has seen a first batch: of the pass that is under way, or else of one begun for that.
+
+        The latter goes on with the next iteration.
+        """
         if not self._reader.batch_size:
-            self._peeked = self._start()
-            self._peeked.peek()
+            running = None if self._running is None else self._running()
+            if running is None:
+                running = self._peeked = self._start()
+            running.peek()
         return self._reader
 
 

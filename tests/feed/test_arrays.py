@@ -134,6 +134,19 @@ def test_asking_for_the_batch_size_begins_the_pass_that_is_handed_out():
     assert loader.passes == 2
 
 
+@pytest.mark.parametrize("ask", [lambda feed: feed.batch_size, lambda feed: feed.shapes()])
+def test_asking_during_a_pass_leaves_it_alone(ask):
+    def slowly():
+        for number in range(3):
+            time.sleep(0.05)
+            yield np.full((2, 1), number)
+
+    feed = ArrayFeed(slowly(), device="cpu")
+    batches = iter(feed)
+    ask(feed)
+    assert [batch["input"][0, 0] for batch in batches] == [0, 1, 2]
+
+
 def test_asking_for_shapes_begins_the_pass_that_is_handed_out():
     feed = ArrayFeed({"x": np.ones((2, number + 1), "f4")} for number in range(3))
     assert feed.shapes() == {"x": (2, 1)}
