@@ -13,25 +13,28 @@ class FastcalError(Exception):
     """
 
 
-# Packages and the extra that brings each, by the module whose absence tells.
+#: How to get what runs a network on the CPU; not by the extra, whose DALI would overwrite that of another.
+_RUNTIME = "pip install onnxruntime numba"
+
+# Packages and how to get each, by the module whose absence tells.
 _PACKAGES = {
-    "flatbuffers": ("ONNX Runtime", "cpu"),
-    "jinja2": ("Jinja2", "report"),
-    "matplotlib": ("Matplotlib", "report"),
-    "numba": ("numba", "cpu"),
-    "nvidia": ("NVIDIA DALI", "cpu"),
-    "onnxruntime": ("ONNX Runtime", "cpu"),
-    "ray": ("Ray", "ray"),
+    "flatbuffers": ("ONNX Runtime", _RUNTIME),
+    "jinja2": ("Jinja2", "pip install 'fastcal[report]'"),
+    "matplotlib": ("Matplotlib", "pip install 'fastcal[report]'"),
+    "numba": ("numba", _RUNTIME),
+    "nvidia": ("NVIDIA DALI", "pip install 'fastcal[cpu]'; for a GPU 'fastcal[cuda13]' or 'fastcal[cuda12]'"),
+    "onnxruntime": ("ONNX Runtime", _RUNTIME),
+    "ray": ("Ray", "pip install 'fastcal[ray]'"),
 }
 
 
 def missing(what: str, error: ModuleNotFoundError) -> Exception:
-    """The error to raise where `what` cannot be had for want of a package; `error` itself where no extra brings it."""
+    """The error to raise where `what` cannot be had for want of a package; `error` itself where it is not known."""
     known = _PACKAGES.get((error.name or "").partition(".")[0])
     if known is None:
         return error
-    package, extra = known
-    return FastcalError(f"{what} needs {package}, which is not installed: pip install 'fastcal[{extra}]'")
+    package, how = known
+    return FastcalError(f"{what} needs {package}, which is not installed: {how}")
 
 
 #: More threads than this process could use anywhere; DALI aborts where it cannot start so many.

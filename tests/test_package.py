@@ -45,16 +45,21 @@ except fastcal.FastcalError as error:
 """
     run = f"calibrate({str(DIGITS / 'digits.onnx')!r}, [], engine='onnxruntime', tensorrt_version='10.3.0')"
     for module, name, text in (
-        ("nvidia.dali", "ImageFeed", "ImageFeed needs NVIDIA DALI, which is not installed: pip install 'fastcal[cpu]'"),
+        (
+            "nvidia.dali",
+            "ImageFeed",
+            "ImageFeed needs NVIDIA DALI, which is not installed: pip install 'fastcal[cpu]'; for a GPU "
+            "'fastcal[cuda13]' or 'fastcal[cuda12]'",
+        ),
         (
             "onnxruntime",
             run,
-            "engine onnxruntime needs ONNX Runtime, which is not installed: pip install 'fastcal[cpu]'",
+            "engine onnxruntime needs ONNX Runtime, which is not installed: pip install onnxruntime numba",
         ),
         ("matplotlib", "preview", "preview needs Matplotlib, which is not installed: pip install 'fastcal[report]'"),
         ("jinja2", "write_report", "write_report needs Jinja2, which is not installed: pip install 'fastcal[report]'"),
-        ("onnxruntime", "compare", "compare needs ONNX Runtime, which is not installed: pip install 'fastcal[cpu]'"),
-        ("numba", run, "engine onnxruntime needs numba, which is not installed: pip install 'fastcal[cpu]'"),
+        ("onnxruntime", "compare", "compare needs ONNX Runtime, which is not installed: pip install onnxruntime numba"),
+        ("numba", run, "engine onnxruntime needs numba, which is not installed: pip install onnxruntime numba"),
         (
             "ray",
             run.replace("[]", "[], workers=2"),
