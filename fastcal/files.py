@@ -1,6 +1,7 @@
 """Writing a file so that a reader sees either the old one or the whole new one."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def _written_beside(path: str | os.PathLike[str], data: bytes) -> Iterator[tuple
             raise FastcalError(f"cannot write {path}: it is no regular file; name another")
         if not target.parent.is_dir():
             raise FastcalError(f"cannot write {path}: there is no folder {target.parent}; make it or choose another")
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")  # nobody else's
         try:
             with temporary.open("xb") as file:
                 file.write(data)

@@ -28,6 +28,13 @@ def test_places_where_no_file_can_be(tmp_path, act):
     assert os.listdir(tmp_path) == ["pipe"]
 
 
+def test_nobody_elses_temporary_file_is_touched(tmp_path):
+    (tmp_path / f".x.{os.getpid()}.tmp").write_bytes(b"of another thread, or of a process killed before")
+    write_atomically(tmp_path / "x", b"x")
+    check_writable(tmp_path / "x", 1)
+    assert sorted(os.listdir(tmp_path)) == [f".x.{os.getpid()}.tmp", "x"]
+
+
 def test_checking_leaves_everything_as_it_was(tmp_path):
     (tmp_path / "old").write_bytes(b"old")
     check_writable(tmp_path / "old", 1000)
