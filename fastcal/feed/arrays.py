@@ -11,7 +11,7 @@ import numpy as np
 from fastcal.errors import FastcalError
 from fastcal.feed.buffers import Batches, Buffer
 from fastcal.feed.device import resolve
-from fastcal.feed.feed import Batch, Feed, check_settings
+from fastcal.feed.feed import Batch, Feed, Turns, check_settings
 from fastcal.feed.prefetch import Prefetcher
 from fastcal.feed.reader import Reader, is_source
 
@@ -74,6 +74,7 @@ class ArrayFeed(Feed):
         self.gpu = resolve(device)
         self._reader = Reader(batches, names, last_batch, self.gpu)
         self._depth = depth
+        self._turns = Turns()
         self._buffers: list[Buffer] = []
         self._peeked: Batches | None = None
         self._running: weakref.ref[Batches] | None = None  # the last pass begun, while somebody has it
@@ -91,8 +92,9 @@ class ArrayFeed(Feed):
         return length
 
     def __iter__(self) -> Iterator[Batch]:
-        peeked, self._peeked = self._peeked, None
-        return self._start() if peeked is None else peeked
+        with self._turns:
+            peeked, self._peeked = self._peeked, None
+            return self._start() if peeked is None else peeked
 
     # What a feed sets when it is made, this one finds out when it is asked.
 
@@ -134,12 +136,13 @@ class ArrayFeed(Feed):
 
     def close(self) -> None:
         """End a pass that is under way, and release the buffers; a new iteration takes them again."""
-        if self._end_pass is not None:
-            self._end_pass()
-            self._end_pass = None  # it refers to the buffers
-        self._peeked = self._running = None
-        self._buffers = []
-        self._reader.release()
+        with self._turns:
+            if self._end_pass is not None:
+                self._end_pass()
+                self._end_pass = None  # it refers to the buffers
+            self._peeked = self._running = None
+            self._buffers = []
+            self._reader.release()
 
     def _start(self) -> Batches:
         if self._end_pass is not None:
@@ -158,12 +161,13 @@ class ArrayFeed(Feed):
 
         The latter goes on with the next iteration.
         """
-        if not self._reader.batch_size:
-            running = None if self._running is None else self._running()
-            if running is None:
-                running = self._peeked = self._start()
-            running.peek()
-        return self._reader
+        with self._turns:
+            if not self._reader.batch_size:
+                running = None if self._running is None else self._running()
+                if running is None:
+                    running = self._peeked = self._start()
+                running.peek()
+            return self._reader
 
 
 def as_feed(batches: Any, names: Sequence[str] | None, device: str) -> AbstractContextManager[Feed]:

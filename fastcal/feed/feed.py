@@ -1,5 +1,6 @@
 """What every feed is."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -80,6 +81,24 @@ class Feed(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Turns:
+    """A lock under which passes of a feed begin and end, one at a time; a copy of the feed has its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> Any:
+        return Turns, ()
 
 
 def check_settings(last_batch: str, known: Sequence[str], **numbers: int | None) -> None:

@@ -16,7 +16,7 @@ from fastcal.feed.buffers import Batches, Buffer, DeviceBuffer, Shape
 from fastcal.feed.dataset import Data
 from fastcal.feed.device import resolve
 from fastcal.feed.digest import add_array
-from fastcal.feed.feed import BATCH_SIZE, Batch, Feed, as_array, check_settings
+from fastcal.feed.feed import BATCH_SIZE, Batch, Feed, Turns, as_array, check_settings
 from fastcal.feed.inputs import check_inputs, image_input, image_inputs, name_inputs, open_sources
 from fastcal.feed.jpeg import has_rgb_components
 from fastcal.feed.pipeline import ImageInput, ImagePipeline, find_unreadable
@@ -176,6 +176,7 @@ class ImageFeed(Feed):
 
     def _forget(self) -> None:
         """Hold nothing that a pass needs."""
+        self._turns = Turns()
         self._buffers: list[Buffer] = []
         self._stream: Any = None
         self._pipeline: ImagePipeline | None = None
@@ -186,6 +187,10 @@ class ImageFeed(Feed):
         return count_batches(len(self.paths) - len(self._unreadable), self.batch_size, self._last_batch == "wrap")
 
     def __iter__(self) -> Iterator[Batch]:
+        with self._turns:
+            return self._start()
+
+    def _start(self) -> Batches:
         if self._pipeline is not None and self._pipeline.process != os.getpid():
             raise FastcalError(
                 "a feed that was used before its process forked is of no use in the child: DALI's threads stayed with "
@@ -268,13 +273,14 @@ class ImageFeed(Feed):
 
     def close(self) -> None:
         """End a pass that is under way, and release the buffers and the pipeline; a new iteration takes them again."""
-        if self._end_pass is not None:
-            self._end_pass()
-            self._end_pass = None  # it refers to the buffers
-        self._buffers = []
-        self._pipeline = None
-        for source in self._sources.values():
-            source.close()
+        with self._turns:
+            if self._end_pass is not None:
+                self._end_pass()
+                self._end_pass = None  # it refers to the buffers
+            self._buffers = []
+            self._pipeline = None
+            for source in self._sources.values():
+                source.close()
 
     def _allocate(self) -> None:
         shapes = self._filled_shapes

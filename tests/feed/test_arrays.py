@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from fastcal import ArrayFeed, FastcalError, Feed, calibrate
+from fastcal import ArrayFeed, FastcalError, Feed, ImageFeed, Preprocess, calibrate
 from fastcal.feed.feed import length
 
 
@@ -447,3 +447,31 @@ def test_a_feed_of_pytorchs_tensors_calibrates(onnx_file):
     assert calibrate(path, Own(), algorithm="minmax", engine="onnxruntime").scales["x"] == float(
         np.float32(3) / np.float32(127)
     )
+
+
+@pytest.mark.parametrize("kind", ["arrays", "images"])
+def test_threads_that_begin_passes_cut_each_other_off(photographs, kind):
+    if kind == "arrays":
+        feed = ArrayFeed([np.full((2, 4), number, "f4") for number in range(6)], ["input"], device="cpu")
+    else:
+        feed = ImageFeed(photographs, preprocess=Preprocess(size=(8, 8)), batch_size=1, device="cpu")
+    whole = [batch["input"].copy() for batch in feed]
+    found = []
+
+    def work():
+        for _ in range(20):
+            try:
+                found.append([batch["input"].copy() for batch in feed])
+            except FastcalError as error:
+                assert "cut off" in str(error)  # noqa: PT017
+                found.append(None)
+            except Exception as error:
+                found.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 60
+    assert all(batches is None or len(batches) == len(whole) for batches in found), found
