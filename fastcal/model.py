@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 
 from fastcal.errors import FastcalError, quoted
 from fastcal.feed.device import type_of
@@ -64,7 +63,7 @@ class Model:
             self.proto = onnx.load(self.path, load_external_data=False)
         except OSError as error:
             raise FastcalError(f"cannot read model {path}: {error.strerror}; check the path") from error
-        except DecodeError as error:
+        except Exception as error:  # of protobuf, or of the parser of one of ONNX's text forms
             raise FastcalError(f"{path} is not an ONNX model; export the network to ONNX first") from error
         if not self.proto.graph.node:
             raise FastcalError(f"{path} is not an ONNX model, or one without a layer; export the network to ONNX first")
@@ -260,7 +259,24 @@ def match_batch(inputs: Sequence[ModelInput], label: str, batch: Mapping[str, An
         if not np.can_cast(dtype, value.dtype, "same_kind"):  # a float to an integer would be cut off
             raise FastcalError(f"{label} takes input {value.name!r} as {value.dtype}, the batches are {dtype}; convert "
                                "them")  # fmt: skip
+        if not hasattr(arrays[value.name], "__cuda_array_interface__"):
+            check_values(arrays[value.name], value, label)
     return arrays
+
+
+def check_values(array: Any, value: ModelInput, label: str) -> None:
+    """Raise FastcalError if an array in host memory has values that its input's type cannot hold."""
+    array = np.asarray(array)
+    if np.can_cast(array.dtype, value.dtype, "safe"):
+        return
+    with np.errstate(over="ignore"):
+        held = array.astype(value.dtype)
+    beyond = held != array if value.dtype.kind in "iu" else np.isinf(held) & np.isfinite(array)
+    if beyond.any():
+        raise FastcalError(
+            f"{label} takes input {value.name!r} as {value.dtype}, which cannot hold {array[beyond].flat[0]}; give "
+            "values that fit"
+        )
 
 
 def match_names(names: Sequence[str], label: str, batch: Mapping[str, Any], anonymous: bool) -> dict[str, Any]:

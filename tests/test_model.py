@@ -48,6 +48,13 @@ def test_a_graph_that_onnx_cannot_make_sense_of(onnx_file):
         _ = Model(path).calibrated
 
 
+@pytest.mark.parametrize("name", ["m.txtpb", "m.onnxtxt", "m.textproto"])
+def test_text_that_is_no_model(tmp_path, name):
+    (tmp_path / name).write_bytes(b"garbage \xff")
+    with pytest.raises(FastcalError, match=f"{name} is not an ONNX model"):
+        Model(tmp_path / name)
+
+
 def test_what_is_no_path():
     with pytest.raises(FastcalError, match="the model is a ModelProto; name an ONNX file"):
         Model(onnx.ModelProto())

@@ -21,7 +21,7 @@ from fastcal.feed.dataset import EXTENSIONS, Data, shuffled
 from fastcal.feed.digest import add_files
 from fastcal.feed.feed import BATCH_SIZE, check_settings
 from fastcal.feed.runs import count_batches, say_how_it_ends
-from fastcal.model import Model, ModelInput, fits, format_shape
+from fastcal.model import Model, ModelInput, check_values, fits, format_shape
 
 #: How `numpy.savez` names an array that was given no name.
 _UNNAMED = "arr_0"
@@ -170,7 +170,7 @@ class _Column:
     def __init__(self, files: Sequence[tuple[str, str | None]], value: ModelInput | None, label: str) -> None:
         self.paths = [path for path, _ in files]
         self._files = files
-        self._dtype = None if value is None else value.dtype
+        self._value, self._label = value, label
         self._open: tuple[int, Any] = (-1, None)
         arrays = [_shape_and_type(path, key) for path, key in files]
         shape, dtype = arrays[0]
@@ -201,7 +201,10 @@ class _Column:
         array = self._open[1]
         if not self._single:
             array = array[number - (self._ends[index - 1] if index else 0)]
-        return array if self._dtype is None else np.asarray(array, self._dtype)
+        if self._value is None:
+            return array
+        check_values(array, self._value, self._label)
+        return np.asarray(array, self._value.dtype)
 
 
 def _columns(data: Data | Mapping[str, Data], model: Model | None, input_name: str | None) -> dict[str | None, _Column]:

@@ -215,6 +215,8 @@ class OnnxRuntimeRunner:
             FastcalError: ONNX Runtime fails on the batch.
         """
         arrays = {value.name: np.asarray(to_host(batch[value.name]), value.dtype) for value in self._model.inputs}
+        if not self.activations:
+            return {name: arrays[name] for name in self.inputs}
         options = onnxruntime.RunOptions()
         options.log_severity_level = 4
         future = self._thread.submit(self._session.run, self.activations, arrays, options)

@@ -318,3 +318,24 @@ def test_a_pass_ends_where_the_engine_does_not_start(onnx_file):
         calibrate(path, ({"x": np.ones((1, 2), np.float32)} for _ in range(9)))
     assert [thread for thread in threading.enumerate() if thread.name.startswith("fastcal")] == []
     del raised  # whose traceback holds what was begun
+
+
+def test_a_network_that_computes_nothing_in_float(onnx_file):
+    path = onnx_file("g (float[N, 4] x) => (int64[N, 1] y) { y = ArgMax<axis = 1>(x) }")
+    cache = fastcal.calibrate(path, [np.full((2, 4), 3, "f4")], engine="onnxruntime", algorithm="minmax")
+    assert cache.scales == {"x": pytest.approx(3 / 127)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "held"),
+    [("int32", np.full((1, 4), 2**32 + 9), "4294967305"), ("int8", np.full((1, 4), -129, "i2"), "-129"),
+     ("float16", np.full((1, 4), 1e6, "f4"), "1000000.0")],
+)  # fmt: skip
+def test_values_that_an_input_cannot_hold(onnx_file, tmp_path, kind, values, held):
+    path = onnx_file(f"g ({kind}[N, 4] x) => (float[N, 4] y) {{ y = Cast<to = 1>(x) }}")
+    np.save(tmp_path / "x.npy", values)
+    for feed in ([values], fastcal.NumpyFeed(tmp_path / "x.npy", model=path, device="cpu")):
+        with pytest.raises(fastcal.FastcalError, match=f"input 'x' as {kind}, which cannot hold {held}; give values"):
+            fastcal.calibrate(path, feed, engine="onnxruntime")
+    cache = fastcal.calibrate(path, [np.full_like(values, 7)], engine="onnxruntime", algorithm="minmax")
+    assert cache.scales["y"] == pytest.approx(7 / 127)
