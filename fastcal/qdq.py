@@ -145,6 +145,13 @@ def load_for(network: Model, cache: CalibrationCache | str | os.PathLike[str]) -
     return loaded
 
 
+#: What the names of a pair end in: its scale and zero point, its nodes, and their outputs.
+_ENDINGS = (
+    "_scale", "_zero_point", "_QuantizeLinear", "_DequantizeLinear", "_QuantizeLinear_Output",
+    "_DequantizeLinear_Output",
+)  # fmt: skip
+
+
 class _Graph:
     """A copy of a model with all its weights, and what is where in its graph.
 
@@ -308,7 +315,7 @@ class _Plan:
 
 def _insert(graph: _Graph, pairs: Mapping[tuple[int, int], int | None], scales: Mapping[str, float]) -> None:
     """Put the pairs into the graph, each before the first node that reads it."""
-    taken = {*graph.producers, *graph.consumers, *(tensor.name for tensor in graph.proto.graph.initializer)}
+    taken = set(_names(graph.proto.graph))
     made: dict[tuple[str, int | None], str] = {}
     nodes: list[onnx.NodeProto] = []
     for number, node in enumerate(graph.nodes):
@@ -319,11 +326,11 @@ def _insert(graph: _Graph, pairs: Mapping[tuple[int, int], int | None], scales: 
             if (name, axis) not in made:
                 weights = graph.constant(name)
                 scale = np.asarray(scales[name], "f4") if weights is None else _weight_scales(weights, axis)
-                prefix = name if name + "_scale" not in taken else _unused(name, taken)
+                prefix = _unused(name, taken)
                 new, tensors = _pair(name, prefix, scale, axis)
                 nodes += new
                 graph.proto.graph.initializer.extend(tensors)
-                taken |= {tensor.name for tensor in tensors}
+                taken |= {prefix + ending for ending in _ENDINGS}
                 made[name, axis] = new[-1].output[0]
             node.input[index] = made[name, axis]
         nodes.append(node)
@@ -336,13 +343,13 @@ def _pair(
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """The two nodes of a pair, and their scale and zero point."""
     tensors = [
-        numpy_helper.from_array(scale, f"{prefix}_scale"),
-        numpy_helper.from_array(np.zeros(scale.shape, np.int8), f"{prefix}_zero_point"),
+        numpy_helper.from_array(scale, prefix + _ENDINGS[0]),
+        numpy_helper.from_array(np.zeros(scale.shape, np.int8), prefix + _ENDINGS[1]),
     ]
     parameters = [tensor.name for tensor in tensors]
     options: dict[str, Any] = {} if axis is None else {"axis": axis}
-    names = [f"{prefix}_QuantizeLinear", f"{prefix}_DequantizeLinear"]
-    outputs = [f"{each}_Output" for each in names]
+    names = [prefix + ending for ending in _ENDINGS[2:4]]
+    outputs = [prefix + ending for ending in _ENDINGS[4:]]
     return [
         helper.make_node("QuantizeLinear", [name, *parameters], [outputs[0]], names[0], **options),
         helper.make_node("DequantizeLinear", [outputs[0], *parameters], [outputs[1]], names[1], **options),
@@ -350,10 +357,23 @@ def _pair(
 
 
 def _unused(name: str, taken: set[str]) -> str:
-    number = 2
-    while f"{name}_{number}_scale" in taken:
+    """A prefix under which all names of a pair are free."""
+    prefix, number = name, 1
+    while any(prefix + ending in taken for ending in _ENDINGS):
         number += 1
-    return f"{name}_{number}"
+        prefix = f"{name}_{number}"
+    return prefix
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
+    """All names of tensors and nodes in a graph, and in those within it."""
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        yield value.name
+    for node in graph.node:
+        yield from (node.name, *node.input, *node.output)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _names(inner)
 
 
 def _weight_scales(weights: npt.NDArray[np.float32], axis: int | None) -> npt.NDArray[np.float32]:

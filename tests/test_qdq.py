@@ -423,3 +423,26 @@ def test_what_is_wrong_is_one_line_and_no_model(run_fastcal, tmp_path, arguments
     assert message in line
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / "m.onnx").read_bytes() == (DIGITS / "digits.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        "g (float[N, 4] x) => (float[N, 6] y) { t = MatMul(x, w) y = Add(t, x_zero_point) }",
+        "g (float[N, 4] x, float[N, 6] x_QuantizeLinear_Output) => (float[N, 6] y)"
+        "{ t = MatMul(x, w) y = Add(t, x_QuantizeLinear_Output) }",
+        "g (float[N, 4] x, float[1] x_scale) => (float[N, 6] y) { y = MatMul(x, w) }",
+        """g (float[N, 4] x, bool b) => (float[N, 6] y) {
+            t = MatMul(x, w)
+            y = If(b) <then_branch = g1 () => (float[N, 6] x_scale) { x_scale = Neg(t) },
+                       else_branch = g2 () => (float[N, 6] e) { e = Identity(t) }>
+        }""",
+    ],
+)
+def test_names_that_are_taken(onnx_file, graph):
+    weights = {"w": np.ones((4, 6), "f4"), "x_zero_point": np.float32([3])}
+    path = onnx_file(graph, {name: values for name, values in weights.items() if name in graph})
+    model = fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.02}))
+    onnx.checker.check_model(model)
+    onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert count_quantized(model) == (1, 1)
