@@ -19,7 +19,7 @@ from fastcal.cache import DEFAULT_TENSORRT_VERSION, CalibrationCache, check_algo
 from fastcal.errors import FastcalError
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
-from fastcal.model import FLOATS, Model, match_batch
+from fastcal.model import FLOATS, Model, format_shape, match_batch
 from fastcal.observe.calibration import calibrate
 from fastcal.observe.observations import Observations
 from fastcal.observe.observer import timed
@@ -244,6 +244,8 @@ class _Measurement:
         self._tensors = {name: _Sums(len(scales)) for name in self._float.tensors}
         outputs = [value.name for value in network.proto.graph.output if value.name in self._tensors]
         self._outputs = {name: _Sums(len(scales)) for name in outputs}
+        if not outputs:
+            raise FastcalError(f"{network.path} computes no float output: there is nothing to compare")
         self._decisions: dict[str | None, list[npt.NDArray[np.intp]]] = {}
         self._classes = 0
         self.images = 0
@@ -269,6 +271,13 @@ class _Measurement:
             del values, rounding  # before the next ones are there
         int8 = {label: runner.run(arrays) for label, runner in self._int8.items()}
         for name, sums in self._outputs.items():
+            for others in int8.values():
+                if others[name].shape != exact[name].shape:
+                    raise FastcalError(
+                        f"output {name!r} of {self._network.path} is {format_shape(exact[name].shape)} in float and "
+                        f"{format_shape(others[name].shape)} in INT8: its size depends on the values, so the two "
+                        "cannot be compared; compare a model that ends before it"
+                    )
             sums.add(exact[name], [exact[name] - others[name] for others in int8.values()])
         samples = max(array.shape[0] for array in arrays.values() if array.shape)
         new = samples if self._samples is None else min(samples, self._samples - self.images)
@@ -276,13 +285,14 @@ class _Measurement:
         if len(self._outputs) == 1:
             (name,) = self._outputs
             for label, outputs in ((None, exact), *int8.items()):
-                self._decide(label, outputs[name][:new])
+                if outputs[name].shape[:1] == (samples,):
+                    self._decide(label, outputs[name][:new])
 
     def _decide(self, label: str | None, output: npt.NDArray[Any]) -> None:
         """Keep the class of each sample, if the output is a classifier's: of shape (N, classes, 1, ...)."""
-        if output.ndim >= 2 and output.shape[1] > 1 and output[0].size == output.shape[1]:
+        if output.ndim >= 2 and output.shape[1] > 1 and math.prod(output.shape[2:]) == 1:
             self._classes = output.shape[1]
-            decisions = output.reshape(len(output), -1).argmax(axis=1)
+            decisions = output.reshape(-1, self._classes).argmax(axis=1)
             self._decisions.setdefault(label, []).append(decisions)
 
     def qualities(self) -> dict[str, Quality]:

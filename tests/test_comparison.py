@@ -247,6 +247,26 @@ def test_what_cannot_be_compared(network, onnx_file, caches):
         fastcal.compare(network, [{"x": np.zeros((1, 3, 9, 9), np.float32)}])
 
 
+def test_outputs_that_are_no_classifiers(onnx_file):
+    random = np.random.default_rng(0)
+    weights = {"w": random.normal(size=(5, 3, 3, 3)).astype("f4")}
+    batches = [random.normal(size=(2, 3, 8, 8)).astype("f4")] * 2
+    head = "g (float[N, 3, 8, 8] x) => (float"
+    loss = onnx_file(f"{head} y) {{ c = Conv(x, w) y = ReduceMean<keepdims = 0>(c) }}", weights)
+    for quality in fastcal.compare(loss, batches).qualities.values():
+        assert quality.agreement is None
+        assert quality.sqnr > 0
+    found = "c = Conv(x, w) g = Greater(c, z) n = NonZero(g) t = Transpose(n) y = Cast<to = 1>(t)"
+    path = onnx_file(f"{head}[K, 4] y) {{ {found} }}", weights | {"z": np.float32(1e9)})
+    assert fastcal.compare(path, batches).images == 4  # where there is nothing to find
+    path = onnx_file(f"{head}[K, 4] y) {{ {found} }}", weights | {"z": np.float32(3)})
+    with pytest.raises(fastcal.FastcalError, match=r"output 'y' .* its size depends on the values"):
+        fastcal.compare(path, batches)
+    path = onnx_file(f"{head}[2] b) {{ c = Conv(x, w) }}", weights | {"b": np.float32([1, 2])})
+    with pytest.raises(fastcal.FastcalError, match="computes no float output: there is nothing to compare"):
+        fastcal.compare(path, batches)
+
+
 def test_little_memory_changes_nothing(monkeypatch):
     images = [{"image": np.random.default_rng(0).standard_normal((9, 3, 32, 32), dtype="f4")}] * 2
     calm = fastcal.compare(DIGITS / "digits.onnx", images)
