@@ -33,7 +33,7 @@ def to_json(cache: CalibrationCache) -> bytes:
         FastcalError: A scale is NaN or infinite, which JSON has no number for.
     """
     content: dict[str, Any] = {name: getattr(cache, name) for name in _SETTINGS if getattr(cache, name) is not None}
-    content["scales"] = cache.scales
+    content["scales"] = {name: float(scale) for name, scale in cache.scales.items()}
     if cache.record is not None:
         content["made_from"] = dict(cache.record.entries)
     for name, scale in cache.scales.items():
@@ -100,7 +100,7 @@ def to_onnxruntime(cache: CalibrationCache) -> bytes:
     for name, scale in cache.scales.items():
         _check_scale(scale, f"the scale of {name!r}")
         key = builder.CreateString(name.encode(errors="surrogateescape"))
-        value = builder.CreateString(repr(scale * 127))  # exact: the product of a float32 and 127 fits a float64
+        value = builder.CreateString(repr(float(scale) * 127))  # exact: the product of a float32 and 127 fits a float64
         key_value.Start(builder)
         key_value.AddKey(builder, key)
         key_value.AddValue(builder, value)
