@@ -17,6 +17,12 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 _SLACK = 1e-6
 
 
+def _check_number(name: str, value: Any) -> None:
+    """Raise FastcalError unless it is a number that float32 images can be reckoned with."""
+    if not isinstance(value, numbers.Real) or not (value == 0 or 1e-30 < abs(float(value)) < 1e30):
+        raise FastcalError(f"{name} has {value!r}; give a number, as the network was trained with")
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """How an image becomes a network's input.
@@ -74,10 +80,15 @@ class Preprocess:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if isinstance(values, numbers.Real):
                 raise FastcalError(f"{name} is {values}; give a sequence, ({values},) for all channels alike")
+            if not hasattr(values, "__len__") or isinstance(values, str):
+                raise FastcalError(f"{name} is {values!r}; give a sequence of numbers")
             if len(values) not in (1, self.channel_count):
                 raise FastcalError(
                     f"{name} {values} has {len(values)} values, {self.channels} needs 1 or {self.channel_count}"
                 )
+            for each in values:
+                _check_number(name, each)
+        _check_number("scale", self.scale)
         if self.scale == 0:
             raise FastcalError("scale is 0, which makes every image the same; leave pixels as they are with 1")
         if 0 in self.std:

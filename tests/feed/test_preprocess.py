@@ -164,6 +164,11 @@ def test_an_input_whose_channels_are_dynamic(shape):
         ({"size": (224.5, 224)}, r"size \(224.5, 224\) is not \(height, width\)"),
         ({"mean": 0.5}, r"mean is 0.5; give a sequence, \(0.5,\) for all channels alike"),
         ({"std": 2}, r"std is 2; give a sequence"),
+        ({"mean": None}, "mean is None; give a sequence of numbers"),
+        ({"mean": (float("nan"),)}, "mean has nan; give a number"),
+        ({"std": (1, float("inf"), 1)}, "std has inf; give a number"),
+        ({"scale": 1e-40}, "scale has 1e-40; give a number"),
+        ({"scale": "1"}, "scale has '1'; give a number"),
     ],
 )
 def test_attributes_of_another_type(attributes, message):
