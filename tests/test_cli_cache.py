@@ -245,3 +245,24 @@ def test_shells_complete_commands_and_options(run_fastcal, shell):
     }  # fmt: skip
     done = run_fastcal(env=environment)
     assert "--algorithm" in done.stdout
+
+
+def test_a_version_that_reads_no_cache_replaces_nothing(run_fastcal, work):
+    (work / "keep.json").write_text("precious")
+    done = run_fastcal("cache", "convert", "a.cache", "-o", "keep.json", "--tensorrt", "11.0", cwd=work)
+    assert (done.returncode, done.stderr) == (
+        2, "error: TensorRT 11.0 takes no calibration cache; only 8.x to 10.x do\n",
+    )  # fmt: skip
+    assert (work / "keep.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_where_nobody_reads_on_that_is_no_answer(work, options):
+    import subprocess
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fastcal", "cache", "diff", "a.cache", "a.cache", *options]
+    with os.fdopen(writer) as gone:
+        done = subprocess.run(command, cwd=work, stdout=gone, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -16,7 +16,8 @@ from fastcal.cli.quantize import quantize
 
 _STATUS = (
     "Exit status: 0 done; 1 the answer is no (caches differ, a cache is not in order, the doctor found something to "
-    "mend); 2 something that you can put right, said in one line; 70 a fault of fastcal's own; 130 Ctrl-C."
+    "mend); 2 something that you can put right, said in one line; 70 a fault of fastcal's own; 130 Ctrl-C; 141 "
+    "nobody reads the output any more."
 )
 
 app = typer.Typer(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import fastcal
-from fastcal.cache import CALIBRATION_NAMES, FORMS
+from fastcal.cache import CALIBRATION_NAMES, FORMS, check_tensorrt_version
 from fastcal.cli.options import FeedOptions, with_options
 from fastcal.cli.terminal import NOT_OK, finish, print_rows, print_table, say, terminal
 from fastcal.errors import FastcalError
@@ -185,7 +185,7 @@ def _with_header(
         raise FastcalError(f"{path} is of Legacy calibration, whose header has no version; leave out --tensorrt, or "
                            "choose another header with --algorithm")  # fmt: skip
     if tensorrt is not None:
-        changes["tensorrt_version"] = tensorrt
+        changes["tensorrt_version"] = check_tensorrt_version(tensorrt)
     return replace(cache, **changes)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -28,6 +29,9 @@ NOT_OK = 1
 
 #: Exit status for what the user can put right.
 FAILED = 2
+
+#: Exit status where nobody reads what is printed any more: that of a program that the signal for it ends.
+UNHEARD = 128 + signal.SIGPIPE
 
 #: How characters are printed that the terminal's encoding has not: names of files may be any bytes.
 UNPRINTABLE = "backslashreplace"
@@ -80,6 +84,9 @@ def terminal() -> Iterator[Console]:
             if interrupt.received():
                 interrupt.say()
                 raise typer.Exit(interrupt.INTERRUPTED) from error
+            if isinstance(error, BrokenPipeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to be said at the exit
+                raise typer.Exit(UNHEARD) from error
             if isinstance(error, FastcalError):
                 console.print(f"error: {error}")
                 _print_event("error", message=str(error))
