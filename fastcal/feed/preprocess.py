@@ -84,7 +84,9 @@ class Preprocess:
                 raise FastcalError(f"{name} is {values!r}; give a sequence of numbers")
             if len(values) not in (1, self.channel_count):
                 raise FastcalError(
-                    f"{name} {values} has {len(values)} values, {self.channels} needs 1 or {self.channel_count}"
+                    f"{name} {values} has {len(values)} values, {self.channels} needs "
+                    f"{'1' if self.channel_count == 1 else '1 or 3'}; choose another preprocessing: the presets unit "
+                    "and raw fit all channels"
                 )
             for each in values:
                 _check_number(name, each)

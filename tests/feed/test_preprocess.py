@@ -178,7 +178,7 @@ def test_attributes_of_another_type(attributes, message):
 
 
 def test_a_mean_for_other_channels_than_the_networks():
-    with pytest.raises(FastcalError, match=r"mean .* has 3 values, GRAY needs 1"):
+    with pytest.raises(FastcalError, match=r"mean .* has 3 values, GRAY needs 1; choose another preproc"):
         Preprocess.preset("imagenet").fit((1, 1, 28, 28))
 
 
