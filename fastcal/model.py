@@ -203,6 +203,16 @@ class Model:
                 pools[node.output[0]] = pools.get(node.input[0], node.input[0])
         return pools
 
+    @property
+    def external_files(self) -> list[Path]:
+        """The files of external data."""
+        return [self.path.parent / name for name in self._external]
+
+    @property
+    def _external(self) -> list[str]:
+        entries = (entry for tensor in self.proto.graph.initializer for entry in tensor.external_data)
+        return sorted({entry.value for entry in entries if entry.key == "location"})
+
     @cached_property
     def digest(self) -> str:
         """The SHA-256 of the file, and of the size and time of each file of external data.
@@ -211,13 +221,7 @@ class Model:
             FastcalError: A file of external data is missing.
         """
         digest = hashlib.sha256(self.path.read_bytes())
-        files = {
-            entry.value
-            for tensor in self.proto.graph.initializer
-            for entry in tensor.external_data
-            if entry.key == "location"
-        }
-        for name in sorted(files):
+        for name in self._external:
             try:
                 status = (self.path.parent / name).stat()
             except OSError as error:

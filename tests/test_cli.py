@@ -232,6 +232,30 @@ def test_what_is_wrong_with_pictures_is_one_line(run_fastcal, tmp_path, images, 
     assert os.listdir(tmp_path) == ["images"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("calibrate", "m.onnx", "images", "-o", "images/00.jpg"), "images/00.jpg is among the data"),
+        (("preview", "images", "-o", "images/00.jpg"), "images/00.jpg is among the data"),
+        (("calibrate", "m.onnx", "images/00.jpg", "-o", "images/00.jpg"), "images/00.jpg is the data"),
+        (("calibrate", "m.onnx", "images", "--preprocess", "p.json", "-o", "p.json"), "p.json is the preprocessing"),
+        (("calibrate", "m.onnx", "images", "--preprocess", "p.json", "-o", "p"), "p.json is the preprocessing"),
+        (("calibrate", "m.onnx", "images", "-o", "w.bin"), "w.bin is the model's external data"),
+        (("quantize", "m.onnx", "images", "-o", "x", "--report", "w.bin"), "w.bin is the model's external data"),
+    ],
+)
+def test_what_is_read_is_not_written_over(run_fastcal, tmp_path, images, words, message):
+    model = onnx.load(MODEL)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    (tmp_path / "p.json").write_text('{"preset": "unit"}')
+    shutil.copy(sorted(images.iterdir())[0], images / "00.jpg")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = run_fastcal(*words, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"error: {message}; name another file for the ")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def break_nothing(tmp_path, images):
     pass
 

@@ -76,7 +76,7 @@ def build(
 
         _check_gpu()
         network = Model(options.model)
-        check_outputs(network, {"engine": output, "cache": cache, "timing cache": engine_options.timing_cache})
+        check_outputs(network, {"engine": output, "cache": cache, "timing cache": engine_options.timing_cache}, options)
         check_writable(output, network.path.stat().st_size // 4)  # an INT8 weight takes a quarter of a float32
         if cache is not None and not os.path.exists(cache):  # one that is there may be used, and need not be written
             check_writable(cache, largest_size(network.activations))

@@ -50,7 +50,7 @@ def calibrate(
         from fastcal.model import Model
 
         network = Model(options.model)
-        check_outputs(network, {"cache": output, "report": report})
+        check_outputs(network, {"cache": output, "report": report}, options)
         check_writable(output, largest_size(network.activations))
         check_report(report)
         feed = options.feed(network)

@@ -210,14 +210,32 @@ def data_used(feed: "fastcal.ImageFeed | fastcal.NumpyFeed", progress: fastcal.P
     return {"images": used, "skipped": feed.skipped, "preprocess": prepared}
 
 
-def check_outputs(network: "Model | None", outputs: Mapping[str, str | None]) -> None:
-    """Fail now if one file would be written over another; `outputs` says what each is.
+def check_outputs(
+    network: "Model | None", outputs: Mapping[str, str | None], read: FeedOptions, data: str = "the data"
+) -> None:
+    """Fail now if one file would be written over another, or over one that is read.
 
-    A cache to write is called "cache", and is written with its record.
+    Args:
+        network: The model that is read.
+        outputs: The files to write, by what each is. A cache to write is called "cache", and comes with its record.
+        read: What else is read.
+        data: What that is where it is one file.
     """
+    from fastcal.feed.dataset import EXTENSIONS
     from fastcal.record import record_path
 
-    taken = {} if network is None else {os.path.realpath(network.path): "the model itself"}
+    taken: dict[str, str] = {}
+    if network is not None:
+        taken |= {os.path.realpath(path): "the model's external data" for path in network.external_files}
+        taken[os.path.realpath(network.path)] = "the model itself"
+    for source, what in ((read.preprocess, "the preprocessing"), (read.data, data)):
+        if os.path.isfile(source):
+            taken[os.path.realpath(source)] = what
+    known = tuple(extension for extensions in EXTENSIONS.values() for extension in extensions)
+    for place in [os.path.realpath(path) for path in outputs.values() if path is not None]:
+        within = place.startswith(os.path.realpath(read.data) + os.sep)
+        if within and os.path.isfile(place) and place.lower().endswith(known):
+            taken[place] = "among the data"
     cache = outputs.get("cache")
     for what, path in {**outputs, "cache's record": cache and str(record_path(cache))}.items():
         if path is None:

@@ -44,7 +44,7 @@ def preview(
 
         check_picture(output)
         network = Model(options.model) if options.model else None
-        check_outputs(network, {"sheet": output})
+        check_outputs(network, {"sheet": output}, options)
         check_writable(output, 1)
         feed = options.feed(network)
         with feed:

@@ -71,8 +71,8 @@ def quantize(
         excluded = exclude or ()
         check_quantizable(network, excluded)
         has_cache = options.has_cache()
-        inputs = {"calibration cache": options.data if has_cache else None}
-        check_outputs(network, {**inputs, "quantized model": output, "report": options.report})
+        outputs = {"quantized model": output, "report": options.report}
+        check_outputs(network, outputs, options, "the calibration cache" if has_cache else "the data")
         check_writable(output, network.path.stat().st_size)
         check_report(options.report)
         if has_cache:
