@@ -20,7 +20,7 @@ import numpy as np
 from fastcal.cache import CalibrationCache, check_algorithm, check_tensorrt_version, largest_size
 from fastcal.errors import GPU_EXTRAS, FastcalError
 from fastcal.feed.arrays import ArrayFeed
-from fastcal.feed.device import type_of, wait_until_filled
+from fastcal.feed.device import type_of, upload, wait_until_filled
 from fastcal.feed.feed import Batch, Feed, length
 from fastcal.files import check_writable
 from fastcal.model import Model, format_shape, match_names
@@ -327,15 +327,7 @@ class FeedCalibrator:
             if self.feed.gpu is None:  # else the feed has waited
                 wait_until_filled(array)
             return array
-        import cupy
-
-        array = np.ascontiguousarray(array)
-        kept = self._uploads.get(name)
-        if kept is None or kept.shape != array.shape or kept.dtype != array.dtype:
-            kept = self._uploads[name] = cupy.empty(array.shape, array.dtype)
-        kept.set(array)  # returns when the values are there: host memory is pageable
-        cupy.cuda.get_current_stream().synchronize()
-        return kept
+        return upload(array, name, self._uploads)
 
     def _report(self, now: float) -> None:
         if self._progress is not None and self.stats.batches:

@@ -92,6 +92,25 @@ def as_cupy(array: Any) -> Any:
     return imported
 
 
+def upload(array: Any, name: str, kept: dict[str, Any]) -> Any:
+    """Copy a NumPy array to CuPy's current GPU, in the order of its current stream; returns when it was read.
+
+    Args:
+        array: The array, which may lie in pinned memory.
+        name: What it is for.
+        kept: Arrays on the GPU by what they are for: the last one is written again if it is of that shape and type.
+    """
+    import cupy
+
+    array = np.ascontiguousarray(array)
+    target = kept.get(name)
+    if target is None or (target.shape, target.dtype) != (array.shape, array.dtype):
+        target = kept[name] = cupy.empty(array.shape, array.dtype)
+    target.set(array)
+    cupy.cuda.get_current_stream().synchronize()
+    return target
+
+
 def _device_of(array: Any) -> Any:
     """The `cupy.cuda.Device` that an array with the CUDA array interface lies on."""
     import cupy

@@ -10,7 +10,7 @@ import cupy
 import numpy as np
 
 from fastcal.errors import FastcalError
-from fastcal.feed.device import wait_until_filled
+from fastcal.feed.device import upload, wait_until_filled
 from fastcal.model import Model, ModelInput, format_shape, match_batch
 from fastcal.network import Logger, known_sizes, parse, start_builder, tactic_bits, trt
 from fastcal.observe.device_histogram import DeviceHistograms
@@ -138,13 +138,7 @@ class TensorRTObserver:
             if not isinstance(array, cupy.ndarray):  # those of CuPy are made on the current stream, or were before
                 wait_until_filled(array)
             return cupy.ascontiguousarray(cupy.asarray(array), value.dtype)
-        array = np.ascontiguousarray(array, value.dtype)
-        kept = self._uploads.get(value.name)
-        if kept is None or kept.shape != array.shape:
-            kept = self._uploads[value.name] = cupy.empty(array.shape, array.dtype)
-        kept.set(array)  # in the stream's order: after the batch before was read
-        cupy.cuda.get_current_stream().synchronize()  # it may be pinned memory, and its owner's again
-        return kept
+        return upload(np.asarray(array, value.dtype), value.name, self._uploads)  # after the batch before was read
 
     def _build(self, shapes: Mapping[str, tuple[int, ...]]) -> "Iterator[_Engine]":
         """One engine per group of tensors that fit the memory together."""
