@@ -244,8 +244,6 @@ class _Measurement:
         self._tensors = {name: _Sums(len(scales)) for name in self._float.tensors}
         outputs = [value.name for value in network.proto.graph.output if value.name in self._tensors]
         self._outputs = {name: _Sums(len(scales)) for name in outputs}
-        if not outputs:
-            raise FastcalError(f"{network.path} computes no float output: there is nothing to compare")
         self._decisions: dict[str | None, list[npt.NDArray[np.intp]]] = {}
         self._classes = 0
         self.images = 0
@@ -392,10 +390,13 @@ def _power(values: npt.NDArray[Any]) -> float:
 
 
 def _check_outputs(network: Model) -> None:
-    if not any(value.type.tensor_type.elem_type in FLOATS for value in network.proto.graph.output):
+    outputs = {value.name for value in network.proto.graph.output if value.type.tensor_type.elem_type in FLOATS}
+    if not outputs:
         raise FastcalError(
             f"{network.path} has no float output to compare; export it without its last layer, an ArgMax"
         )
+    if outputs.isdisjoint([*(value.name for value in network.inputs), *network.activations]):
+        raise FastcalError(f"{network.path} computes no float output: there is nothing to compare")
 
 
 def _in_two_passes(
