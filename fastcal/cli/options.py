@@ -221,7 +221,7 @@ def check_outputs(
         read: What else is read.
         data: What that is where it is one file.
     """
-    from fastcal.feed.dataset import EXTENSIONS
+    from fastcal.feed.dataset import kind_of
     from fastcal.record import record_path
 
     taken: dict[str, str] = {}
@@ -231,10 +231,9 @@ def check_outputs(
     for source, what in ((read.preprocess, "the preprocessing"), (read.data, data)):
         if os.path.isfile(source):
             taken[os.path.realpath(source)] = what
-    known = tuple(extension for extensions in EXTENSIONS.values() for extension in extensions)
+    folder = os.path.realpath(read.data) + os.sep
     for place in [os.path.realpath(path) for path in outputs.values() if path is not None]:
-        within = place.startswith(os.path.realpath(read.data) + os.sep)
-        if within and os.path.isfile(place) and place.lower().endswith(known):
+        if place.startswith(folder) and kind_of(place) is not None and os.path.isfile(place):
             taken[place] = "among the data"
     cache = outputs.get("cache")
     for what, path in {**outputs, "cache's record": cache and str(record_path(cache))}.items():
