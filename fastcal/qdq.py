@@ -145,13 +145,6 @@ def load_for(network: Model, cache: CalibrationCache | str | os.PathLike[str]) -
     return loaded
 
 
-#: What the names of a pair end in: its scale and zero point, its nodes, and their outputs.
-_ENDINGS = (
-    "_scale", "_zero_point", "_QuantizeLinear", "_DequantizeLinear", "_QuantizeLinear_Output",
-    "_DequantizeLinear_Output",
-)  # fmt: skip
-
-
 class _Graph:
     """A copy of a model with all its weights, and what is where in its graph.
 
@@ -330,7 +323,7 @@ def _insert(graph: _Graph, pairs: Mapping[tuple[int, int], int | None], scales: 
                 new, tensors = _pair(name, prefix, scale, axis)
                 nodes += new
                 graph.proto.graph.initializer.extend(tensors)
-                taken |= {prefix + ending for ending in _ENDINGS}
+                taken.update(_pair_names(prefix))
                 made[name, axis] = new[-1].output[0]
             node.input[index] = made[name, axis]
         nodes.append(node)
@@ -342,24 +335,28 @@ def _pair(
     name: str, prefix: str, scale: npt.NDArray[np.float32], axis: int | None
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """The two nodes of a pair, and their scale and zero point."""
+    *parameters, quantize, dequantize, quantized, dequantized = _pair_names(prefix)
     tensors = [
-        numpy_helper.from_array(scale, prefix + _ENDINGS[0]),
-        numpy_helper.from_array(np.zeros(scale.shape, np.int8), prefix + _ENDINGS[1]),
+        numpy_helper.from_array(scale, parameters[0]),
+        numpy_helper.from_array(np.zeros(scale.shape, np.int8), parameters[1]),
     ]
-    parameters = [tensor.name for tensor in tensors]
     options: dict[str, Any] = {} if axis is None else {"axis": axis}
-    names = [prefix + ending for ending in _ENDINGS[2:4]]
-    outputs = [prefix + ending for ending in _ENDINGS[4:]]
     return [
-        helper.make_node("QuantizeLinear", [name, *parameters], [outputs[0]], names[0], **options),
-        helper.make_node("DequantizeLinear", [outputs[0], *parameters], [outputs[1]], names[1], **options),
+        helper.make_node("QuantizeLinear", [name, *parameters], [quantized], quantize, **options),
+        helper.make_node("DequantizeLinear", [quantized, *parameters], [dequantized], dequantize, **options),
     ], tensors
+
+
+def _pair_names(prefix: str) -> tuple[str, ...]:
+    """The names of a pair's scale and zero point, of its two nodes, and of their outputs."""
+    nodes = (f"{prefix}_QuantizeLinear", f"{prefix}_DequantizeLinear")
+    return f"{prefix}_scale", f"{prefix}_zero_point", *nodes, *(f"{node}_Output" for node in nodes)
 
 
 def _unused(name: str, taken: set[str]) -> str:
     """A prefix under which all names of a pair are free."""
     prefix, number = name, 1
-    while any(prefix + ending in taken for ending in _ENDINGS):
+    while not taken.isdisjoint(_pair_names(prefix)):
         number += 1
         prefix = f"{name}_{number}"
     return prefix
