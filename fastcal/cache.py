@@ -1,5 +1,6 @@
 """TensorRT's calibration cache: a header line, then `name: scale` for every tensor."""
 
+import numbers
 import os
 import re
 import struct
@@ -58,7 +59,15 @@ class CalibrationCache:
 
     @property
     def header(self) -> str:
-        """The first line of the file, without its line end."""
+        """The first line of the file, without its line end.
+
+        Raises:
+            FastcalError: There is no such algorithm or version of TensorRT, or none is given.
+        """
+        if self.algorithm not in ALGORITHMS:
+            raise FastcalError(
+                f"there is no algorithm {self.algorithm!r} of a cache; choose one of {', '.join(ALGORITHMS)}"
+            )
         if self.algorithm == "percentile":
             return f"0 {_hex(self.cutoff, '>d')} {_hex(self.quantile, '>d')}"
         if self.tensorrt_version is None:
@@ -118,8 +127,8 @@ class CalibrationCache:
                 provider reads, which has the scales alone, as amax.
 
         Raises:
-            FastcalError: There is no such form, or it cannot hold the scales, or the file cannot be written; an older
-                one is then as it was.
+            FastcalError: There is no such form, or it cannot hold the scales, or the file cannot be written, or there
+                is no such algorithm or version of TensorRT; an older file is then as it was.
         """
         from fastcal import cache_formats
 
@@ -200,8 +209,8 @@ def _version_number(version: str) -> int:
 
 
 def _hex(value: float | None, form: str) -> str:
-    if value is None:
-        raise FastcalError("a cache of algorithm percentile needs its quantile and cutoff")
+    if not isinstance(value, numbers.Real):
+        raise FastcalError("a cache of algorithm percentile needs its quantile and its cutoff, two numbers")
     return struct.pack(form, value).hex().lstrip("0") or "0"
 
 

@@ -5,7 +5,7 @@ import math
 import struct
 from typing import Any
 
-from fastcal.cache import ALGORITHMS, CalibrationCache, check_tensorrt_version
+from fastcal.cache import CalibrationCache
 from fastcal.errors import FastcalError, missing
 from fastcal.record import Record
 
@@ -30,9 +30,10 @@ def to_json(cache: CalibrationCache) -> bytes:
     """The cache as a JSON object: algorithm, TensorRT version, scales by tensor, and what it was made from.
 
     Raises:
-        FastcalError: A scale is NaN or infinite, which JSON has no number for.
+        FastcalError: A scale is NaN or infinite, which JSON has no number for; or the cache can have no header.
     """
-    content: dict[str, Any] = {name: getattr(cache, name) for name in _SETTINGS if getattr(cache, name) is not None}
+    settings = _settings(cache)
+    content: dict[str, Any] = {name: value for name in _SETTINGS if (value := getattr(settings, name)) is not None}
     content["scales"] = {name: float(scale) for name, scale in cache.scales.items()}
     if cache.record is not None:
         content["made_from"] = dict(cache.record.entries)
@@ -57,27 +58,25 @@ def from_json(data: bytes, origin: str) -> CalibrationCache:
     unknown = content.keys() - {*_SETTINGS, "scales", "made_from"}
     if unknown:
         raise FastcalError(f"{origin} is no calibration cache in JSON: it has {min(unknown)!r}; a cache has not")
-    cache = CalibrationCache(**{name: content[name] for name in _SETTINGS if name in content})
-    if cache.algorithm not in ALGORITHMS:
-        raise FastcalError(
-            f"{origin}: there is no algorithm {cache.algorithm!r}; choose one of {', '.join(ALGORITHMS)}"
-        )
-    if cache.algorithm == "percentile":
-        cache.tensorrt_version = None
-        for name in ("quantile", "cutoff"):
-            if not isinstance(getattr(cache, name), int | float):
-                raise FastcalError(f"{origin}: a cache of algorithm percentile needs a number {name!r}")
-    else:
-        try:
-            cache.tensorrt_version = check_tensorrt_version(str(cache.tensorrt_version))
-        except FastcalError as error:
-            raise FastcalError(f"{origin}: {error}") from error
+    try:
+        cache = _settings(CalibrationCache(**{name: content[name] for name in _SETTINGS if name in content}))
+    except FastcalError as error:
+        raise FastcalError(f"{origin}: {error}") from error
     cache.scales = {name: _scale(value, f"{origin}, scale of {name!r}") for name, value in scales.items()}
     if "made_from" in content:
         if not isinstance(content["made_from"], dict):
             raise FastcalError(f'{origin} is no calibration cache in JSON: its "made_from" is no object')
         cache.record = Record(content["made_from"])
     return cache
+
+
+def _settings(cache: CalibrationCache) -> CalibrationCache:
+    """A cache of the same settings, as the header has them, and no scales.
+
+    Raises:
+        FastcalError: The cache can have no header.
+    """
+    return CalibrationCache.from_bytes(cache.header.encode())
 
 
 def to_onnxruntime(cache: CalibrationCache) -> bytes:

@@ -102,6 +102,7 @@ def draw_sheet(
             interpolation="nearest" if enlarged else "auto",
         )
         axes.set_axis_off()
+        name = name.encode(errors="backslashreplace").decode()  # files' names may be any bytes
         shown = name if len(name) <= _NAME else "\u2026" + name[1 - _NAME :]
         axes.text(0.5, -0.03, shown, transform=axes.transAxes, ha="center", va="top", size=7, parse_math=False)
     return _saved(figure, kind)

@@ -84,6 +84,12 @@ def read_record(cache_path: str | os.PathLike[str], cache: bytes) -> Record | No
         return None
 
 
+def why_no_record(cache_path: str | os.PathLike[str]) -> str:
+    """Why `read_record` finds none for a cache."""
+    path = record_path(cache_path)
+    return f"its record, {path}, is damaged or of another cache" if path.exists() else f"its record, {path}, is missing"
+
+
 def usable_cache(path: str | os.PathLike[str], header: str, record: Record) -> tuple[bytes | None, str]:
     """The cache at `path` if it is what a calibration would make now.
 
@@ -111,7 +117,7 @@ def usable_cache(path: str | os.PathLike[str], header: str, record: Record) -> t
         return None, "it holds no scales"
     earlier = read_record(path, data)
     if earlier is None:
-        return None, f"nothing tells what it was made from ({record_path(path)} is missing or of another cache)"
+        return None, f"nothing tells what it was made from: {why_no_record(path)}"
     differences = record.differences(earlier)
     if "until_stable" in earlier.entries and "until_stable" not in record.entries:
         differences.append(f"until_stable ({earlier.entries['until_stable']} then: perhaps not all batches)")

@@ -88,11 +88,16 @@ def test_we_read_the_table_that_onnxruntime_writes(tmp_path):
         ('{"scales": {"x": NaN}}', "scale of 'x' is nan; it must be a finite"),
         ('{"scales": {"x": 1e39}}', "scale of 'x' is too large for a float32"),
         ('{"scales": {"x": 1' + 400 * "0" + "}}", "scale of 'x' is too large for a float32"),
-        ('{"scales": {}, "algorithm": "mse"}', "there is no algorithm 'mse'; choose one of"),
-        ('{"scales": {}, "algorithm": ["minmax"]}', r"there is no algorithm \['minmax'\]; choose one of"),
+        ('{"scales": {}, "algorithm": "mse"}', "there is no algorithm 'mse' of a cache; choose one of"),
+        ('{"scales": {}, "algorithm": ["minmax"]}', r"there is no algorithm \['minmax'\] of a cache; choose one of"),
         ('{"scales": {}, "tensorrt_version": "11.0"}', "TensorRT 11.0 takes no calibration cache"),
-        ('{"scales": {}, "tensorrt_version": 8}', "'8' is not a TensorRT version"),
-        ('{"scales": {}, "algorithm": "percentile", "cutoff": 1}', "needs a number 'quantile'"),
+        ('{"scales": {}, "tensorrt_version": 8}', ": 8 is not a TensorRT version"),
+        ('{"scales": {}, "algorithm": "percentile", "cutoff": 1}', "needs its quantile and its cutoff"),
+        (
+            '{"scales": {}, "algorithm": "percentile", "cutoff": 1, "quantile": "1"}',
+            "needs its quantile and its cutoff",
+        ),
+        ('{"scales": {}, "tensorrt_version": null}', "needs a TensorRT version"),
         ('{"scales": {}, "made_from": 1}', '"made_from" is no object'),
     ],
 )
@@ -121,6 +126,15 @@ def test_what_a_form_cannot_hold(tmp_path):
         for scale in (float("nan"), float("inf"), -1.0):
             with pytest.raises(FastcalError, match=r"the scale of 'x' is .*; it must be a finite number"):
                 CalibrationCache({"x": scale}).save(tmp_path / "x", form=form)
+    for form in ("tensorrt", "json"):
+        for settings, message in (
+            (("mse",), "there is no algorithm 'mse' of a cache; choose one of entropy2"),
+            (("minmax", None), "algorithm minmax needs a TensorRT version"),
+            (("minmax", "11.0"), "TensorRT 11.0 takes no calibration cache"),
+            (("percentile", None, 0.9999), "needs its quantile and its cutoff"),
+        ):
+            with pytest.raises(FastcalError, match=message):
+                CalibrationCache({"x": 1.0}, *settings).save(tmp_path / "x", form=form)
     with pytest.raises(FastcalError, match="there is no form 'yaml' of a cache; choose one of tensorrt, json, onnxr"):
         CalibrationCache({"x": 1.0}).save(tmp_path / "x", form="yaml")
     assert list(tmp_path.iterdir()) == []

@@ -246,8 +246,7 @@ calibrate(samples="others")
         "calibrated with 3",
         "calibrating: x.cache is not used, it was made from other precision (TF32 then, FP32 now)",
         "calibrated with 3",
-        "calibrating: x.cache is not used, nothing tells what it was made from (x.cache.json is missing or of another "
-        "cache)",
+        "calibrating: x.cache is not used, nothing tells what it was made from: its record, x.cache.json, is missing",
         "calibrated with 3",
         "calibrating: x.cache is not used, x.cache is not a TensorRT calibration cache: its first line is 'garbage'",
         "calibrated with 3",

@@ -237,6 +237,9 @@ def test_what_is_wrong_with_pictures_is_one_line(run_fastcal, tmp_path, images, 
     [
         (("calibrate", "m.onnx", "images", "-o", "images/00.jpg"), "images/00.jpg is among the data"),
         (("preview", "images", "-o", "images/00.jpg"), "images/00.jpg is among the data"),
+        (("calibrate", "m.onnx", "images/0*.jpg", "-o", "images/00.jpg"), "images/00.jpg is among the data"),
+        (("calibrate", "m.onnx", "image=images", "-o", "images/00.jpg"), "images/00.jpg is among the data"),
+        (("preview", "images.txt", "-o", "images/00.jpg"), "images/00.jpg is among the data"),
         (("calibrate", "m.onnx", "images/00.jpg", "-o", "images/00.jpg"), "images/00.jpg is the data"),
         (("calibrate", "m.onnx", "images", "--preprocess", "p.json", "-o", "p.json"), "p.json is the preprocessing"),
         (("calibrate", "m.onnx", "images", "--preprocess", "p.json", "-o", "p"), "p.json is the preprocessing"),
@@ -249,6 +252,7 @@ def test_what_is_read_is_not_written_over(run_fastcal, tmp_path, images, words, 
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
     (tmp_path / "p.json").write_text('{"preset": "unit"}')
     shutil.copy(sorted(images.iterdir())[0], images / "00.jpg")
+    (tmp_path / "images.txt").write_text("images/00.jpg\n")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     done = run_fastcal(*words, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -265,6 +269,12 @@ def truncate_an_image(tmp_path, images):
     first.write_bytes(first.read_bytes()[:700])
 
 
+def make_an_image_a_pipe(tmp_path, images):
+    first = sorted(images.iterdir())[0]
+    first.unlink()
+    os.mkfifo(first)
+
+
 def remove_all_images(tmp_path, images):
     for path in images.iterdir():
         path.unlink()
@@ -278,6 +288,7 @@ def remove_all_images(tmp_path, images):
         (break_nothing, {"data": "nowhere"}, r"no such file or folder: nowhere; name a folder"),
         (remove_all_images, {}, r"images is empty; name a folder with"),
         (truncate_an_image, {}, r"images/\d+.jpg cannot be decoded: damaged, or no image DALI knows; replace"),
+        (make_an_image_a_pipe, {}, r"images/\d+.jpg is no regular file; replace or remove it"),
         (break_nothing, {"--preprocess": "imagnet"}, r"no preset 'imagnet'; choose one of imagenet, clip, "),
         (break_nothing, {"--algorithm": "mse"}, r"no algorithm 'mse'; choose one of entropy2, entropy, minmax, perc"),
         (break_nothing, {"--quantile": "2", "--algorithm": "percentile"}, r"quantile 2.0 is not in \(0, 1\]"),
@@ -323,6 +334,9 @@ def test_names_that_the_terminal_cannot_show(run_fastcal, tmp_path, images, onnx
     done = run_fastcal("cache", "show", "\udcff.cache", cwd=tmp_path, env=ascii)
     assert done.returncode == 0, done.stderr
     assert "\\u03b1 " in done.stdout
+    shutil.copy(sorted(images.iterdir())[0], images / "\udcff.jpg")
+    assert run_fastcal("preview", images / "\udcff.jpg", "-o", "sheet.svg", cwd=tmp_path).returncode == 0
+    assert "<!-- \\udcff.jpg -->" in (tmp_path / "sheet.svg").read_text()
     (images / "\udcff.jpg").write_bytes(b"no image")
     done = run_fastcal("calibrate", MODEL, images, "-o", "x.cache", cwd=tmp_path, env=utf8)
     assert (done.returncode, done.stdout) == (2, "")

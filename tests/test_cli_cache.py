@@ -45,6 +45,10 @@ def test_show(run_fastcal, work):
     assert re.search(r"^input +0\.0371246 +4\.71482$", done.stdout, re.MULTILINE)
     assert re.search(r"^\(Unnamed Layer\* 0\) \[Constant\]_output +0 +0$", done.stdout, re.MULTILINE)
     assert "header     TRT-8600-EntropyCalibration2\ntensors    91\nmade from  not known" in done.stdout
+    assert done.stdout.endswith(": its record, a.cache.json, is missing\n")
+    (work / "a.cache.json").write_text("{")
+    done = run_fastcal("cache", "show", "a.cache", cwd=work)
+    assert done.stdout.endswith(": its record, a.cache.json, is damaged or of another cache\n")
 
 
 def test_names_are_shown_whole(run_fastcal, tmp_path):
@@ -158,7 +162,7 @@ def test_check(run_fastcal, calibrated, tmp_path):
     assert done.returncode == 1
     assert "missing    image\n" in done.stdout
     assert "unknown    input\n" in done.stdout
-    assert "has no record" in done.stdout
+    assert "entropy2.cache.json, is missing\n" in done.stdout
     told = json.loads(run_fastcal("cache", "check", SQUEEZENET, MODEL, "--json").stdout)
     assert not told["ok"]
     assert told["missing"][0] == "image"
@@ -254,6 +258,29 @@ def test_a_version_that_reads_no_cache_replaces_nothing(run_fastcal, work):
         2, "error: TensorRT 11.0 takes no calibration cache; only 8.x to 10.x do\n",
     )  # fmt: skip
     assert (work / "keep.json").read_text() == "precious"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("words", [["cache", "show", "a.cache"], ["cache", "show", "a.cache", "--json"], ["doctor"]])
+def test_where_nothing_can_be_written(work, words):
+    import subprocess
+
+    command = [sys.executable, "-m", "fastcal", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=work, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    text = (
+        b"error: cannot write to the standard output: No space left on device; make room, or write to another place\n"
+    )
+    assert (done.returncode, done.stderr) == (2, text)
+
+
+@pytest.mark.parametrize("words", ["cache show a.cache", "cache show a.cache --json"])
+def test_a_closed_output_is_none(work, words):
+    import subprocess
+
+    command = f"{sys.executable} -m fastcal {words} >&-"
+    done = subprocess.run(command, shell=True, cwd=work, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

@@ -25,6 +25,8 @@ _SUFFIXES = {".json": "json", ".flatbuffers": "onnxruntime"}
 def show(*, cache: CacheArgument) -> None:
     """Show a cache: its tensors with their scales and amax, its header, what it was made from."""
     with terminal():
+        from fastcal.record import why_no_record
+
         loaded = fastcal.CalibrationCache.load(cache)
         record = dict(loaded.record.entries) if loaded.record else {}
         print_table(
@@ -37,7 +39,7 @@ def show(*, cache: CacheArgument) -> None:
             say("made from")
             print_rows(**made_from)
         else:
-            say("made from  not known: it has no record")
+            say(f"made from  not known: {why_no_record(cache)}")
         scales = {name: _number(scale) for name, scale in loaded.scales.items()}
         finish(header=loaded.header, algorithm=loaded.algorithm, scales=scales, made_from=record)
 
@@ -130,6 +132,7 @@ def check(*, cache: CacheArgument, options: CheckOptions) -> None:
     """
     with terminal():
         from fastcal.model import Model
+        from fastcal.record import why_no_record
 
         network = Model(options.model)
         loaded = fastcal.CalibrationCache.load(cache)
@@ -138,7 +141,7 @@ def check(*, cache: CacheArgument, options: CheckOptions) -> None:
             for entry in getattr(found, what):
                 say(f"{what:<11}{entry}")
         if not found.recorded:
-            say(f"{'note':<11}{cache} has no record, so that nothing tells what it was made from")
+            say(f"{'note':<11}nothing tells what {cache} was made from: {why_no_record(cache)}")
         say(f"{'not in order' if found else 'in order'}: {_counts(found)}")
         finish(ok=not found, missing=found.missing, unknown=found.unknown, stale=found.stale, recorded=found.recorded)
     if found:

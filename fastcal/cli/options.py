@@ -1,10 +1,11 @@
 """The options that several commands have, and how typer is shown them."""
 
+import contextlib
 import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -225,16 +226,14 @@ def check_outputs(
     from fastcal.record import record_path
 
     taken: dict[str, str] = {}
+    if any(path is not None and kind_of(path) is not None and os.path.isfile(path) for path in outputs.values()):
+        taken |= {os.path.realpath(path): "among the data" for path in _files(read.data, network)}
     if network is not None:
         taken |= {os.path.realpath(path): "the model's external data" for path in network.external_files}
         taken[os.path.realpath(network.path)] = "the model itself"
     for source, what in ((read.preprocess, "the preprocessing"), (read.data, data)):
         if os.path.isfile(source):
             taken[os.path.realpath(source)] = what
-    folder = os.path.realpath(read.data) + os.sep
-    for place in [os.path.realpath(path) for path in outputs.values() if path is not None]:
-        if place.startswith(folder) and kind_of(place) is not None and os.path.isfile(place):
-            taken[place] = "among the data"
     cache = outputs.get("cache")
     for what, path in {**outputs, "cache's record": cache and str(record_path(cache))}.items():
         if path is None:
@@ -242,6 +241,16 @@ def check_outputs(
         other = taken.setdefault(os.path.realpath(path), f"the {what}")
         if other != f"the {what}":
             raise FastcalError(f"{path} is {other}; name another file for the {what}")
+
+
+def _files(data: str, network: "Model | None") -> Iterator[str]:
+    """The files that the samples come from, as far as they can be found: what is wrong with the data is said later."""
+    from fastcal.feed.dataset import list_files
+
+    by_input = _by_input(data, network)
+    for each in by_input.values() if isinstance(by_input, dict) else [by_input]:
+        with contextlib.suppress(FastcalError):
+            yield from list_files(each).paths
 
 
 def _by_input(data: str, network: "Model | None") -> str | dict[str, str]:

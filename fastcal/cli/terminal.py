@@ -89,7 +89,8 @@ def terminal() -> Iterator[Console]:
                 raise typer.Exit(UNHEARD) from error
             if isinstance(error, FastcalError):
                 console.print(f"error: {error}")
-                _print_event("error", message=str(error))
+                with contextlib.suppress(FastcalError):
+                    _print_event("error", message=str(error))
                 raise typer.Exit(FAILED) from error
             aside.seek(0)
             terminal.write(aside.read().decode(errors="replace"))
@@ -214,7 +215,7 @@ def _shows_movement(console: Console) -> bool:
 def say(text: str) -> None:
     """Print a line for people on the standard output."""
     if not (output.quiet or output.json):
-        typer.echo(text)
+        _write(text)
 
 
 def print_rows(**rows: str) -> None:
@@ -226,7 +227,7 @@ def print_rows(**rows: str) -> None:
 
 def print_table(columns: Mapping[str, JustifyMethod], rows: Iterable[Sequence[str]]) -> None:
     """Print a table for people: its columns' names and on which side they are flush, and its rows."""
-    if output.quiet or output.json:
+    if output.quiet or output.json or sys.stdout is None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name, justify in columns.items():
@@ -235,7 +236,8 @@ def print_table(columns: Mapping[str, JustifyMethod], rows: Iterable[Sequence[st
         table.add_row(*row)
     # A file or another program gets whole lines, however long the names are.
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 10_000)
-    console.print(table)
+    with _writing():
+        console.print(table)
 
 
 def finish(**outcome: Any) -> None:
@@ -245,7 +247,27 @@ def finish(**outcome: Any) -> None:
 
 def _print_event(event: str, /, **content: Any) -> None:
     if output.json:
-        print(json.dumps({"event": event} | content), flush=True)
+        _write(json.dumps({"event": event} | content))
+
+
+def _write(text: str) -> None:
+    """Write a line to the standard output."""
+    with _writing():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """For what writes to the standard output: FastcalError where that fails, but for where nobody reads any more."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left in the buffer goes at the exit
+        raise FastcalError(
+            f"cannot write to the standard output: {error.strerror}; make room, or write to another place"
+        ) from error
 
 
 def rate(progress: fastcal.Progress) -> str:

@@ -1,6 +1,7 @@
 """What tells samples from others, added to a hash of `hashlib`: their files, or the values of arrays."""
 
 import os
+import stat
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ def add_files(digest: Any, paths: Sequence[str], *, lenient: bool = False) -> No
         lenient: Whether files may be missing or unreadable, which is added too.
 
     Raises:
-        FastcalError: A file is missing.
+        FastcalError: A file is missing, or none that can be read twice: a pipe, say.
     """
     root = common_folder(map(os.path.abspath, paths))
     for path in map(os.path.abspath, paths):
@@ -31,6 +32,8 @@ def add_files(digest: Any, paths: Sequence[str], *, lenient: bool = False) -> No
                 raise FastcalError(f"cannot read {path}: {error.strerror}; replace or remove it") from error
             digest.update(b"%s\0missing\0" % name)
             continue
+        if not stat.S_ISREG(status.st_mode):
+            raise FastcalError(f"{path} is no regular file; replace or remove it")
         digest.update(b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns))
         if lenient:
             digest.update(b"%d\0" % os.access(path, os.R_OK))
