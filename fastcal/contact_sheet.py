@@ -12,13 +12,17 @@ from fastcal.errors import FastcalError, check_range, quoted
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.dataset import common_folder
 from fastcal.feed.device import to_host
-from fastcal.feed.feed import Batch, Feed
+from fastcal.feed.feed import Batch, Feed, length
 from fastcal.feed.preprocess import PRESETS, Preprocess
 from fastcal.files import write_atomically
+from fastcal.memory import check_room
 from fastcal.plots import check_picture, draw_sheet
 
 #: How many images a sheet has where it is not said: four rows.
 COUNT = 24
+
+#: What a preview takes, as a multiple of its values: themselves twice, and what is drawn of them (measured: 4.4).
+_COPIES = 5
 
 #: Pixel values are rounded: only what is further than this from 0..255 is outside.
 _TOLERANCE = 0.5
@@ -187,6 +191,11 @@ def _first_images(
             preprocess = preprocess.fit((None, *images.shape[1:]))
         except FastcalError as error:
             raise FastcalError(f"the batches' array of shape {images.shape}: {error}") from error
+        if not taken:
+            known = length(feed)
+            shown = count if known is None else min(count, known * len(images))
+            what = f"{shown} images of {'x'.join(map(str, preprocess.size))}, and what is drawn of them,"
+            check_room(_COPIES * shown * images[0].nbytes, what, "show fewer, or make them smaller")
         taken.extend(images if preprocess.layout == "NHWC" else images.transpose(0, 2, 3, 1))
         if len(taken) >= count:
             break

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import copy
@@ -24,6 +25,7 @@ from fastcal.feed.prefetch import Prefetcher
 from fastcal.feed.preprocess import Preprocess
 from fastcal.feed.runs import Pass, Run, RunSize, count_batches, say_how_it_ends
 from fastcal.feed.sources import Arrays, Shards, UnreadableError
+from fastcal.memory import check_room
 from fastcal.model import Model
 
 # What one run of the DALI pipeline prepares at most, per thread: 8 images, or so many that their files have 2 MiB, but
@@ -285,6 +287,9 @@ class ImageFeed(Feed):
     def _allocate(self) -> None:
         shapes = self._filled_shapes
         if self.gpu is None:
+            size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+            what = f"{self._depth} batches of {self.batch_size} samples"
+            check_room(self._depth * size, what, "use a smaller batch size, or make the images smaller")
             self._buffers = [Buffer(shapes, self._constants) for _ in range(self._depth)]
             return
         import cupy

@@ -13,9 +13,9 @@ import onnxruntime
 
 from fastcal.errors import FastcalError
 from fastcal.feed.device import to_host
+from fastcal.memory import SHARE, free_memory, groups
 from fastcal.model import Model, match_batch
 from fastcal.observe.histogram import Histogram, Histograms
-from fastcal.observe.memory import SHARE, free_memory, groups
 
 _FLOAT = ("tensor(float)", "tensor(float16)", "tensor(double)")
 

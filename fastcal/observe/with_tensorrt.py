@@ -11,11 +11,11 @@ import numpy as np
 
 from fastcal.errors import FastcalError
 from fastcal.feed.device import upload, wait_until_filled
+from fastcal.memory import SHARE, groups
 from fastcal.model import Model, ModelInput, format_shape, match_batch
 from fastcal.network import Logger, known_sizes, parse, start_builder, tactic_bits, trt
 from fastcal.observe.device_histogram import DeviceHistograms
 from fastcal.observe.histogram import Histogram
-from fastcal.observe.memory import SHARE, groups
 
 #: TensorRT wants its tensors at multiples of 256 bytes.
 _ALIGNMENT = 256

@@ -7,9 +7,8 @@ import pytest
 
 import fastcal
 from conftest import DIGITS
-from fastcal import FastcalError
+from fastcal import FastcalError, memory
 from fastcal.model import Model
-from fastcal.observe import memory
 from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver, OnnxRuntimeRunner
 
 MODEL = DIGITS / "digits.onnx"
@@ -108,3 +107,22 @@ def test_a_calibration_that_has_little_memory_finds_the_same_scales(batches, mon
 )
 def test_groups_are_as_few_as_fit_in_order(sizes, most, expected):
     assert memory.groups(sizes, most, "the memory") == expected
+
+
+def test_what_would_not_fit_is_said_before_it_is_begun(monkeypatch, photographs):
+    monkeypatch.setattr(memory, "free_memory", lambda: 1 << 20)
+    feed = fastcal.ImageFeed(photographs, batch_size=4, device="cpu", depth=3)
+    message = r"3 batches of 4 samples take 0.0 GiB of memory, and 0.0 GiB are free; use a smaller batch size, or make"
+    with feed, pytest.raises(FastcalError, match=message):
+        next(iter(feed))
+    with fastcal.ImageFeed(photographs, batch_size=1, preprocess=fastcal.Preprocess(size=(100, 100))) as feed:
+        assert len(fastcal.preview(feed, count=1).names) == 1
+        with pytest.raises(FastcalError, match=r"6 images of 100x100, and what is drawn of them, take 0.0 GiB"):
+            fastcal.preview(feed)
+
+
+def test_what_just_fits_is_begun(monkeypatch, photographs):
+    monkeypatch.setattr(memory, "free_memory", lambda: 3 * 4 * 3 * 100 * 100 * 4)
+    preprocess = fastcal.Preprocess(size=(100, 100))
+    with fastcal.ImageFeed(photographs, batch_size=4, device="cpu", depth=3, preprocess=preprocess) as feed:
+        assert next(iter(feed))["input"].shape == (4, 3, 100, 100)

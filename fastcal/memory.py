@@ -1,4 +1,4 @@
-"""How much memory there is for a batch's tensors, and which of them fit it together."""
+"""How much memory there is, and which of a batch's tensors fit it together."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -23,6 +23,24 @@ def free_memory() -> int | None:
         return min([1024 * _numbers(Path("/proc/meminfo"))["MemAvailable:"], *_allowances()])
     except (OSError, KeyError):
         return None
+
+
+def check_room(size: int, what: str, remedy: str) -> None:
+    """Find out whether so much memory is free: Linux gives more than it has, and ends the process that uses it.
+
+    Args:
+        size: How many bytes.
+        what: What takes them, several things.
+        remedy: What to do where there are fewer.
+
+    Raises:
+        FastcalError: There are fewer.
+    """
+    free = free_memory()
+    if free is not None and size > free:
+        raise FastcalError(
+            f"{what} take {size / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free; {remedy}"
+        )
 
 
 def groups(sizes: Mapping[str, int], memory: int, place: str) -> list[list[str]]:
