@@ -56,7 +56,7 @@ class ContainedDecoder:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._is_fresh = True
+        self._owner = os.getpid()
 
     def decode(self, content: bytes) -> bytes:
         """An image that is safe to decode: `content` itself where it is, else its pixels as a PPM file.
@@ -66,9 +66,11 @@ class ContainedDecoder:
         """
         if _is_safe(content):
             return content
-        was_fresh = self._is_fresh
+        if self._owner != os.getpid():
+            self.close()
+        is_first = self._process is None
         answer = self._ask(content)
-        if answer.startswith(_CRASHED) and not was_fresh:  # it may be an earlier image's fault
+        if answer.startswith(_CRASHED) and not is_first:  # it may be an earlier image's fault
             answer = self._ask(content)
         if not answer.startswith(_DECODED):
             raise ValueError(answer[1:].decode())
@@ -78,9 +80,9 @@ class ContainedDecoder:
         return ContainedDecoder, ()  # pickled without its process
 
     def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            process, self._process = self._process, None
+        """End the process; in a fork of the process that started it, only forget it."""
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -89,7 +91,9 @@ class ContainedDecoder:
         self.close()
 
     def _ask(self, content: bytes) -> bytes:
-        self._process = process = self._process or _start()
+        if self._process is None:
+            self._process, self._owner = _start(), os.getpid()
+        process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -102,7 +106,8 @@ class ContainedDecoder:
             status = process.wait()
             self.close()
             raise FastcalError(f"the process that decodes JPEG 2000 and PNM ends with status {status}") from None
-        self._is_fresh = not answer.startswith(_DECODED)
+        if answer.startswith(_CRASHED):  # perhaps in freeing what it had answered: then another answer is to come
+            self.close()
         return answer
 
 

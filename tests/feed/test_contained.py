@@ -1,6 +1,7 @@
 """JPEG 2000 and odd PNM images are decoded in a process of its own, whose crash costs one image."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -86,6 +87,59 @@ def test_what_cannot_be_decoded_is_told_from_what_crashes(decoder, monkeypatch):
             decoder.decode(encode(7) + b"crash")
     assert pixels(decoder.decode(encode(10) + b"overwrite")) == [10, 0, 255]
     assert pixels(decoder.decode(encode(11))) == [11, 0, 255]  # it is not to blame
+
+
+#: The process with a decoder that crashes once it has answered: at what ends in "overwrite".
+CRASHING_AFTERWARDS = """
+import os, signal
+from fastcal.feed import contained
+decode, send, overwritten = contained._decode, contained._send, []
+def decode_and_overwrite(pipeline, content):
+    overwritten.extend([content] * content.endswith(b"overwrite"))
+    return decode(pipeline, content)
+def answer_and_crash(stream, content):
+    send(stream, content)
+    if overwritten:
+        os.kill(os.getpid(), signal.SIGABRT)
+contained._decode, contained._send = decode_and_overwrite, answer_and_crash
+contained._work()
+"""
+
+
+def test_a_crash_after_an_answer_is_no_answer_to_the_next_image(decoder, monkeypatch):
+    monkeypatch.setattr(contained, "_start", lambda: start(CRASHING_AFTERWARDS))
+    assert pixels(decoder.decode(encode(20) + b"overwrite")) == [20, 0, 255]
+    for level in (21, 22, 23):
+        assert pixels(decoder.decode(encode(level))) == [level, 0, 255]
+    with pytest.raises(ValueError, match=r"^is damaged, or no image DALI knows$"):
+        decoder.decode(encode(24)[:90] + b"overwrite")
+    for level in (25, 26, 27):
+        assert pixels(decoder.decode(encode(level))) == [level, 0, 255]
+
+
+def test_a_fork_has_a_process_of_its_own(decoder):
+    decoder.decode(encode(7))
+    process = decoder._process
+    child = os.fork()
+    if not child:
+        try:
+            decoder.close()
+            del decoder
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert process.poll() is None
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            status = int(pixels(decoder.decode(encode(8))) != [8, 0, 255] or decoder._process is process)
+            decoder.close()
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert pixels(decoder.decode(encode(9))) == [9, 0, 255]
+    assert decoder._process is process
 
 
 def test_what_takes_too_long_is_given_up(decoder, monkeypatch):
