@@ -38,6 +38,9 @@ _ALIKE = 1.0
 #: An input's scale that is so many times too wide or too narrow speaks of other preprocessing.
 _OTHER_INPUT = 1.5
 
+#: What is wrong with batches that are there only once.
+_GONE = "the batches are gone after one pass, and compare needs two; pass list(...) of them"
+
 #: When the float network classifies a smaller share of the images right, the preprocessing is doubted.
 _TOO_FEW_RIGHT = 0.5
 
@@ -176,7 +179,7 @@ def compare(
     check_quantizable(network)
     _check_outputs(network)
     if isinstance(feed, Iterator):
-        raise FastcalError("the batches are gone after one pass, and compare needs two; pass list(...) of them")
+        raise FastcalError(_GONE)
     if named := set(COMPARED) & set(caches or ()):
         raise FastcalError(f"a cache is named {min(named)!r} as an algorithm is; name it otherwise")
     given = {label: load_for(network, cache) for label, cache in (caches or {}).items()}
@@ -198,6 +201,8 @@ def compare(
         ):
             for batch in seen:
                 measurement.add(batch)
+    if not measurement.images:
+        raise FastcalError(_GONE)
     qualities, float_top1 = measurement.qualities(), measurement.float_top1()
     doubts = {label: _doubt(network, cache, fresh.record, observed) for label, cache in given.items()}
     verdict = "; ".join(_findings(qualities, doubts, float_top1))
@@ -227,11 +232,10 @@ class _Measurement:
         threads: int | None,
     ) -> None:
         self._network, self._scales = network, scales
-        self._anonymous = feed.anonymous
+        self._anonymous, self._samples_of = feed.anonymous, feed.samples_of
         skipped = {*feed.skipped}
         self._paths = [path for path in getattr(feed, "paths", []) if path not in skipped]  # an ImageFeed's
         self._samples: int | None = len(self._paths) or getattr(feed, "samples", None)
-        self._stack = ExitStack()
         with ExitStack() as stack:
             self._float = stack.enter_context(PartedRunner(network, threads))
             self._int8 = {
@@ -277,7 +281,7 @@ class _Measurement:
                         "cannot be compared; compare a model that ends before it"
                     )
             sums.add(exact[name], [exact[name] - others[name] for others in int8.values()])
-        samples = max(array.shape[0] for array in arrays.values() if array.shape)
+        samples = self._samples_of(batch)
         new = samples if self._samples is None else min(samples, self._samples - self.images)
         self.images += new
         if len(self._outputs) == 1:
@@ -452,15 +456,27 @@ def _findings(qualities: Mapping[str, Quality], doubts: Mapping[str, str], float
             "network was trained with?"
         )
     best = _best({name: qualities[name] for name in COMPARED})
+    most = qualities[best].sqnr
+    is_exact = most == math.inf
     for label, doubt in sorted(doubts.items(), key=lambda item: not item[1]):
-        lost = qualities[best].sqnr - qualities[label].sqnr
-        text = f"{label} keeps as much as {best}" if lost < _ALIKE else f"{label} loses {lost:.1f} dB against {best}"
+        kept = qualities[label].sqnr
+        if _alike(kept, most):
+            text = f"{label} keeps as much as {best}"
+        elif is_exact:
+            text = f"{label} keeps {kept:.1f} dB where {best} keeps the exact output"
+        else:
+            text = f"{label} loses {most - kept:.1f} dB against {best}"
         yield text + (f", and {doubt}" if doubt else "")
     agreement = qualities[best].agreement
     classes = "" if agreement is None else f" and FP32's class for {agreement:.1%} of the images"
-    others = [name for name in COMPARED if name != best and qualities[best].sqnr - qualities[name].sqnr < _ALIKE]
-    near = f", {' and '.join(others)} within {_ALIKE:g} dB of it" if others else ""
-    yield f"{best} keeps most: {qualities[best].sqnr:.1f} dB at the output{classes}{near}"
+    others = [name for name in COMPARED if name != best and _alike(qualities[name].sqnr, most)]
+    near = f", {' and '.join(others)} {'too' if is_exact else f'within {_ALIKE:g} dB of it'}" if others else ""
+    yield f"{best} keeps most: {'the exact output' if is_exact else f'{most:.1f} dB at the output'}{classes}{near}"
+
+
+def _alike(sqnr: float, most: float) -> bool:
+    """Whether an SQNR is as good as called the highest; those of exact outputs are infinite and have no difference."""
+    return sqnr == most or most - sqnr < _ALIKE
 
 
 def _finite(value: float | None) -> float | None:

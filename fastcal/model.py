@@ -18,6 +18,9 @@ from fastcal.feed.device import type_of
 #: The element types that count as float.
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
+#: The names of the domain of ONNX's own operators.
+_STANDARD = ("", "ai.onnx")
+
 #: From so many elements on a constant is no shape, and its values are not looked at.
 _LARGE = 1024
 
@@ -52,7 +55,7 @@ class Model:
         path: The file.
 
     Raises:
-        FastcalError: There is no such file, or it is not an ONNX model.
+        FastcalError: There is no such file, or it is not an ONNX model, or a node lacks an input or output.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -67,11 +70,42 @@ class Model:
             raise FastcalError(f"{path} is not an ONNX model; export the network to ONNX first") from error
         if not self.proto.graph.node:
             raise FastcalError(f"{path} is not an ONNX model, or one without a layer; export the network to ONNX first")
+        self._check_nodes()
 
     @classmethod
     def of(cls, model: "str | os.PathLike[str] | Model") -> "Model":
         """The model itself, or the one in a file."""
         return model if isinstance(model, Model) else cls(model)
+
+    def _check_nodes(self) -> None:
+        """Fail if a node has fewer inputs or outputs than its operator: what reads the graph relies on them."""
+        for node in self.proto.graph.node:
+            if node.domain not in _STANDARD:
+                continue
+            try:
+                schema = onnx.defs.get_schema(node.op_type, self.opset, "")
+            except onnx.defs.SchemaError:  # what runs the model may know it
+                continue
+            for what, names, least in (
+                ("inputs", node.input, schema.min_input),
+                ("outputs", node.output, schema.min_output),
+            ):
+                if len(names) < least:
+                    label = node.name or next(iter(node.output), "")
+                    raise FastcalError(
+                        f"{self.path} is no valid ONNX model: node {label!r} has {len(names)} {what}, and a "
+                        f"{node.op_type} at least {least}; export it again"
+                    )
+
+    @property
+    def opset(self) -> int:
+        """The version of ONNX's own operators; 0 where it is not said."""
+        return next((entry.version for entry in self.proto.opset_import if entry.domain in _STANDARD), 0)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether it is quantized already: it has Q/DQ pairs, or halves of them."""
+        return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in self.proto.graph.node)
 
     @cached_property
     def inputs(self) -> tuple[ModelInput, ...]:
@@ -94,7 +128,7 @@ class Model:
             raise FastcalError(
                 f"{self.path}: input {value.name!r} {what}; export the network with tensors of known rank"
             )
-        shape = tuple(size.dim_value or None for size in tensor.shape.dim)
+        shape = tuple(size.dim_value if size.dim_value > 0 else None for size in tensor.shape.dim)
         return ModelInput(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
 
     @cached_property
@@ -181,6 +215,10 @@ class Model:
             if math.prod(tensor.dims) > _LARGE:
                 tensor = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
             proto.graph.initializer.append(tensor)
+        for value in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_value < 0:  # dynamic, which ONNX takes for the size
+                    dim.Clear()
         for value in proto.graph.input:
             for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
                 dim.dim_value = size
@@ -269,8 +307,8 @@ def match_batch(inputs: Sequence[ModelInput], label: str, batch: Mapping[str, An
 
 
 def check_values(array: Any, value: ModelInput, label: str) -> None:
-    """Raise FastcalError if an array in host memory has values that its input's type cannot hold."""
-    array = np.asarray(array)
+    """Raise FastcalError if an array, NumPy's or CuPy's, has values that its input's type cannot hold."""
+    array = array if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
     if np.can_cast(array.dtype, value.dtype, "safe"):
         return
     with np.errstate(over="ignore"):
@@ -278,7 +316,7 @@ def check_values(array: Any, value: ModelInput, label: str) -> None:
     beyond = held != array if value.dtype.kind in "iu" else np.isinf(held) & np.isfinite(array)
     if beyond.any():
         raise FastcalError(
-            f"{label} takes input {value.name!r} as {value.dtype}, which cannot hold {array[beyond].flat[0]}; give "
+            f"{label} takes input {value.name!r} as {value.dtype}, which cannot hold {array[beyond][0]}; give "
             "values that fit"
         )
 

@@ -59,6 +59,21 @@ def batches(count=3, samples=2):
     return [{"x": random.standard_normal((samples, 3, 4, 4), dtype=np.float32)} for _ in range(count)]
 
 
+class Once(fastcal.Feed):
+    """A feed whose second pass is what the first has left."""
+
+    batch_size = 2
+
+    def __init__(self, batches):
+        self._batches = iter(batches)
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        return self._batches
+
+
 def outputs_of(model, name, values):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -239,6 +254,8 @@ def test_what_cannot_be_compared(network, onnx_file, caches):
         fastcal.compare(chosen, [{"x": np.ones((1, 3), np.float32)}])
     with pytest.raises(fastcal.FastcalError, match="gone after one pass, and compare needs two; pass list"):
         fastcal.compare(network, iter(batches()))
+    with pytest.raises(fastcal.FastcalError, match="gone after one pass, and compare needs two; pass list"):
+        fastcal.compare(network, Once(batches(count=2)))
     with pytest.raises(fastcal.FastcalError, match="a cache is named 'minmax' as an algorithm is; name it otherwise"):
         fastcal.compare(network, batches(), caches={"minmax": caches / "right"})
     with pytest.raises(fastcal.FastcalError, match=r"right was calibrated with another model than .*model.onnx"):
@@ -273,3 +290,28 @@ def test_little_memory_changes_nothing(monkeypatch):
     largest = max(Model(DIGITS / "digits.onnx").sizes({"image": (9, 3, 32, 32)}).values())
     monkeypatch.setattr("fastcal.observe.with_onnxruntime.free_memory", lambda: largest)
     assert fastcal.compare(DIGITS / "digits.onnx", images) == calm
+
+
+def test_the_verdict_on_an_exact_output(onnx_file):
+    path = onnx_file(
+        "f (float[N, 2] x) => (float[N, 2] y) { y = MatMul(x, w) }", {"w": np.diag(np.float32([127, 127]))}
+    )
+    x = np.float32([[127, -127], [1, 3]])
+    right = fastcal.calibrate(path, [x], engine="onnxruntime", algorithm="minmax")
+    coarse = fastcal.CalibrationCache({name: 40 * scale for name, scale in right.scales.items()})
+    result = fastcal.compare(path, [x], caches={"coarse": coarse, "right": right})
+    assert result.qualities["minmax"].sqnr == result.qualities["right"].sqnr == math.inf
+    lost, same, most = result.verdict.split("; ")
+    kept = result.qualities["coarse"].sqnr
+    assert lost.startswith(f"coarse keeps {kept:.1f} dB where minmax keeps the exact output, and its scale of input")
+    assert same == "right keeps as much as minmax"
+    assert most == ("minmax keeps most: the exact output and FP32's class for 100.0% of the images, percentile too")
+
+
+@pytest.mark.parametrize(("factor", "is_doubted"), [(1.4, False), (1.6, True), (1 / 1.4, False), (1 / 1.6, True)])
+def test_from_when_on_a_scale_of_the_input_is_another(network, factor, is_doubted):
+    cache = fastcal.calibrate(network, batches(), engine="onnxruntime")
+    cache.scales["x"] *= factor
+    cache.record = None
+    verdict = fastcal.compare(network, batches(), caches={"other": cache}).verdict
+    assert ("its scale of input 'x' is" in verdict) == is_doubted

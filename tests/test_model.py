@@ -1,10 +1,13 @@
+import os
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
+import fastcal
 from fastcal import FastcalError
-from fastcal.model import Model
+from fastcal.model import Model, ModelInput, check_values
 
 
 def test_inputs_leave_out_what_has_a_value(onnx_file):
@@ -63,3 +66,69 @@ def test_what_is_no_path():
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(FastcalError, match=r"cannot read model .*none.onnx: No such file"):
         Model(tmp_path / "none.onnx")
+
+
+def test_a_size_below_1_is_dynamic(onnx_file, photographs, tmp_path):
+    path = onnx_file("f (float[N, 3, 8, 8] x) => (float[N, 3, 8, 8] y) { r = Relu(x) y = Neg(r) }")
+    proto = onnx.load(path)
+    for size in (0, -1):
+        for value in (proto.graph.input[0], proto.graph.output[0]):
+            value.type.tensor_type.shape.dim[0].dim_value = size
+        onnx.save(proto, path)
+        model = Model(path)
+        assert model.inputs[0].shape == (None, 3, 8, 8)
+        assert model.batch_size is None
+    assert model.sizes({"x": (5, 3, 8, 8)}) == dict.fromkeys(["r", "y"], 4 * 5 * 3 * 8 * 8)
+    np.save(tmp_path / "x.npy", np.ones((6, 3, 8, 8), np.float32))
+    with (
+        fastcal.ImageFeed(photographs, model=path, batch_size=2, device="cpu") as images,
+        fastcal.NumpyFeed(tmp_path / "x.npy", model=path, batch_size=2, device="cpu") as arrays,
+    ):
+        for feed in (images, arrays, [np.ones((2, 3, 8, 8), np.float32)]):
+            assert list(fastcal.calibrate(path, feed, engine="onnxruntime").scales) == ["x", "r", "y"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "message"),
+    [
+        ([], ["p"], "node 'pool' has 0 inputs, and a MaxPool at least 1; export it again"),
+        (["x"], [], "node 'pool' has 0 outputs, and a MaxPool at least 1; export it again"),
+    ],
+)
+def test_a_node_without_what_its_operator_needs(tmp_path, inputs, outputs, message):
+    pool = helper.make_node("MaxPool", inputs, outputs, "pool", kernel_shape=[2, 2])
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 4, 4])
+    graph = helper.make_graph([pool, helper.make_node("Relu", ["x"], ["y"])], "f", [image], [])
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+    with pytest.raises(FastcalError, match=rf"model.onnx is no valid ONNX model: {message}"):
+        fastcal.calibrate(tmp_path / "model.onnx", [np.ones((1, 1, 4, 4), "f4")], engine="onnxruntime")
+
+
+def test_a_sparse_constant_is_no_input(onnx_file):
+    path = onnx_file("f (float[N, 2] x, float[2] w) => (float[N, 2] y) { y = Mul(x, w) }")
+    proto = onnx.load(path)
+    values, indices = onnx.numpy_helper.from_array(np.ones(1, "f4"), "w"), onnx.numpy_helper.from_array(np.array([1]))
+    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [2]))
+    onnx.save(proto, path)
+    assert [value.name for value in Model(path).inputs] == ["x"]
+    del proto.graph.input[1]
+    onnx.save(proto, path)
+    assert Model(path).tensors == {"x", "w", "y"}
+
+
+def test_the_digest_tells_other_external_data(onnx_file):
+    path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Mul(x, w) }", {"w": np.ones(2, "f4")})
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    weights = path.parent / "weights.bin"
+    os.utime(weights, ns=(0, 10**18))
+    before = Model(path).digest
+    assert Model(path).digest == before
+    os.utime(weights, ns=(0, 10**18 + 1))
+    assert Model(path).digest != before
+
+
+def test_infinity_fits_every_float():
+    value = ModelInput("x", (2,), np.dtype(np.float16))
+    check_values(np.float32([np.inf, -np.inf]), value, "m.onnx")
+    with pytest.raises(FastcalError, match=r"m.onnx takes input 'x' as float16, which cannot hold 1000000.0; give"):
+        check_values(np.float32([np.inf, 1e6]), value, "m.onnx")

@@ -166,7 +166,11 @@ class ArrayFeed(Feed):
                 running = None if self._running is None else self._running()
                 if running is None:
                     running = self._peeked = self._start()
-                running.peek()
+                try:
+                    running.peek()
+                except BaseException:
+                    self._peeked = None  # which has ended with this
+                    raise
             return self._reader
 
 

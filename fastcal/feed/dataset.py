@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -30,7 +30,7 @@ _TENSORFLOW_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 
 #: A range of numbers as WebDataset's users write it: train-{000000..000146}.tar.
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 
 #: What names files that samples come from: see `list_files`.
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -69,9 +69,9 @@ def list_files(data: Data) -> Listing:
     path = Path(data)
     if not os.fspath(data):
         raise FastcalError("the name of the data is empty; name a folder of images or a list file")
-    if path.is_dir():
+    if os.path.isdir(path):  # which says no, where Path's own raise an error, of a name that is too long
         return _in_folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         if _RANGE.search(str(path)):
             return _existing(_expanded(str(path)), f"pattern {path}")
         if glob.has_magic(str(path)):
@@ -180,8 +180,8 @@ def _stems(paths: Sequence[str]) -> list[str]:
 
 
 def common_folder(paths: Iterable[str]) -> str:
-    """The folder that all files lie in, or in folders of it."""
-    return os.path.commonpath({os.path.dirname(path) for path in paths})
+    """The absolute path of the folder that all files lie in, or in folders of it."""
+    return os.path.commonpath({os.path.abspath(folder) for folder in {os.path.dirname(path) for path in paths}})
 
 
 def _in_folder(folder: Path) -> Listing:
@@ -233,15 +233,18 @@ def _of_one_kind(found: Mapping[str | None, list[str]], origin: str, others: int
     return Listing(kinds[0], sorted(found[kinds[0]]), sorted=True)
 
 
-def _expanded(pattern: str) -> list[str]:
-    """The paths that a pattern's ranges stand for."""
+def _expanded(pattern: str) -> Iterator[str]:
+    """The paths that a pattern's ranges stand for, one by one: there may be more than there are files."""
     match = _RANGE.search(pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     first, last = match.groups()
+    if int(first) > int(last):
+        raise FastcalError(f"range {match[0]} of pattern {pattern} has no numbers; give the smaller one first")
     before, after = pattern[: match.start()], pattern[match.end() :]
-    numbers = range(int(first), int(last) + 1)
-    return [path for number in numbers for path in _expanded(f"{before}{number:0{len(first)}}{after}")]
+    for number in range(int(first), int(last) + 1):
+        yield from _expanded(f"{before}{number:0{len(first)}}{after}")
 
 
 def _in_list_file(path: Path) -> Listing:
@@ -252,15 +255,17 @@ def _in_list_file(path: Path) -> Listing:
     return _existing([str(path.parent / line) for line in lines if line.strip()], f"list file {path}")
 
 
-def _existing(paths: list[str], origin: str) -> Listing:
-    if not paths:
-        raise FastcalError(f"{origin} is empty; it needs at least one path")
+def _existing(paths: Iterable[str], origin: str) -> Listing:
+    found = []
     kinds: dict[str, str] = {}
     for number, path in enumerate(paths, start=1):
         if not os.path.isfile(path):
             raise FastcalError(f"{origin}, entry {number}: no such file: {path}; correct or remove it")
         kinds.setdefault(kind_of(path) or "image", path)
+        found.append(path)
+    if not found:
+        raise FastcalError(f"{origin} is empty; it needs at least one path")
     if len(kinds) > 1:
         examples = " and ".join(f"{kind}s ({path})" for kind, path in kinds.items())
         raise FastcalError(f"{origin} has {examples}; all must be of one kind")
-    return Listing(next(iter(kinds)), paths)
+    return Listing(next(iter(kinds)), found)

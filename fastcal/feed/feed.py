@@ -20,8 +20,8 @@ Batch = Mapping[str, Any]
 class Feed(ABC):
     """Batches by input name: iterate over it, and every iteration is a fresh pass over the same batches.
 
-    A batch is valid until the next one is asked for; copy what is to be kept. A context manager that releases what the
-    feed holds.
+    A batch is valid until the next one is asked for; copy what is to be kept. Who reads arrays of CuPy's may only have
+    enqueued its reading by then, on CuPy's current stream. A context manager that releases what the feed holds.
 
     Attributes:
         batch_size: Samples in a batch.
@@ -45,6 +45,10 @@ class Feed(ABC):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each array of the first batch, by input name; where it must be seen first, a pass is begun."""
         return {name: tuple(array.shape) for name, array in next(iter(self), {}).items()}
+
+    def samples_of(self, batch: Batch) -> int:
+        """The number of samples in a batch: the size of the largest first dimension, unless a feed knows better."""
+        return max((array.shape[0] for array in batch.values() if array.shape), default=0)
 
     @property
     def skipped(self) -> list[str]:

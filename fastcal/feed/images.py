@@ -133,6 +133,8 @@ class ImageFeed(Feed):
             last_batch, ("wrap", "drop"), batch_size=batch_size, limit=limit, depth=depth, threads=threads,
             prefetch_queue_depth=prefetch_queue_depth,
         )  # fmt: skip
+        if not 0 <= hw_decoder_load <= 1:
+            raise FastcalError(f"hw_decoder_load is {hw_decoder_load}; it is a share from 0 to 1")
         if not 0 <= max_unreadable <= 100:
             raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
         network = None if model is None else Model.of(model)
@@ -220,6 +222,10 @@ class ImageFeed(Feed):
     def skipped(self) -> list[str]:
         """The samples that the passes so far have found unreadable and left out, in order; see `paths`."""
         return [self.paths[number] for number in sorted(self._unreadable)]
+
+    def samples_of(self, batch: Batch) -> int:
+        """See `Feed.samples_of`."""
+        return self.batch_size
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Feed.shapes`; no pass is begun."""

@@ -86,7 +86,10 @@ def open_sources(
                 "another order, or unpack them into folders"
             )
     if not any(isinstance(source, ImageSource) for source in sources.values()):
-        raise FastcalError("the data are arrays alone, which a NumpyFeed takes; name data with images too")
+        raise FastcalError(
+            "the data are arrays alone; give one .npz file with the inputs' names (in Python a NumpyFeed takes these "
+            "too), or name data with images too"
+        )
     names = {name: source.names for name, source in sources.items()}
     dataset.check_parallel(names, found)
     first = next(iter(names.values()))

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import math
 import os
 import zipfile
 import zlib
@@ -21,6 +22,7 @@ from fastcal.feed.dataset import EXTENSIONS, Data, shuffled
 from fastcal.feed.digest import add_files
 from fastcal.feed.feed import BATCH_SIZE, check_settings
 from fastcal.feed.runs import count_batches, say_how_it_ends
+from fastcal.memory import check_room
 from fastcal.model import Model, ModelInput, check_values, fits, format_shape
 
 #: How `numpy.savez` names an array that was given no name.
@@ -86,7 +88,12 @@ class NumpyFeed(ArrayFeed):
         (total,) = set(counts.values())
         numbers = shuffled(total, seed) if shuffle else np.arange(total)
         self.samples = len(numbers[:limit])
-        self._files = _Batches(columns, numbers[:limit], batch_size or BATCH_SIZE, last_batch)
+        batch_size = batch_size or BATCH_SIZE
+        largest = batch_size if last_batch == "wrap" else min(batch_size, self.samples)
+        held = 1 + min(depth, count_batches(self.samples, batch_size, True))  # one is put together for the buffers
+        size = held * largest * sum(column.sample_size for column in columns.values())
+        check_room(size, f"{held} batches of {largest} samples", "use a smaller batch size")
+        self._files = _Batches(columns, numbers[:limit], batch_size, last_batch)
         self._seed = seed if shuffle else None
         super().__init__(self._files, last_batch="keep", device=device, depth=depth)
 
@@ -108,11 +115,11 @@ class NumpyFeed(ArrayFeed):
 def are_arrays(data: str) -> bool:
     """Whether `data` names `.npy` or `.npz` files, or a folder that has some and neither images nor shards."""
     if not os.path.isdir(data):
-        return os.path.splitext(data)[1] in (".npy", ".npz")
+        return _extension(data) in (".npy", ".npz")
     others = {extension for kind, known in EXTENSIONS.items() if kind != "array" for extension in known}
     found = False
     for _, _, files in os.walk(data):
-        extensions = {os.path.splitext(name)[1].lower() for name in files}
+        extensions = set(map(_extension, files))
         if not extensions.isdisjoint(others):
             return False
         found = found or not extensions.isdisjoint({".npy", ".npz"})
@@ -163,6 +170,9 @@ class _Column:
         value: The input; None where it is not known.
         label: What errors call the model.
 
+    Attributes:
+        sample_size: The bytes of a sample.
+
     Raises:
         FastcalError: A file cannot be read, or is of another shape or type than the first or than the input.
     """
@@ -179,6 +189,8 @@ class _Column:
             _check(self.paths[0], value, label, (1, *shape) if self._single else shape, dtype)
         if not shape and not self._single:
             raise FastcalError(f"{self.paths[0]} is one number; an array's first dimension is to count samples")
+        kept = dtype if value is None else value.dtype
+        self.sample_size = math.prod(shape if self._single else shape[1:]) * kept.itemsize
         for path, (other, other_dtype) in zip(self.paths, arrays, strict=True):
             same = other == shape if self._single else len(other) == len(shape) and other[1:] == shape[1:]
             if not same or other_dtype != dtype:
@@ -213,9 +225,9 @@ def _columns(data: Data | Mapping[str, Data], model: Model | None, input_name: s
     label = "" if model is None else str(model.path)
     files: dict[str | None, list[tuple[str, str | None]]]
     if isinstance(data, Mapping):
-        files = {name: [(path, None) for path in _paths(where, ".npy")] for name, where in data.items()}
+        files = {name: [(path, None) for path in list_arrays(where, ".npy")] for name, where in data.items()}
     else:
-        files = _by_input(_paths(data, ".npy", ".npz"), list(values), label, input_name)
+        files = _by_input(list_arrays(data, ".npy", ".npz"), list(values), label, input_name)
     if values and files.keys() != values.keys():
         raise FastcalError(
             f"{label} takes the inputs {quoted(values)}, the files are for {quoted(files)}; name the inputs"
@@ -261,27 +273,33 @@ def _check(path: str, value: ModelInput, label: str, shape: tuple[int, ...], dty
         raise FastcalError(f"{label} takes input {value.name!r} as {value.dtype}, {path} is {dtype}; convert it")
 
 
-def _paths(data: Data, *extensions: str) -> list[str]:
+def list_arrays(data: Data, *extensions: str) -> list[str]:
     """The files that `data` names."""
     wanted = " or ".join(extensions)
     if not isinstance(data, str | os.PathLike):
         paths, origin = [os.fspath(path) for path in data], "the list of files"
-    elif Path(data).is_dir():
+    elif not os.fspath(data):
+        raise FastcalError("the name of the data is empty; name a folder, a pattern or a file")
+    elif os.path.isdir(data):  # which says no, where Path's own raise an error, of a name that is too long
         found = (path for path in Path(data).rglob("*") if not path.name.startswith("."))
-        paths, origin = sorted(str(path) for path in found if path.suffix in extensions), str(data)
-    elif Path(data).exists():
+        paths, origin = sorted(str(path) for path in found if _extension(path) in extensions), str(data)
+    elif os.path.exists(data):
         paths, origin = [os.fspath(data)], str(data)
     else:
         matching = glob.iglob(str(data), recursive=True)
-        paths, origin = sorted(path for path in matching if os.path.splitext(path)[1] in extensions), str(data)
+        paths, origin = sorted(path for path in matching if _extension(path) in extensions), str(data)
     if not paths:
         raise FastcalError(f"there are no {wanted} files at {origin}; name a folder, a pattern or a file")
     for path in paths:
-        if os.path.splitext(path)[1] not in extensions:
+        if _extension(path) not in extensions:
             raise FastcalError(f"{path} is no {wanted} file; save arrays with numpy.save")
-    if len({os.path.splitext(path)[1] for path in paths}) > 1:
+    if len(set(map(_extension, paths))) > 1:
         raise FastcalError(f"{origin} has .npy and .npz files; say which with a pattern, like '{origin}/*.npz'")
     return paths
+
+
+def _extension(path: str | os.PathLike[str]) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 @contextmanager
@@ -296,17 +314,17 @@ def _reading(path: str) -> Iterator[None]:
 
 def _keys(path: str) -> list[str | None]:
     """The names of the arrays in a `.npz` file; one without a name in a `.npy` file."""
-    if not path.endswith(".npz"):
+    if _extension(path) != ".npz":
         return [None]
-    with _reading(path), np.load(path) as arrays:
-        return list(arrays.files)
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def _shape_and_type(path: str, key: str | None) -> tuple[tuple[int, ...], Any]:
     """The shape and type of an array, from its header."""
     with _reading(path):
         if key is None:
-            array = np.load(path, mmap_mode="r")  # which sees whether the file is as long as it should be
+            array = np.lib.format.open_memmap(path, mode="r")  # which sees whether the file is as long as it should be
             return array.shape, array.dtype
         with zipfile.ZipFile(path) as archive:
             if f"{key}.npy" not in archive.namelist():

@@ -16,10 +16,17 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 # A share that was made from two numbers of pixels gives the larger back in spite of its rounding.
 _SLACK = 1e-6
 
+# How numbers are printed: so that no two of float32 are the same.
+_DIGITS = ".9g"
+
 
 def _check_number(name: str, value: Any) -> None:
     """Raise FastcalError unless it is a number that float32 images can be reckoned with."""
-    if not isinstance(value, numbers.Real) or not (value == 0 or 1e-30 < abs(float(value)) < 1e30):
+    try:
+        usable = isinstance(value, numbers.Real) and (value == 0 or 1e-30 < abs(float(value)) < 1e30)
+    except OverflowError:  # an integer that is larger than any float
+        usable = False
+    if not usable:
         raise FastcalError(f"{name} has {value!r}; give a number, as the network was trained with")
 
 
@@ -70,7 +77,9 @@ class Preprocess:
         ):
             if value not in known:
                 raise FastcalError(f"there is no {name} {value!r}; choose one of {', '.join(known)}")
-        whole = isinstance(self.size, Sequence) and all(isinstance(side, numbers.Integral) for side in self.size)
+        whole = isinstance(self.size, Sequence) and all(
+            isinstance(side, numbers.Integral) and not isinstance(side, bool) for side in self.size
+        )
         if not whole or len(self.size) != 2 or min(self.size) < 1:
             raise FastcalError(f"size {self.size} is not (height, width) in pixels, e.g. (224, 224)")
         if not 0 < self.crop_fraction <= 1:
@@ -151,12 +160,13 @@ class Preprocess:
 
     def __str__(self) -> str:
         height, width = self.size
-        resize = {"crop": f"crop {self.crop_fraction:g}", "letterbox": f"letterbox {self.fill}"}.get(
+        resize = {"crop": f"crop {self.crop_fraction:{_DIGITS}}", "letterbox": f"letterbox {self.fill}"}.get(
             self.resize, self.resize
         )
         interpolation = "" if self.interpolation == "bilinear" else f"{self.interpolation}, "
-        values = f"(x * {self.scale:.6g} - {_values(self.mean)}) / {_values(self.std)}"
-        return f"{resize} to {height}x{width}, {interpolation}{self.channels}, {values}, {self.layout}"
+        antialias = "" if self.antialias else "not antialiased, "
+        values = f"(x * {self.scale:{_DIGITS}} - {_values(self.mean)}) / {_values(self.std)}"
+        return f"{resize} to {height}x{width}, {interpolation}{antialias}{self.channels}, {values}, {self.layout}"
 
     @property
     def channel_count(self) -> int:
@@ -193,7 +203,8 @@ class Preprocess:
 
 
 def _values(values: tuple[float, ...]) -> str:
-    return f"{values[0]:g}" if len(values) == 1 else "[" + ", ".join(f"{value:g}" for value in values) + "]"
+    texts = [f"{value:{_DIGITS}}" for value in values]
+    return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
 #: The presets by name. The means of "clip" are those of OpenAI's CLIP, those of "tf" and "caffe" Keras's.

@@ -22,6 +22,24 @@ _PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 #: Below this size Hugging Face's ConvNeXT cuts out the centre, from it on it stretches.
 _CONVNEXT_STRETCHES_FROM = 384
 
+#: Hugging Face's processors that stretch both sides to a size that is one number; others that crop take it for the
+#: shorter side's.
+_SQUARE = ("Beit", "DeiT", "EfficientNet", "Flava", "OwlViT")
+
+#: The steps of Hugging Face's processors that are done here, or that change no pixels; any other is refused.
+_STEPS = (
+    "do_center_crop",
+    "do_convert_rgb",
+    "do_flip_channel_order",
+    "do_normalize",
+    "do_reduce_labels",
+    "do_rescale",
+    "do_resize",
+)
+
+#: What else changes pixels. To rescale with an offset subtracts 127.5 before it in some versions, 1 after it in others.
+_NOT_DONE = ("keep_aspect_ratio", "offset", "rescale_offset", "size_divisor")
+
 
 def load(path: str | os.PathLike[str]) -> Preprocess:
     """See `Preprocess.load`."""
@@ -34,12 +52,12 @@ def load(path: str | os.PathLike[str]) -> Preprocess:
         values = read(content.decode())
         if not isinstance(values, dict):
             raise FastcalError("it holds no table of names and values")
-        if "image_mean" in values or "image_processor_type" in values:
+        if not values.keys().isdisjoint(("image_mean", "image_processor_type", "feature_extractor_type")):
             return _from_hugging_face(values)
         if "pretrained_cfg" in values or "input_size" in values:
             return _from_timm(values.get("pretrained_cfg", values))
         return _from_attributes(values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
         raise FastcalError(f"{path} describes no preprocessing: {_text(error)}; see fastcal.Preprocess") from error
     except FastcalError as error:
         raise FastcalError(f"{path}: {error}") from error
@@ -83,33 +101,61 @@ def _from_attributes(values: Mapping[str, Any]) -> Preprocess:
 
 def _from_hugging_face(values: Mapping[str, Any]) -> Preprocess:
     """Of an image processor of Hugging Face's transformers."""
-    size = values.get("size", 224)
-    resize, fraction = "stretch", Preprocess.crop_fraction
-    if isinstance(size, Mapping) and "shortest_edge" in size:
-        covered = size["shortest_edge"]
-        if values.get("do_center_crop"):
-            height, width = _pair(values.get("crop_size", covered))
-            resize, fraction = "crop", height / covered
-        else:
-            height = width = covered
-            if covered < _CONVNEXT_STRETCHES_FROM or "crop_pct" not in values:
-                resize, fraction = "crop", values.get("crop_pct") or 1.0
-    elif values.get("do_center_crop"):
-        covered, (height, width) = _pair(size)[0], _pair(values.get("crop_size", size))
-        resize, fraction = "crop", height / covered
-    else:
-        height, width = _pair(size)
-    scale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
-    normalize = values.get("do_normalize", True)
+    kind = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
+    for name, value in values.items():
+        if value and (name in _NOT_DONE or (name.startswith("do_") and name not in _STEPS)):
+            raise _refusal(f"{name} {value!r}")
+    if not values.get("do_resize", True):
+        raise _refusal(f"do_resize {values['do_resize']!r}")
+    size, resize, fraction = _geometry(values, kind)
+    normalize = values.get("do_normalize", values.get("image_mean") is not None)
+    flip = values.get("do_flip_channel_order", kind.startswith("MobileViT"))
+    if flip and normalize:  # in an order that only the processor's source tells
+        raise _refusal("do_flip_channel_order together with do_normalize")
+    # EfficientNet's divides once more by the standard deviation, for networks with their classifier.
+    divisions = bool(normalize) + bool(values.get("include_top", kind.startswith("EfficientNet")))
     return Preprocess(
-        size=(height, width),
+        size=size,
         resize=resize,
         crop_fraction=fraction,
         interpolation=_PIL_FILTERS.get(values.get("resample", 2), f"PIL filter {values.get('resample')}"),
-        scale=scale,
+        channels="BGR" if flip else "RGB",
+        scale=values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0,
         mean=tuple(values["image_mean"]) if normalize else (0.0,),
-        std=tuple(values["image_std"]) if normalize else (1.0,),
+        std=tuple(value**divisions for value in values["image_std"]) if divisions else (1.0,),
     )
+
+
+def _geometry(values: Mapping[str, Any], kind: str) -> tuple[tuple[int, int], str, float]:
+    """The size, the way of resizing and the crop fraction of an image processor of Hugging Face's."""
+    size, crop_pct, is_cropped = values.get("size", 224), values.get("crop_pct"), values.get("do_center_crop")
+    if isinstance(size, Mapping):
+        size = {name: side for name, side in size.items() if side is not None}
+        if not size.keys() <= {"shortest_edge", "height", "width"}:
+            raise _refusal(f"size {size}")
+        stretches = "shortest_edge" not in size
+    else:
+        stretches = kind.startswith(_SQUARE) or not (is_cropped or crop_pct)
+    height, width = _pair(size["shortest_edge"] if isinstance(size, Mapping) and not stretches else size)
+    if stretches and not (crop_pct and height == width):
+        if is_cropped and _pair(values.get("crop_size") or size) != (height, width):
+            raise _refusal(f"stretching to {height}x{width} and cropping then")
+        return (height, width), "stretch", Preprocess.crop_fraction
+    if not is_cropped:
+        if height >= _CONVNEXT_STRETCHES_FROM and "crop_pct" in values:
+            return (height, width), "stretch", Preprocess.crop_fraction
+        return (height, width), "crop", crop_pct or 1.0
+    covered = int(height / crop_pct) if crop_pct else height  # PoolFormer's
+    if kind.startswith("Levit"):
+        covered = int(256 / 224 * height)
+    height, width = _pair(values.get("crop_size") or height)
+    if height != width:
+        raise _refusal(f"crop_size {height}x{width} of an image whose shorter side is {covered}")
+    return (height, width), "crop", height / covered
+
+
+def _refusal(what: str) -> FastcalError:
+    return FastcalError(f"{what} is not supported; prepare the images as it says and feed arrays, .npy files, instead")
 
 
 def _from_timm(values: Mapping[str, Any]) -> Preprocess:
@@ -132,7 +178,11 @@ def _from_timm(values: Mapping[str, Any]) -> Preprocess:
 
 def _pair(size: Any) -> tuple[int, int]:
     """Height and width, from a number or a table of both."""
-    return (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)
+    sides = (size["height"], size["width"]) if isinstance(size, Mapping) else (size, size)
+    for side in sides:
+        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+            raise FastcalError(f"a side of {side!r} is none of an image; give a number of pixels")
+    return sides
 
 
 def _text(error: Exception) -> str:

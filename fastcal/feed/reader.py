@@ -296,7 +296,10 @@ def _is_pipeline(batches: Any) -> bool:
 def _samples(number: int, arrays: Mapping[str, Any]) -> int:
     sizes = {array.shape[0] for array in arrays.values() if array.shape}
     if len(sizes) != 1:
-        raise FastcalError(f"the arrays of batch {number} have first dimensions {sorted(sizes)}; one size is needed")
+        raise FastcalError(
+            f"the arrays of batch {number} have first dimensions {sorted(sizes)}; one size is needed, the number of "
+            "samples: repeat what is the same for all, or derive a class from fastcal.Feed, which may give any arrays"
+        )
     (samples,) = sizes
     if not samples:
         raise FastcalError(f"batch {number} has no samples; leave it out")

@@ -43,6 +43,9 @@ class UnreadableError(FastcalError):
         super().__init__(text)
         self.number = number
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return UnreadableError, (self.number, str(self))
+
 
 class Source(ABC):
     """The samples of one input, by number from 0 on.
@@ -204,7 +207,8 @@ class Arrays(Source):
     def _load(self, number: int) -> Any:
         path = self.names[number]
         try:
-            array = np.load(path, allow_pickle=False)
+            with open(path, "rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)  # nothing else, as `numpy.load` would
         except (OSError, ValueError, EOFError) as error:
             reason = getattr(error, "strerror", None) or "damaged, or no array of numbers"
             raise UnreadableError(number, f"cannot read {path}: {reason}; replace or remove it") from error
@@ -252,6 +256,7 @@ class Shards(ImageSource):
         self._contained = ContainedDecoder()
 
     _remedy: str
+    _key: str | None
 
     @abstractmethod
     def _list_samples(self, shard: str) -> Iterator[tuple[str, int, int]]:
@@ -298,7 +303,7 @@ class Shards(ImageSource):
     def add_to_digest(self, digest: Any, *, lenient: bool) -> None:
         """Add what tells the samples from others."""
         add_files(digest, self._shards[: self._records[-1].shard + 1], lenient=lenient)
-        digest.update(b"%d\0" % len(self.names))
+        digest.update(f"{len(self.names)}\0{self._key!r}\0".encode())
 
     def close(self) -> None:
         """Release what the source holds until it is fetched from again."""
@@ -411,7 +416,7 @@ class TFRecords(Shards):
     """
 
     def __init__(self, shards: list[str], limit: int | None, key: str | None) -> None:
-        self._key = key or TFRECORD_KEY
+        self._key: str = key or TFRECORD_KEY
         self._remedy = f"the images' feature is the key, here {self._key!r}"
         super().__init__(shards, limit)
 

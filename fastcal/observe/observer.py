@@ -142,7 +142,7 @@ def _timed(
         state.batches += 1
         if state.total is not None:
             state.total = length(feed)  # less where samples were skipped
-        state.images += max((array.shape[0] for array in batch.values() if array.shape), default=0)
+        state.images += feed.samples_of(batch)
         state.seconds = time.perf_counter() - start
         progress(state)
         if enough is not None and enough(state.images):

@@ -124,6 +124,20 @@ def test_a_length_that_nobody_tells_is_known_after_a_pass(make):
     assert len(samples(feed)) == len(feed) == 3
 
 
+def test_a_pass_begun_to_find_something_out_that_fails_is_not_handed_out():
+    failures = [OSError("gone")]
+
+    def batches():
+        if failures:
+            raise failures.pop()
+        yield from numbers(2, 2)
+
+    feed = ArrayFeed(batches)
+    with pytest.raises(OSError, match="gone"):
+        _ = feed.batch_size
+    assert samples(feed) == [[0, 1], [2, 3]]
+
+
 def test_asking_for_the_batch_size_begins_the_pass_that_is_handed_out():
     loader = Loader(numbers(2, 2))
     feed = ArrayFeed(loader)

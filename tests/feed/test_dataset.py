@@ -84,6 +84,12 @@ def test_classes_by_turns():
     assert shuffled == order(paths, shuffle=True, seed=1, balance=True, limit=3)
 
 
+def test_classes_by_turns_of_relative_and_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = ["cat/1", f"{tmp_path}/cat/2", f"{tmp_path}/dog/1"]
+    assert order(paths, shuffle=False, seed=0, balance=True, limit=2) == [paths[0], paths[2]]
+
+
 def test_one_class_is_not_balanced(folder):
     with pytest.raises(
         FastcalError, match=r"the images in .*c.d are of one class; balancing needs a folder of folders"
@@ -101,6 +107,9 @@ def test_one_class_is_not_balanced(folder):
         ("nothing.txt", r"list file .*nothing.txt is empty"),
         ("wrong.txt", r"wrong.txt, entry 2: no such file: .*gone.jpg"),
         ("train.tar.gz", r"train.tar.gz is compressed; shards are read as they are, so decompress it"),
+        ("x" * 300, r"no such file or folder: .*x{300}; name a folder of images or a list file"),
+        ("{0..999999999999999999}.jpg", r"pattern .*, entry 2: no such file: .*/1.jpg; correct or remove it"),
+        ("{0..999999999999}{5..3}.jpg", r"range {5..3} of pattern .* has no numbers; give the smaller one first"),
         ("binary.bin", r"cannot read list file .*binary.bin: .*one image path a line"),
     ],
 )
@@ -110,6 +119,7 @@ def test_no_images(folder, data, message):
     (folder / "texts" / "readme.md").write_text("x")
     (folder / "nothing.txt").write_text("\n\n")
     (folder / "wrong.txt").write_text("b.JPG\ngone.jpg\n")
+    (folder / "0.jpg").write_bytes(b"x")
     (folder / "train.tar.gz").write_bytes(b"\x1f\x8b")
     (folder / "binary.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FastcalError, match=message):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fastcal
 from fastcal import FastcalError, ImageFeed, Preprocess
 
 SMALL = Preprocess(size=(8, 8))
@@ -146,6 +147,36 @@ def test_constants_join_in(scenes):
         ImageFeed(data_of(scenes), preprocess=SMALL, constants={"pose": np.float32([2])})
 
 
+def test_constants_are_no_samples(scenes, onnx_file):
+    model = onnx_file(
+        "f (float[N, 3, 8, 8] left, float[100, 1] table) => (float[N, 3, 8, 8] y) "
+        "{ s = ReduceMax<keepdims = 0>(table) y = Add(left, s) }"
+    )
+    table = np.zeros((100, 1), np.float32)
+    seen = []
+    with ImageFeed(
+        {"left": scenes / "left"}, preprocess="raw", model=model, batch_size=2, constants={"table": table}, device="cpu"
+    ) as feed:
+        fastcal.calibrate(model, feed, algorithm="minmax", progress=lambda state: seen.append(state.images))
+    assert seen == [2 * (number + 1) for number in range(len(feed))]
+
+
+def test_constants_are_no_samples_of_a_classifier(scenes, onnx_file):
+    model = onnx_file(
+        "f (float[N, 3, 8, 8] left, float[100, 1] table) => (float[N, 4] y) "
+        "{ s = ReduceMax<keepdims = 0>(table) p = GlobalAveragePool(left) f = Flatten(p) g = MatMul(f, w) "
+        "y = Add(g, s) }",
+        {"w": np.random.default_rng(0).standard_normal((3, 4), dtype="f4")},
+    )
+    table = {"table": np.zeros((100, 1), np.float32)}
+    with ImageFeed(
+        {"left": scenes / "left"}, preprocess="raw", model=model, batch_size=2, constants=table, device="cpu"
+    ) as feed:
+        compared = fastcal.compare(model, feed)
+    assert compared.images == 7
+    assert all(quality.agreement is not None for quality in compared.qualities.values())
+
+
 def test_shapes_are_those_of_the_batches_and_no_pass_is_begun_for_them(scenes):
     with ImageFeed(data_of(scenes), preprocess=SMALL, batch_size=3, constants={"scale": np.float32([2])}) as feed:
         batches = iter(feed)
@@ -247,8 +278,15 @@ def test_arrays_of_other_shapes_are_no_unreadable_ones(scenes):
         list(feed)
 
 
+def test_a_file_of_several_arrays_is_no_array(scenes):
+    np.savez(scenes / "several.npz", x=np.zeros((2, 3)))
+    (scenes / "several.npz").rename(scenes / "left" / "0.npy")
+    with pytest.raises(FastcalError, match=r"cannot read .*0.npy: damaged, or no array of numbers; replace or remove"):
+        ImageFeed(data_of(scenes), preprocess=SMALL)
+
+
 def test_wrong_uses_are_named(scenes):
-    with pytest.raises(FastcalError, match="the data are arrays alone, which a NumpyFeed takes; name data"):
+    with pytest.raises(FastcalError, match=r"the data are arrays alone; give one .npz file with the inputs' names"):
         ImageFeed({"pose": f"{scenes}/left/*.npy"})
     with pytest.raises(FastcalError, match="the data are arrays alone"):
         ImageFeed(f"{scenes}/left/*.npy")

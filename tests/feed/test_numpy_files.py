@@ -7,6 +7,7 @@ import pytest
 
 from conftest import DIGITS
 from fastcal import FastcalError, ImageFeed, NumpyFeed, calibrate
+from fastcal.feed.numpy_files import are_arrays
 
 ONE = "f (float[N, 2, 3] x) => (float[N, 2, 3] y) { y = Relu(x) }"
 TWO = "f (float[N, 2] x, int64[N, 1] i) => (float[N, 1] y) { y = GatherElements<axis = 1>(x, i) }"
@@ -117,6 +118,18 @@ def test_what_can_name_files(save, tmp_path, monkeypatch):
         assert seen(NumpyFeed(data, batch_size=len(expected), input_name="x")) == [expected]
 
 
+def test_names_in_capitals(save):
+    folder = save(a=batch(0), b={"x": batch(1)})
+    npy, npz = (folder / "a.npy").rename(folder / "A.NPY"), (folder / "b.npz").rename(folder / "B.Npz")
+    assert are_arrays(str(npy))
+    assert are_arrays(str(npz))
+    assert seen(NumpyFeed(npy, batch_size=1, input_name="x")) == [[0]]
+    assert seen(NumpyFeed(f"{folder}/B*", batch_size=1)) == [[1]]
+    assert seen(NumpyFeed({"x": [npy]}, batch_size=1)) == [[0]]
+    with pytest.raises(FastcalError, match=r"has .npy and .npz files"):
+        NumpyFeed(folder)
+
+
 def test_several_inputs(onnx_file, save):
     x, i = np.arange(8, dtype="f4").reshape(4, 2), np.array([[0], [1], [0], [1]])
     folder = save(x__all=x, i__0=i[:2], i__1=i[2:], both={"i": i, "x": x, "label": i})
@@ -142,6 +155,11 @@ def test_a_record_tells_files_and_settings_apart(save):
     assert described() == described() != described(batch_size=1)
     assert described(limit=2) != described() != described(shuffle=True)
     assert described(shuffle=True) != described(shuffle=True, seed=1)
+    samples = [
+        described(**options)["samples"]
+        for options in ({}, {"shuffle": True}, {"shuffle": True, "seed": 1}, {"input_name": "x"}, {"input_name": "y"})
+    ]
+    assert len(set(samples)) == len(samples)
     before = described()
     np.save(folder / "b.npy", batch(2, 4))
     os.utime(folder / "b.npy", ns=(1, 1))
@@ -161,6 +179,11 @@ def test_a_record_tells_files_and_settings_apart(save):
         ({"a": batch(0), "b": batch(0).astype("f8")}, {}, r"b.npy is float64 .*, .*a.npy float32"),
         ({"a": np.float32(3)}, {}, "a.npy is one number; an array's first dimension is to count samples"),
         ({"a": batch(0)}, {"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        (
+            {"a": batch(0)},
+            {"batch_size": 10**12},
+            r"2 batches of 1000000000000 samples take 44703.5 GiB of memory, and .* are free; use a smaller batch size",
+        ),
         ({"a": batch(0)}, {"last_batch": "pad"}, "no last_batch 'pad'"),
         ({"a": batch(0)}, {"batch_size": 2, "last_batch": "drop"}, "1 samples make no batch of 2"),
         (
@@ -202,16 +225,30 @@ def test_different_numbers_of_samples_and_files_of_the_wrong_kind(onnx_file, sav
         NumpyFeed({"x": folder / "z.npz"})
     with pytest.raises(FastcalError, match=r"no .npy or .npz files at .*nowhere"):
         NumpyFeed(folder / "nowhere")
+    with pytest.raises(FastcalError, match=r"no .npy or .npz files at .*x{300}; name a folder"):
+        NumpyFeed(folder / ("x" * 300))
+    for data in ("", {"x": ""}):
+        with pytest.raises(FastcalError, match="the name of the data is empty; name a folder, a pattern or a file"):
+            NumpyFeed(data)
+
+
+def test_as_many_samples_as_there_are_make_a_batch_of_any_size(save):
+    folder = save(a=batch(0, 1))
+    assert seen(NumpyFeed(folder, batch_size=10**12, last_batch="keep", input_name="x")) == [[0, 1]]
 
 
 @pytest.mark.parametrize("name", ["b.npy", "b.npz"])
 def test_a_damaged_file_is_named(save, name):
     folder = save(a=batch(0), b=batch(1)) if name == "b.npy" else save(a={"x": batch(0)}, b={"x": batch(1)})
     whole = (folder / name).read_bytes()
-    for content in (whole[:-1], whole[:60], b"", b"no array"):
+    other = save(other=batch(0)) / "other.npy" if name == "b.npz" else save(other={"x": batch(0)}) / "other.npz"
+    other = other.rename(folder / "other")
+    for content in (whole[:-1], whole[:60], b"", b"no array", other.read_bytes()):
         (folder / name).write_bytes(content)
         with pytest.raises(FastcalError, match=rf"cannot read .*{name}: damaged, or no array of numbers"):
             list(NumpyFeed(folder, batch_size=1))
+        with pytest.raises(FastcalError, match=rf"cannot read .*{name}: damaged, or no array of numbers"):
+            NumpyFeed(folder / name, batch_size=1)
 
 
 def test_a_file_that_is_gone_in_the_middle_of_a_pass_is_named(save):

@@ -97,6 +97,13 @@ def test_what_depends_on_batches_before_cannot_be_divided(tmp_path):
         feed.part(range(1), gpu=None, threads=1)
 
 
+def test_a_part_carries_no_file_that_is_open(tmp_path):
+    np.save(tmp_path / "all.npy", np.zeros((100, 1000)))
+    with fastcal.NumpyFeed(tmp_path, batch_size=4, device="cpu") as feed:
+        next(iter(feed))
+        assert len(pickle.dumps(feed.part(range(1), gpu=None, threads=1))) < 10_000
+
+
 def test_a_part_for_a_gpu_carries_its_own_samples_alone():
     paths = sorted(map(str, (DIGITS / "images").rglob("*.jpg"))) * 100
     feed = fastcal.ImageFeed(paths, preprocess="unit", batch_size=4)

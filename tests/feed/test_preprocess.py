@@ -75,6 +75,57 @@ MEAN, STD = list(IMAGENET.mean), list(IMAGENET.std)
             json.dumps({"crop_pct": 0.875, "image_mean": MEAN, "image_std": STD, "size": {"shortest_edge": 384}}),
             replace(IMAGENET, size=(384, 384), resize="stretch", crop_fraction=0.875),
         ),
+        (  # the same as it was written before there were image processors
+            "preprocessor_config.json",
+            json.dumps({"crop_pct": 0.875, "feature_extractor_type": "ConvNextFeatureExtractor", "image_mean": MEAN,
+                        "image_std": STD, "resample": 3, "size": 224}),
+            replace(IMAGENET, interpolation="bicubic"),
+        ),
+        (  # its EfficientNet, which divides twice
+            "preprocessor_config.json",
+            json.dumps({"do_center_crop": False, "image_mean": MEAN, "image_std": [0.5, 0.25, 0.125], "resample": 0,
+                        "image_processor_type": "EfficientNetImageProcessor", "include_top": True,
+                        "rescale_offset": False, "size": {"height": 224, "width": 224}}),
+            replace(IMAGENET, resize="stretch", interpolation="nearest", std=(0.25, 0.0625, 0.015625)),
+        ),
+        (
+            "preprocessor_config.json",
+            json.dumps({"image_mean": MEAN, "image_std": STD, "image_processor_type": "EfficientNetImageProcessor",
+                        "include_top": False, "size": 224}),
+            replace(IMAGENET, resize="stretch"),
+        ),
+        (  # its MobileViT
+            "preprocessor_config.json",
+            json.dumps({"crop_size": {"height": 256, "width": 256}, "do_center_crop": True, "resample": 2,
+                        "do_flip_channel_order": True, "feature_extractor_type": "MobileViTFeatureExtractor",
+                        "size": {"shortest_edge": 288}}),
+            Preprocess((256, 256), "crop", crop_fraction=256 / 288, channels="BGR", scale=1 / 255),
+        ),
+        (  # its PoolFormer
+            "preprocessor_config.json",
+            json.dumps({"crop_pct": 0.9, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True,
+                        "image_mean": MEAN, "image_std": STD, "size": {"shortest_edge": 224, "longest_edge": None}}),
+            replace(IMAGENET, crop_fraction=224 / 248),
+        ),
+        (
+            "preprocessor_config.json",
+            json.dumps({"crop_pct": 0.95, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True,
+                        "image_mean": MEAN, "image_std": STD, "size": {"height": 224, "width": 224}}),
+            replace(IMAGENET, crop_fraction=224 / 235),
+        ),
+        (  # its LeViT
+            "preprocessor_config.json",
+            json.dumps({"crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "image_mean": MEAN,
+                        "image_std": STD, "image_processor_type": "LevitFeatureExtractor",
+                        "size": {"shortest_edge": 224}}),
+            IMAGENET,
+        ),
+        (  # its BEiT
+            "preprocessor_config.json",
+            json.dumps({"crop_size": {"height": 192, "width": 224}, "do_center_crop": True, "do_reduce_labels": True,
+                        "image_mean": MEAN, "image_std": STD, "size": {"height": 192, "width": 224}}),
+            replace(IMAGENET, size=(192, 224), resize="stretch"),
+        ),
         (  # a model of timm
             "config.json",
             json.dumps({"architecture": "x", "pretrained_cfg": {"input_size": [3, 288, 288], "interpolation": "bicubic",
@@ -100,12 +151,61 @@ def test_files_that_describe_it(tmp_path, name, text, expected):
         ("p.json", '{"input_size": [3, 8, 8]}', r"p.json describes no preprocessing: 'mean' is missing"),
         ("p.json", '{"image_mean": [0], "image_std": [1], "resample": 5}', r"p.json: there is no interpolation 'PIL "),
         ("p.json", '{"input_size": [3, 8, 8], "crop_mode": "border"}', r"p.json: crop_mode 'border' is not supported"),
+        ("p.json", '[' * 100_000, r"p.json describes no preprocessing: maximum recursion depth exceeded"),
+        ("p.json", f'{{"scale": 1{"0" * 400}}}', r"p.json: scale has 10+; give a number"),
+        ("p.json", '{"size": true}', r"p.json: size \(True, True\) is not \(height, width\)"),
     ],
 )  # fmt: skip
 def test_files_that_do_not(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(FastcalError, match=message):
         Preprocess.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"rescale_offset": True},
+            "rescale_offset True is not supported; prepare the images as it says and feed arrays",
+        ),
+        ({"do_resize": False}, "do_resize False is not supported"),
+        ({"do_thumbnail": True}, "do_thumbnail True is not supported"),
+        ({"do_flip_channel_order": True}, "do_flip_channel_order together with do_normalize is not supported"),
+        (
+            {"size": {"shortest_edge": 800, "longest_edge": 1333}},
+            "size {'shortest_edge': 800, 'longest_edge': 1333} is",
+        ),
+        ({"size": {"shortest_edge": 0}, "do_center_crop": True, "crop_size": 224}, "a side of 0 is none of an image"),
+        ({"size": {"shortest_edge": True}}, "a side of True is none of an image; give a number of pixels"),
+        ({"size": True}, "a side of True is none of an image"),
+        ({"size": {"height": 8}}, "p.json describes no preprocessing: 'width' is missing"),
+        (
+            {"size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": 224},
+            "stretching to 256x256 and cropping then is not supported",
+        ),
+        (
+            {"size": 256, "do_center_crop": True, "crop_size": 224, "feature_extractor_type": "DeiTFeatureExtractor"},
+            "stretching to 256x256 and cropping then is not supported",
+        ),
+        (
+            {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 192}},
+            "crop_size 224x192 of an image whose shorter side is 256 is not supported",
+        ),
+        ({"size": 8, "do_center_crop": True, "crop_pct": 1e-320}, "p.json describes no preprocessing: "),
+        ({"do_normalize": True, "image_mean": None}, "p.json describes no preprocessing: "),
+    ],
+)
+def test_what_only_hugging_faces_processors_do(tmp_path, values, message):
+    (tmp_path / "p.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD, **values}))
+    with pytest.raises(FastcalError, match=message):
+        Preprocess.load(tmp_path / "p.json")
+
+
+def test_a_mean_that_is_missing(tmp_path):
+    (tmp_path / "p.json").write_text('{"image_processor_type": "ViTImageProcessor", "do_normalize": true}')
+    with pytest.raises(FastcalError, match=r"p.json describes no preprocessing: 'image_mean' is missing"):
+        Preprocess.load(tmp_path / "p.json")
 
 
 def test_a_file_that_is_not_there():
@@ -169,6 +269,8 @@ def test_an_input_whose_channels_are_dynamic(shape):
         ({"std": (1, float("inf"), 1)}, "std has inf; give a number"),
         ({"scale": 1e-40}, "scale has 1e-40; give a number"),
         ({"scale": "1"}, "scale has '1'; give a number"),
+        ({"scale": 10**400}, "scale has 10+; give a number"),
+        ({"size": (True, 224)}, r"size \(True, 224\) is not \(height, width\)"),
     ],
 )
 def test_attributes_of_another_type(attributes, message):
@@ -184,6 +286,20 @@ def test_a_mean_for_other_channels_than_the_networks():
 
 def test_it_prints_what_it_does():
     assert str(Preprocess.preset("imagenet")) == (
-        "crop 0.875 to 224x224, RGB, (x * 0.00392157 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225], NCHW"
+        "crop 0.875 to 224x224, RGB, (x * 0.00392156863 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225], NCHW"
     )
     assert str(Preprocess(resize="letterbox", size=(8, 9))) == "letterbox 114 to 8x9, RGB, (x * 1 - 0) / 1, NCHW"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"antialias": False},
+        {"crop_fraction": 0.8750001},
+        {"scale": np.nextafter(np.float32(1 / 255), 1)},
+        {"mean": (np.nextafter(np.float32(0.485), 1), *MEAN[1:])},
+        {"std": (*STD[:2], 0.22500002)},
+    ],
+)
+def test_what_gives_other_pixels_prints_otherwise(change):
+    assert str(replace(IMAGENET, **change)) != str(IMAGENET)

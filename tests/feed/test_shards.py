@@ -155,10 +155,12 @@ def test_the_sample_that_cannot_be_read_is_named_or_skipped(as_files, shards, tm
 
 
 def test_what_a_feed_of_shards_is_made_from(shards):
-    folder, _ = shards
+    folder, name = shards
     plain = ImageFeed(folder, preprocess=SMALL).describe()
     assert plain == ImageFeed(folder, preprocess=SMALL).describe()
     assert plain["samples"] != ImageFeed(folder, preprocess=SMALL, limit=9).describe()["samples"]
+    if name(0).endswith("jpg"):
+        assert plain["samples"] != ImageFeed(folder, preprocess=SMALL, key="jpg").describe()["samples"]
     next(folder.iterdir()).touch()
     assert plain["samples"] != ImageFeed(folder, preprocess=SMALL).describe()["samples"]
 
@@ -183,6 +185,8 @@ def test_the_key_chooses_an_image(tmp_path, encoded):
             write_tfrecord(path, records)
             keys = ("left", "right")
         left, right = (all_of(ImageFeed(path, preprocess=SMALL, batch_size=3, key=key)) for key in keys)
+        described = [ImageFeed(path, preprocess=SMALL, key=key).describe()["samples"] for key in keys]
+        assert described[0] != described[1]
         files = [tmp_path / f"{number}.jpg" for number in range(6)]
         for number, file in enumerate(files):
             file.write_bytes(encoded[number])
@@ -248,3 +252,13 @@ def test_a_shard_that_is_changed_while_it_is_read(tmp_path, encoded):
         ),
     ):
         list(feed)
+
+
+def test_a_shard_that_is_changed_between_two_passes(tmp_path):
+    feed = None
+    for level in (50, 60):
+        image = io.BytesIO()
+        Image.new("L", (16, 16), level).save(image, "BMP")
+        folder = write_tars(tmp_path / "tars", [image.getvalue()] * 2, extension="bmp")
+        feed = feed or ImageFeed(folder, preprocess=SMALL, batch_size=2)
+        np.testing.assert_array_equal(all_of(feed), np.full((1, 2, 3, 16, 16), level))

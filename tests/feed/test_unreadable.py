@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 import fuzzing
 from conftest import DIGITS
 from fastcal import FastcalError, ImageFeed, Preprocess
+from fastcal.feed.sources import UnreadableError
 
 SMALL = Preprocess(size=(8, 8))
 
@@ -195,3 +197,8 @@ def test_the_command_says_and_records_it(digits, tmp_path, run_fastcal):
 def test_mutated_images(tmp_path, extension):
     intact = fuzzing.write(tmp_path, extension, 48, seed=3)
     assert 0 < fuzzing.go_through(tmp_path, intact) <= 48 - len(intact)
+
+
+def test_what_cannot_be_read_can_be_told_to_another_process():
+    error = pickle.loads(pickle.dumps(UnreadableError(3, "cannot read 3.jpg; replace or remove it")))
+    assert (type(error), error.number, str(error)) == (UnreadableError, 3, "cannot read 3.jpg; replace or remove it")
