@@ -62,14 +62,17 @@ class CalibrationCache:
         """The first line of the file, without its line end.
 
         Raises:
-            FastcalError: There is no such algorithm or version of TensorRT, or none is given.
+            FastcalError: There is no such algorithm or version of TensorRT, or none is given; or the quantile or the
+                cutoff is not a number that a float64 holds.
         """
         if self.algorithm not in ALGORITHMS:
             raise FastcalError(
                 f"there is no algorithm {self.algorithm!r} of a cache; choose one of {', '.join(ALGORITHMS)}"
             )
         if self.algorithm == "percentile":
-            return f"0 {_hex(self.cutoff, '>d')} {_hex(self.quantile, '>d')}"
+            if self.quantile is None or self.cutoff is None:
+                raise FastcalError("a cache of algorithm percentile needs its quantile and its cutoff, two numbers")
+            return f"0 {_hex(self.cutoff, '>d', 'the cutoff')} {_hex(self.quantile, '>d', 'the quantile')}"
         if self.tensorrt_version is None:
             raise FastcalError(f"a cache of algorithm {self.algorithm} needs a TensorRT version, e.g. 10.16.1")
         return f"TRT-{_version_number(self.tensorrt_version)}-{CALIBRATION_NAMES[self.algorithm]}"
@@ -78,12 +81,14 @@ class CalibrationCache:
         """The file's contents.
 
         Raises:
-            FastcalError: A tensor's name has a line end in it, which TensorRT's form cannot hold.
+            FastcalError: A tensor's name has a line end in it, which TensorRT's form cannot hold; its scale is
+                not a number that a float32 holds; or the cache can have no header.
         """
         for name in self.scales:
             if "\n" in name:
                 raise FastcalError(f"tensor {name!r} has a line end in its name: rename it, or save the cache as JSON")
-        lines = [self.header, *(f"{name}: {_hex(scale, '>f')}" for name, scale in self.scales.items())]
+        scales = (f"{name}: {_hex(scale, '>f', f'the scale of {name!r}')}" for name, scale in self.scales.items())
+        lines = [self.header, *scales]
         return ("\n".join(lines) + "\n").encode(errors="surrogateescape")
 
     @classmethod
@@ -208,10 +213,13 @@ def _version_number(version: str) -> int:
     return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
 
 
-def _hex(value: float | None, form: str) -> str:
+def _hex(value: float, form: str, label: str) -> str:
     if not isinstance(value, numbers.Real):
-        raise FastcalError("a cache of algorithm percentile needs its quantile and its cutoff, two numbers")
-    return struct.pack(form, value).hex().lstrip("0") or "0"
+        raise FastcalError(f"{label} is {value!r}; it must be a number")
+    try:
+        return struct.pack(form, value).hex().lstrip("0") or "0"
+    except (OverflowError, struct.error) as error:
+        raise FastcalError(f"{label} is too large for a float{8 * struct.calcsize(form)}") from error
 
 
 def _unhex(digits: str, form: str) -> float:

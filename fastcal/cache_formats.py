@@ -2,6 +2,7 @@
 
 import json
 import math
+import numbers
 import struct
 from typing import Any
 
@@ -30,15 +31,13 @@ def to_json(cache: CalibrationCache) -> bytes:
     """The cache as a JSON object: algorithm, TensorRT version, scales by tensor, and what it was made from.
 
     Raises:
-        FastcalError: A scale is NaN or infinite, which JSON has no number for; or the cache can have no header.
+        FastcalError: A scale is no finite float32 from 0 on, or the cache can have no header.
     """
     settings = _settings(cache)
     content: dict[str, Any] = {name: value for name in _SETTINGS if (value := getattr(settings, name)) is not None}
-    content["scales"] = {name: float(scale) for name, scale in cache.scales.items()}
+    content["scales"] = {name: _scale(scale, f"the scale of {name!r}") for name, scale in cache.scales.items()}
     if cache.record is not None:
         content["made_from"] = dict(cache.record.entries)
-    for name, scale in cache.scales.items():
-        _check_scale(scale, f"the scale of {name!r}")
     return json.dumps(content, indent=1).encode() + b"\n"
 
 
@@ -50,7 +49,7 @@ def from_json(data: bytes, origin: str) -> CalibrationCache:
     """
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FastcalError(f"{origin} is neither a calibration cache nor JSON: {error}") from error
     scales = content.get("scales")
     if not isinstance(scales, dict):
@@ -91,15 +90,15 @@ def to_onnxruntime(cache: CalibrationCache) -> bytes:
     the provider's source).
 
     Raises:
-        FastcalError: A scale is NaN or infinite, or ONNX Runtime is not installed.
+        FastcalError: A scale is no finite float32 from 0 on, or ONNX Runtime is not installed.
     """
     flatbuffers, key_value, table = _schema()
     builder = flatbuffers.Builder(1024)
     entries = []
     for name, scale in cache.scales.items():
-        _check_scale(scale, f"the scale of {name!r}")
+        amax = _scale(scale, f"the scale of {name!r}") * 127  # exact: the product of a float32 and 127 fits a float64
         key = builder.CreateString(name.encode(errors="surrogateescape"))
-        value = builder.CreateString(repr(float(scale) * 127))  # exact: the product of a float32 and 127 fits a float64
+        value = builder.CreateString(repr(amax))
         key_value.Start(builder)
         key_value.AddKey(builder, key)
         key_value.AddValue(builder, value)
@@ -149,17 +148,14 @@ def _schema() -> tuple[Any, Any, Any]:
 
 
 def _scale(value: Any, label: str) -> float:
-    """A scale from a file, as the float32 it stands for."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A scale as the float32 it stands for."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number:
         raise FastcalError(f"{label} is {value!r}; it must be a number")
-    _check_scale(value, label)
+    if not 0 <= value < math.inf:
+        raise FastcalError(f"{label} is {value:g}; it must be a finite number from 0 on")
     try:
         scale: float = struct.unpack(">f", struct.pack(">f", value))[0]
     except (OverflowError, struct.error) as error:
         raise FastcalError(f"{label} is too large for a float32") from error
     return scale
-
-
-def _check_scale(value: float, label: str) -> None:
-    if not 0 <= value < math.inf:
-        raise FastcalError(f"{label} is {value:g}; it must be a finite number from 0 on")

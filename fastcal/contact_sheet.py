@@ -125,7 +125,7 @@ class Preview:
             path: Where to write it; its name's end says in which format: .png, .jpg, .webp, .pdf or .svg.
 
         Raises:
-            FastcalError: There is no such format, or the file cannot be written.
+            FastcalError: There is no such format, the images are too many for it, or the file cannot be written.
         """
         kind = check_picture(path)
         pixels = np.rint(np.nan_to_num(self.pixels).clip(0, 255)).astype(np.uint8)
@@ -185,22 +185,24 @@ def _first_images(
     """The first images of a feed, channels last, and the preprocessing with their size and layout."""
     taken: list[npt.NDArray[np.float32]] = []
     batches = iter(feed)
-    for batch in batches:
-        images = np.array(to_host(_images(batch, name)), np.float32)  # a copy: the feed fills its arrays again
-        try:
-            preprocess = preprocess.fit((None, *images.shape[1:]))
-        except FastcalError as error:
-            raise FastcalError(f"the batches' array of shape {images.shape}: {error}") from error
-        if not taken:
-            known = length(feed)
-            shown = count if known is None else min(count, known * len(images))
-            what = f"{shown} images of {'x'.join(map(str, preprocess.size))}, and what is drawn of them,"
-            check_room(_COPIES * shown * images[0].nbytes, what, "show fewer, or make them smaller")
-        taken.extend(images if preprocess.layout == "NHWC" else images.transpose(0, 2, 3, 1))
-        if len(taken) >= count:
-            break
-    if hasattr(batches, "close"):
-        batches.close()
+    try:
+        for batch in batches:
+            images = np.array(to_host(_images(batch, name)), np.float32)  # a copy: the feed fills its arrays again
+            try:
+                preprocess = preprocess.fit((None, *images.shape[1:]))
+            except FastcalError as error:
+                raise FastcalError(f"the batches' array of shape {images.shape}: {error}") from error
+            if not taken:
+                known = length(feed)
+                shown = count if known is None else min(count, known * len(images))
+                what = f"{shown} images of {'x'.join(map(str, preprocess.size))}, and what is drawn of them,"
+                check_room(_COPIES * shown * images[0].nbytes, what, "show fewer, or make them smaller")
+            taken.extend(images if preprocess.layout == "NHWC" else images.transpose(0, 2, 3, 1))
+            if len(taken) >= count:
+                break
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()
     if not taken:
         raise FastcalError("the feed gave no batches; a preview needs at least one")
     return np.stack(taken[:count]), preprocess

@@ -20,11 +20,19 @@ from fastcal.progress import Progress
 #: The formats a sheet can have, by the end of its name.
 _PICTURES = ("png", "jpg", "webp", "pdf", "svg")
 
-#: Inches: a sheet's width, its margin, a line of text, and the chart of values.
-_WIDTH, _MARGIN, _LINE, _CHART = 10.0, 0.2, 0.22, 1.3
+#: Inches: a sheet's width, its margin, a line of text, the chart of values, and what is left free between images.
+_WIDTH, _MARGIN, _LINE, _CHART, _GAP = 10.0, 0.2, 0.22, 1.3, 0.06
 
 #: How many images are side by side, and how many characters of a name there is room for below each.
 _COLUMNS, _NAME = 6, 24
+
+#: How many times as tall as wide the place of an image is at most; a taller image is narrower than its place.
+_TALLEST = 4
+
+#: Pixels in an inch, and the most that a sheet is tall in pixels, by format: JPEG and WebP hold no more, and a PNG is
+#: drawn in memory.
+_DPI = 150
+_MOST_PIXELS = {"jpg": 65_500, "webp": 16_383, "png": 65_500}
 
 #: Where the axis of the network's values goes over from linear to logarithmic, and how far it reaches.
 _LINEAR, _FAR = 3.0, 300.0
@@ -76,13 +84,26 @@ def draw_sheet(
 
     Returns:
         The file's contents.
+
+    Raises:
+        FastcalError: The sheet is taller than the format holds.
     """
     cell = (_WIDTH - 2 * _MARGIN) / _COLUMNS
-    tall = cell * images.shape[1] / images.shape[2]
+    # A pixel is as wide as tall, but the thinnest image is a line that can be seen.
+    inches = min((cell - _GAP) / images.shape[2], _TALLEST * (cell - _GAP) / images.shape[1])
+    tall, wide = (max(inches * size, 1 / _DPI) for size in images.shape[1:3])
+    row_height = tall + _GAP + _LINE
     rows = -(-len(images) // _COLUMNS)
     head = _MARGIN + (len(notes) + 1.5) * _LINE + _CHART + 2 * _LINE
-    height = head + rows * (tall + _LINE) + _MARGIN
-    figure = Figure((_WIDTH, height), dpi=150)
+    height = head + rows * row_height + _MARGIN
+    most = _MOST_PIXELS.get(kind)
+    if most is not None and height * _DPI > most:
+        fitting = int((most / _DPI - height) / row_height + rows) * _COLUMNS
+        raise FastcalError(
+            f"{len(images)} images make a sheet of {height * _DPI:.0f} pixels in height, and a .{kind} has {most} at "
+            f"most; show {fitting} images or fewer, or draw a .pdf"
+        )
+    figure = Figure((_WIDTH, height), dpi=_DPI)
 
     def place(left: float, top: float, width: float, tall: float) -> Axes:
         return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
@@ -92,19 +113,22 @@ def draw_sheet(
     _draw_values(place(_MARGIN, head - _CHART - 2 * _LINE, cell * 3 - 0.1, _CHART), channels)
     for number, (name, image) in enumerate(zip(names, images, strict=True)):
         row, column = divmod(number, _COLUMNS)
-        axes = place(_MARGIN + column * cell, head + row * (tall + _LINE), cell - 0.06, tall - 0.06)
-        enlarged = image.shape[1] < cell * figure.dpi
+        left, top = _MARGIN + column * cell + (cell - _GAP - wide) / 2, head + row * row_height
+        axes = place(left, top, wide, tall)
+        enlarged = inches * _DPI > 1
         axes.imshow(
             image if image.shape[2] == 3 else image[..., 0],
             cmap="gray",
             vmin=0,
             vmax=255,
             interpolation="nearest" if enlarged else "auto",
+            aspect="auto",
         )
         axes.set_axis_off()
         name = name.encode(errors="backslashreplace").decode()  # files' names may be any bytes
         shown = name if len(name) <= _NAME else "\u2026" + name[1 - _NAME :]
-        axes.text(0.5, -0.03, shown, transform=axes.transAxes, ha="center", va="top", size=7, parse_math=False)
+        below = (left + wide / 2) / _WIDTH, 1 - (top + tall + _GAP / 2) / height
+        figure.text(*below, shown, ha="center", va="top", size=7, parse_math=False)
     return _saved(figure, kind)
 
 

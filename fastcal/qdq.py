@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache as remembered
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,9 @@ _COMMUTE = ("Concat", "Dropout", "Flatten", "Identity", "MaxPool", "Reshape", "S
 
 #: The first opset whose QuantizeLinear takes a scale per channel.
 _FIRST_OPSET = 13
+
+#: The first version of ONNX's format in which constants, the scales, need not be inputs of the graph too.
+_FIRST_IR = 4
 
 #: How many layers that stay in float are named in the log.
 _MOST_NAMED = 5
@@ -110,15 +114,14 @@ def check_quantizable(network: Model, exclude: Iterable[str] = ()) -> set[int]:
     Raises:
         FastcalError: As `quantize`.
     """
-    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in network.proto.graph.node):
+    if network.has_pairs:
         raise FastcalError(
             f"{network.path} has QuantizeLinear or DequantizeLinear already; quantize the float model it was made from"
         )
-    opset = next((entry.version for entry in network.proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset < _FIRST_OPSET:
+    if network.opset < _FIRST_OPSET:
         raise FastcalError(
-            f"{network.path} is of opset {opset}, a scale per channel needs {_FIRST_OPSET}; export the network with "
-            f"opset 17, or convert the model with onnx.version_converter.convert_version and calibrate again"
+            f"{network.path} is of opset {network.opset}, a scale per channel needs {_FIRST_OPSET}; export the network "
+            f"with opset 17, or convert the model with onnx.version_converter.convert_version and calibrate again"
         )
     if not any(node.op_type in WEIGHTED for node in network.proto.graph.node):
         raise FastcalError(f"{network.path} has no layer to quantize: none is a {_LAYERS}")
@@ -163,6 +166,7 @@ class _Graph:
         self.nodes = list(self.proto.graph.node)
         self.outputs = {value.name for value in self.proto.graph.output}
         self.producers = {name: number for number, node in enumerate(self.nodes) for name in node.output if name}
+        self._check_order()
         self.consumers: dict[str, list[tuple[int, int]]] = {}
         for number, node in enumerate(self.nodes):
             for index, name in enumerate(node.input):
@@ -171,6 +175,21 @@ class _Graph:
         self.types = network.types
         self.constant = remembered(self._constant)
 
+    def _check_order(self) -> None:
+        """Fail if nodes read what is computed from what they compute."""
+        read = {
+            number: [self.producers[name] for name in node.input if name in self.producers]
+            for number, node in enumerate(self.nodes)
+        }
+        try:
+            TopologicalSorter(read).prepare()
+        except CycleError as error:
+            label = _label(self.nodes[error.args[1][0]])
+            raise FastcalError(
+                f"{self.path} is no valid ONNX model: node {label!r} reads what is computed from its own output; "
+                "export it again"
+            ) from error
+
     def _constant(self, name: str) -> npt.NDArray[Any] | None:
         """The value of a tensor that is the same for every input: a weight, perhaps transposed; None for others."""
         if name in self._initializers:
@@ -178,12 +197,20 @@ class _Graph:
         if name not in self.producers:
             return None
         node = self.nodes[self.producers[name]]
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            return numpy_helper.to_array(node.attribute[0].t)
+        if node.op_type == "Constant":
+            tensor = _attribute(node, "value", None)
+            return None if tensor is None else numpy_helper.to_array(tensor)
         if node.op_type not in ("Identity", "Transpose"):
             return None
         value = self.constant(node.input[0])
-        return value if value is None or node.op_type == "Identity" else value.transpose(_attribute(node, "perm", None))
+        if value is None or node.op_type == "Identity":
+            return value
+        try:
+            return np.transpose(value, _attribute(node, "perm", None))
+        except ValueError as error:
+            raise FastcalError(
+                f"{self.path} is no valid ONNX model: node {_label(node)!r}: {error}; export it again"
+            ) from error
 
 
 class _Plan:
@@ -327,6 +354,7 @@ def _insert(graph: _Graph, pairs: Mapping[tuple[int, int], int | None], scales: 
                 made[name, axis] = new[-1].output[0]
             node.input[index] = made[name, axis]
         nodes.append(node)
+    graph.proto.ir_version = max(graph.proto.ir_version, _FIRST_IR)
     graph.proto.graph.ClearField("node")
     graph.proto.graph.node.extend(nodes)
 

@@ -95,8 +95,13 @@ def test_we_read_the_table_that_onnxruntime_writes(tmp_path):
         ('{"scales": {}, "algorithm": "percentile", "cutoff": 1}', "needs its quantile and its cutoff"),
         (
             '{"scales": {}, "algorithm": "percentile", "cutoff": 1, "quantile": "1"}',
-            "needs its quantile and its cutoff",
+            "the quantile is '1'; it must be a number",
         ),
+        (
+            '{"scales": {}, "algorithm": "percentile", "quantile": 1, "cutoff": 1' + 400 * "0" + "}",
+            "the cutoff is too large for a float64",
+        ),
+        ('{"scales": ' + 100_000 * "[", "neither a calibration cache nor JSON: maximum recursion depth"),
         ('{"scales": {}, "tensorrt_version": null}', "needs a TensorRT version"),
         ('{"scales": {}, "made_from": 1}', '"made_from" is no object'),
     ],
@@ -126,12 +131,23 @@ def test_what_a_form_cannot_hold(tmp_path):
         for scale in (float("nan"), float("inf"), -1.0):
             with pytest.raises(FastcalError, match=r"the scale of 'x' is .*; it must be a finite number"):
                 CalibrationCache({"x": scale}).save(tmp_path / "x", form=form)
+    for form in ("tensorrt", "json", "onnxruntime"):
+        for scale, message in (
+            ("1", "is '1'; it must be a number"),
+            (None, "is None; it must be a number"),
+            (1e39, "is too large for a float32"),
+            (10**400, "is too large for a float32"),
+        ):
+            with pytest.raises(FastcalError, match=f"^the scale of 'x' {message}$"):
+                CalibrationCache({"x": scale}).save(tmp_path / "x", form=form)
     for form in ("tensorrt", "json"):
         for settings, message in (
             (("mse",), "there is no algorithm 'mse' of a cache; choose one of entropy2"),
             (("minmax", None), "algorithm minmax needs a TensorRT version"),
             (("minmax", "11.0"), "TensorRT 11.0 takes no calibration cache"),
             (("percentile", None, 0.9999), "needs its quantile and its cutoff"),
+            (("percentile", None, 10**400, 1.0), "^the quantile is too large for a float64$"),
+            (("percentile", None, 0.9999, "1"), "^the cutoff is '1'; it must be a number$"),
         ):
             with pytest.raises(FastcalError, match=message):
                 CalibrationCache({"x": 1.0}, *settings).save(tmp_path / "x", form=form)

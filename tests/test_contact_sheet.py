@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -200,3 +201,62 @@ def test_every_format_and_any_name(tmp_path, kind):
             assert image.width == 1500
     else:
         assert data.startswith(b"%PDF" if kind == "pdf" else b"<?xml")
+
+
+@pytest.mark.parametrize("size", [(32, 1024), (16, 512), (1, 3000), (1500, 10), (3000, 1)])
+def test_images_of_any_shape(tmp_path, size):
+    blue = np.zeros((7, 3, *size), np.float32)
+    blue[:, 2] = 1
+    fastcal.preview([{"x": blue}], preprocess="unit").save(tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.width == 1500
+        assert image.height < 3000
+        drawn = (np.asarray(image.convert("RGB"))[390:] == (0, 0, 255)).all(axis=-1)  # below the chart
+    rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+    # Two rows of images, six of them and one, each as wide or as tall as there is room for.
+    assert (np.diff(rows) > 1).sum() == 1
+    assert (np.diff(columns) > 1).sum() == 5
+    longest = drawn.sum(axis=1).max() / 6 if size[0] < size[1] else drawn.sum(axis=0).max() / 2
+    assert longest == pytest.approx(231 if size[0] < size[1] else 4 * 231, abs=2)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("webp", 16383), ("jpg", 65500), ("png", 65500)])
+def test_more_images_than_a_sheet_can_show(tmp_path, kind, most):
+    preview = fastcal.preview([{"x": np.zeros((1, 3, 30, 5), np.float32)}], preprocess="unit")
+    count = 600 if kind == "webp" else 1200
+    many = replace(preview, names=["x"] * count, values=preview.values.repeat(count, axis=0))
+    with pytest.raises(
+        fastcal.FastcalError, match=rf"pixels in height, and a .{kind} has {most} at most; show"
+    ) as raised:
+        many.save(tmp_path / f"sheet.{kind}")
+    (fitting,) = re.findall(r"show (\d+) images or fewer, or draw a .pdf$", str(raised.value))
+    fewer = replace(many, names=["x"] * int(fitting), values=many.values[: int(fitting)])
+    if kind == "webp":
+        fewer.save(tmp_path / "sheet.webp")
+        with Image.open(tmp_path / "sheet.webp") as image:
+            assert most - 1000 < image.height <= most
+
+
+class Closing(fastcal.Feed):
+    """Batches that are no images, and whether their pass was closed."""
+
+    batch_size, closed = 1, False
+
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return {"x": np.zeros((1, 9, 9, 9), np.float32)}
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_pass_is_closed_where_it_fails():
+    feed = Closing()
+    with pytest.raises(fastcal.FastcalError, match="it takes no images"):
+        fastcal.preview(feed, preprocess="unit")
+    assert feed.closed

@@ -242,7 +242,9 @@ def test_what_is_excluded_stays_in_float(residual, exclude, in_float):
     assert {name for name in RESIDUAL_PAIRS if not pairs.read_by(pairs.nodes[name])} == in_float
 
 
-@pytest.mark.parametrize(("scale", "reason"), [(0.0, "the scale of r1 is 0"), (None, "no scale for r1")])
+@pytest.mark.parametrize(
+    ("scale", "reason"), [(0.0, "the scale of r1 is 0"), (np.inf, "the scale of r1 is inf"), (None, "no scale for r1")]
+)
 def test_a_layer_without_a_scale_stays_in_float(residual, caplog, scale, reason):
     cache = calibrate(residual, residual_batches())
     cache.scales.pop("r1")
@@ -445,4 +447,87 @@ def test_names_that_are_taken(onnx_file, graph):
     model = fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.02}))
     onnx.checker.check_model(model)
     onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert count_quantized(model) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis"),
+    [
+        ("Gemm<transA = 1>(w, x)", (4, 3), 1),
+        ("Gemm<transA = 0>(w, x)", (3, 4), 0),
+        ("MatMul(w, x)", (3, 4), 0),
+        ("MatMul(w, x)", (2, 3, 4), 1),
+        ("MatMul(w, x)", (4,), None),
+    ],
+)
+def test_channels_of_a_constant_on_the_left(onnx_file, layer, shape, axis):
+    weights = np.arange(1, np.prod(shape) + 1, dtype="f4").reshape(shape)
+    path = onnx_file(
+        f"f (float[4, N] x) => (float y) {{ [layer] m = {layer} y = ReduceMean<keepdims = 0>(m) }}", {"w": weights}
+    )
+    model = fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5}))
+    onnx.checker.check_model(model, full_check=True)
+    pairs = Pairs(model)
+    others = None if axis is None else tuple(other for other in range(len(shape)) if other != axis)
+    _, scales, _ = pairs.all[pairs.nodes["layer"].input[0]]
+    assert scales.tolist() == (weights.max(axis=others) / np.float32(127)).tolist()
+    quantizing = next(node for node in model.graph.node if node.input[0] == "w")
+    assert [value.i for value in quantizing.attribute] == ([] if axis is None else [axis])
+
+
+def test_weights_that_are_not_finite(onnx_file, caplog):
+    path = onnx_file(
+        "f (float[N, 2] x) => (float[N, 2] y) { [kept] t = MatMul(x, w) [broken] y = MatMul(t, v) }",
+        {"w": np.ones((2, 2), "f4"), "v": np.float32([[1, np.inf], [1, 1]])},
+    )
+    assert count_quantized(fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5, "t": 0.5}))) == (1, 2)
+    assert "1 layers stay in float: broken (its weights v are not all finite)" in caplog.text
+
+
+def test_a_convolution_that_is_an_output_is_not_fused(onnx_file):
+    path = onnx_file(
+        "f (float[N, 2, 4, 4] x) => (float[N, 2, 4, 4] c, float[N, 2, 4, 4] y) { c = Conv(x, w) [plus] y = Add(c, x) }",
+        {"w": np.ones((2, 2, 1, 1), "f4")},
+    )
+    pairs = Pairs(fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5, "c": 0.5})))
+    assert pairs.read_by(pairs.nodes["plus"]) == []
+
+
+def test_a_model_whose_nodes_go_round_in_circles(onnx_file):
+    for loop, label in (("[loop] w = Identity(w)", "loop"), ("w = Identity(v) v = Transpose(w)", "[vw]")):
+        path = onnx_file(f"f (float[N, 2] x) => (float[N, 2] y) {{ {loop} y = MatMul(x, w) }}")
+        with pytest.raises(
+            fastcal.FastcalError, match=rf"model.onnx is no valid .*: node '{label}' reads what is comp"
+        ):
+            fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ("v = Constant()", r"has no layer to quantize: y \(no scale for v\)"),
+        (
+            "[turned] v = Transpose<perm = [0, 0]>(w)",
+            "is no valid ONNX model: node 'turned': repeated axis in transpose",
+        ),
+    ],
+)
+def test_constants_that_are_none(onnx_file, node, message):
+    path = onnx_file(
+        f"f (float[N, 2] x) => (float[N, 2] y) {{ {node} y = MatMul(x, v) }}", {"w": np.ones((2, 2), "f4")}
+    )
+    with pytest.raises(fastcal.FastcalError, match=f"model.onnx {message}"):
+        fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5}))
+
+
+def test_a_model_of_the_oldest_format(onnx_file):
+    path = onnx_file(
+        "f (float[N, 2] x, float[2, 2] w) => (float[N, 2] y) { y = MatMul(x, w) }", {"w": np.ones((2, 2), "f4")}
+    )
+    proto = onnx.load(path)
+    proto.ir_version = 3
+    onnx.save(proto, path)
+    onnx.checker.check_model(proto, full_check=True)
+    model = fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5}))
+    onnx.checker.check_model(model, full_check=True)
     assert count_quantized(model) == (1, 1)

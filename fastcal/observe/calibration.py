@@ -149,6 +149,12 @@ def observe(
         FastcalError: As `calibrate`.
     """
     network = _network(model)
+    if isinstance(network, Model) and network.has_pairs:
+        _log.warning(
+            "%s has QuantizeLinear or DequantizeLinear already, and TensorRT takes the scales of those, not a cache's; "
+            "calibrate the float model it was made from",
+            network.path,
+        )
     timeline: list[Progress] = []
 
     def keep(state: Progress) -> None:
@@ -162,8 +168,10 @@ def observe(
         seen = _import_with_ray().observe(network, feed, engine, workers, ray_address, keep)
     if not timeline:
         raise FastcalError("the feed gave no batches; a calibration needs at least one")
-    _warn_of_nonfinite(seen.histograms)
     label = str(network.path) if isinstance(network, Model) else f"network {network.name!r}"
+    if not seen.histograms:
+        raise FastcalError(f"{label} has no float tensor: there is nothing to calibrate; export the network in float")
+    _warn_of_nonfinite(seen.histograms)
     return Observations(label, seen.engine, dict(seen.histograms), dict(seen.sources), timeline)
 
 
@@ -254,7 +262,7 @@ def _input_names(network: Any) -> list[str] | None:
     """The names of a network's inputs."""
     if isinstance(network, Model):
         return [value.name for value in network.inputs]
-    return [network.get_input(index).name for index in range(getattr(network, "num_inputs", 0))] or None
+    return [network.get_input(index).name for index in range(network.num_inputs)] or None
 
 
 def _tensorrt_version(asked: str | None) -> str:

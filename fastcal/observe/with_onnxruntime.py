@@ -17,6 +17,22 @@ from fastcal.memory import SHARE, free_memory, groups
 from fastcal.model import Model, match_batch
 from fastcal.observe.histogram import Histogram, Histograms
 
+#: How many characters of what ONNX Runtime says are shown, of its beginning and of its end: what is wrong comes last.
+_ENDS = 250
+
+#: What to do where ONNX Runtime says something with these words; the first that fit.
+_REMEDIES = {
+    "Failed to allocate memory": "use a smaller batch size",
+    "bad_alloc": "use a smaller batch size",
+    "Got invalid dimensions": "give arrays of the expected sizes",
+    "is under development": "update ONNX Runtime, or export the network with an older opset",
+    "Unsupported model IR version": "update ONNX Runtime, or export the network with an older onnx",
+    "NOT_IMPLEMENTED": "update ONNX Runtime, or export the network in float32",
+    "No Op registered": "update ONNX Runtime, or export the network with ONNX's own operators",
+    "INVALID_GRAPH": "export it again",
+    "not acyclic": "export it again",
+}
+
 _FLOAT = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
@@ -196,7 +212,7 @@ class OnnxRuntimeRunner:
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            raise FastcalError(f"ONNX Runtime cannot load {model.path}: {_first_line(error)}") from error
+            raise FastcalError(f"ONNX Runtime cannot load {model.path}: {_reason(error)}") from error
         self.inputs = [value.name for value in self._session.get_inputs() if value.type in _FLOAT]
         self.activations = [value.name for value in self._session.get_outputs() if value.type in _FLOAT]
         # A thread of its own runs the session, so that the calling thread stays open to Ctrl-C.
@@ -223,7 +239,7 @@ class OnnxRuntimeRunner:
         try:
             values = future.result()
         except Exception as error:
-            raise FastcalError(f"ONNX Runtime cannot run {self._model.path}: {_first_line(error)}") from error
+            raise FastcalError(f"ONNX Runtime cannot run {self._model.path}: {_reason(error)}") from error
         except BaseException:  # Ctrl-C: stop at the next layer
             options.terminate = True
             wait([future])
@@ -252,5 +268,10 @@ def _with_outputs(model: Model, activations: Sequence[str] | None) -> onnx.Model
     return proto
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _reason(error: Exception) -> str:
+    """What an exception of ONNX Runtime's says, in one line, and what to do where that is known."""
+    text = " ".join(str(error).split())
+    if len(text) > 2 * _ENDS:
+        text = f"{text[:_ENDS]} ... {text[-_ENDS:]}"
+    remedy = next((remedy for said, remedy in _REMEDIES.items() if said in str(error)), None)
+    return f"{text.rstrip('.')}; {remedy}" if remedy else text

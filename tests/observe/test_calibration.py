@@ -2,7 +2,9 @@
 
 import functools
 import logging
+import signal
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -339,3 +341,107 @@ def test_values_that_an_input_cannot_hold(onnx_file, tmp_path, kind, values, hel
             fastcal.calibrate(path, feed, engine="onnxruntime")
     cache = fastcal.calibrate(path, [np.full_like(values, 7)], engine="onnxruntime", algorithm="minmax")
     assert cache.scales["y"] == pytest.approx(7 / 127)
+
+
+def test_a_network_without_a_float(onnx_file):
+    path = onnx_file("g (int64[N, 4] x) => (int64[N, 4] y) { y = Add(x, x) }")
+    with pytest.raises(
+        fastcal.FastcalError, match=r"model.onnx has no float tensor: there is nothing to calibrate; ex"
+    ):
+        calibrate(path, [np.ones((2, 4), np.int64)])
+
+
+def test_a_network_that_is_quantized_already(onnx_file, tmp_path, caplog):
+    path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = MatMul(x, w) }", {"w": np.ones((2, 2), "f4")})
+    batches = [np.ones((1, 2), "f4")]
+    cache = calibrate(path, batches, tensorrt_version="10.3.0")
+    onnx.save(fastcal.quantize(path, cache), tmp_path / "int8.onnx")
+    assert caplog.text == ""
+    calibrate(tmp_path / "int8.onnx", batches, tensorrt_version="10.3.0")
+    ((_, level, text),) = caplog.record_tuples
+    assert level == logging.WARNING
+    assert text.startswith(
+        f"{tmp_path / 'int8.onnx'} has QuantizeLinear or DequantizeLinear already, and TensorRT take"
+    )
+    assert text.endswith("; calibrate the float model it was made from")
+
+
+RELU = "f (float[N, 3] x) => (float[N, 3] y) { y = Relu(x) }"
+
+
+def test_all_that_onnxruntime_says_is_in_one_line(onnx_file):
+    fixed = Model(onnx_file(RELU.replace("N", "4")))
+    with OnnxRuntimeRunner(fixed) as runner, pytest.raises(fastcal.FastcalError) as raised:
+        runner.run({"x": np.ones((3, 3), "f4")})
+    text = str(raised.value)
+    assert f"cannot run {fixed.path}: " in text
+    assert "input: x for the following indices index: 0 Got: 3 Expected: 4 " in text
+    assert text.endswith("; give arrays of the expected sizes")
+    with pytest.raises(fastcal.FastcalError) as raised:
+        OnnxRuntimeRunner(Model(onnx_file(RELU.replace("Relu(x)", f"NoSuchOperator({', '.join(100 * 'x')})"))))
+    text = str(raised.value)
+    assert "cannot load " in text
+    assert " ... " in text
+    assert "No Op registered for NoSuchOperator with domain_version of 17; update ONNX Runtime" in text
+    assert len(text) < 800
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"ir_version": 99}, "update ONNX Runtime, or export the network with an older onnx"),
+        ({"opset": 99}, "update ONNX Runtime, or export the network with an older opset"),
+        ({"operator": "NoSuchOperator"}, "update ONNX Runtime, or export the network with ONNX's own operators"),
+        ({"operator": "Not"}, "export it again"),
+    ],
+)
+def test_what_to_do_about_a_network_that_onnxruntime_does_not_take(onnx_file, change, remedy):
+    path = onnx_file(RELU)
+    proto = onnx.load(path)
+    proto.ir_version = change.get("ir_version", 8)
+    proto.opset_import[0].version = change.get("opset", 17)
+    proto.graph.node[0].op_type = change.get("operator", "Relu")
+    onnx.save(proto, path)
+    with pytest.raises(fastcal.FastcalError, match=rf"^ONNX Runtime cannot load .*model.onnx.*; {remedy}$"):
+        calibrate(path, [np.ones((1, 3), "f4")])
+
+
+def test_a_batch_for_which_onnxruntime_finds_no_memory(onnx_file):
+    path = onnx_file("f (float[N] x, int64[2] s) => (float[A, B] y) { y = Expand(x, s) }")
+    batch = {"x": np.ones(1, "f4"), "s": np.array([1 << 20, 1 << 24])}
+    with OnnxRuntimeRunner(Model(path)) as runner, pytest.raises(fastcal.FastcalError, match="; use a smaller batch s"):
+        runner.run(batch)
+
+
+@pytest.mark.parametrize(
+    ("graph", "remedy"),
+    [
+        ("f (float[N, 3] x) => (float[N, 3] y) { y = Relu(z) z = Relu(y) }", "export it again"),
+        (
+            "f (double[N, 1, 3, 3] x, double[1, 1, 1, 1] w) => (double[N, 1, 3, 3] y) { y = Conv(x, w) }",
+            "update ONNX Runtime, or export the network in float32",
+        ),
+    ],
+)
+def test_what_to_do_about_a_graph_that_onnxruntime_does_not_take(onnx_file, graph, remedy):
+    with pytest.raises(fastcal.FastcalError, match=rf"^ONNX Runtime cannot load .*model.onnx.*; {remedy}$"):
+        OnnxRuntimeRunner(Model(onnx_file(graph)))
+
+
+def test_ctrl_c_stops_a_run(onnx_file):
+    path = onnx_file(
+        """f (float[256, 256] x, int64 n) => (float[256, 256] y) {
+            y = Loop(n, , x) <body = step (int64 i, bool c, float[256, 256] a) => (bool d, float[256, 256] b) {
+                d = Identity(c)
+                b = MatMul(a, a)
+            }>
+        }"""
+    )
+    timer = threading.Timer(0.5, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    with OnnxRuntimeRunner(Model(path), 1) as runner:
+        begin = time.monotonic()
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            runner.run({"x": np.zeros((256, 256), "f4"), "n": np.array(20_000)})
+    timer.join()
+    assert time.monotonic() - begin < 3
