@@ -8,6 +8,7 @@ from typing import Any
 
 from fastcal.calibrators import EntropyCalibrator2, FeedCalibrator  # first: it says what is wrong with TensorRT
 from fastcal.errors import FastcalError, check_range
+from fastcal.feed.device import resolve
 from fastcal.feed.feed import Feed
 from fastcal.files import check_writable, write_atomically
 from fastcal.model import Model, fits, format_shape, match_names
@@ -73,6 +74,7 @@ def build_engine(
     tactics = tactic_bits(tactic_sources)
     if timing_cache is not None:
         check_writable(timing_cache, 1)
+    _check_gpu(calibrator.feed)
     logger = Logger()
     builder = start_builder(logger)
     network = parse(builder, model, logger)
@@ -90,6 +92,16 @@ def build_engine(
     if timings is not None:
         timings.save()
     return bytes(engine)
+
+
+def _check_gpu(feed: Feed) -> None:
+    """Raise FastcalError if the batches lie on another GPU than CUDA's current one, which TensorRT builds on."""
+    current = None if feed.gpu is None else resolve("cuda")
+    if current != feed.gpu:
+        raise FastcalError(
+            f"the batches lie on GPU {feed.gpu}, and TensorRT builds on GPU {current}, which is current; make the feed "
+            f"with device='cuda:{current}', or make the other current"
+        )
 
 
 def _batch_range(

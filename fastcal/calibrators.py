@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from fastcal.cache import CalibrationCache, check_algorithm, check_tensorrt_version, largest_size
+from fastcal.cache import CalibrationCache, check_algorithm, check_tensorrt_version
 from fastcal.errors import GPU_EXTRAS, FastcalError
 from fastcal.feed.arrays import ArrayFeed
 from fastcal.feed.device import type_of, upload, wait_until_filled
 from fastcal.feed.feed import Batch, Feed, length
-from fastcal.files import check_writable
 from fastcal.model import Model, format_shape, match_names
 from fastcal.progress import Progress
-from fastcal.record import Record, precision, usable_cache
+from fastcal.record import Record, check_room_for_cache, precision, usable_cache
 
 try:
     import tensorrt as trt
@@ -284,7 +283,7 @@ class FeedCalibrator:
         data, reason = usable_cache(self._cache, self._cache_of({}).header, self._record())
         if data is None:
             _log.info("calibrating: %s is not used, %s", self._cache, reason)
-            check_writable(self._cache, largest_size(self._model.activations if self._model else ()))
+            check_room_for_cache(self._cache, self._model.activations if self._model else ())
         else:
             _log.info("%s is used: it was made from the same model, samples and settings", self._cache)
         return data
@@ -297,8 +296,10 @@ class FeedCalibrator:
         batch = next(self._batches, None)
         if batch is None:
             total = length(self.feed)
-            if total is None or self.stats.batches < total:
-                raise FastcalError(f"the feed ended after {self.stats.batches} of {total or 'its'} batches")
+            if not self.stats.batches:
+                raise FastcalError("the feed gave no batches; a calibration needs at least one")
+            if total is not None and self.stats.batches < total:
+                raise FastcalError(f"the feed ended after {self.stats.batches} of {total} batches; it was to give all")
             self._end_pass()
             self._ended = True
             return None
@@ -477,6 +478,9 @@ class Calibrator(FeedCalibrator, trt.IInt8Calibrator):  # type: ignore[misc]
         feed: As for the others.
         algorithm: A `tensorrt.CalibrationAlgoType`.
         **options: `cache`, `model` and `progress`, as for the others.
+
+    Raises:
+        FastcalError: It is none; or it is Legacy calibration, whose cache names a quantile, and a cache is to be kept.
     """
 
     _base = trt.IInt8Calibrator
@@ -489,8 +493,14 @@ class Calibrator(FeedCalibrator, trt.IInt8Calibrator):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__(feed, **options)
+        if algorithm not in _ALGORITHMS:
+            raise FastcalError(f"there is no algorithm {algorithm!r}; give a tensorrt.CalibrationAlgoType")
         self._type = algorithm
         self._algorithm = _ALGORITHMS[algorithm]
+        if self._algorithm == "percentile" and self._cache is not None:
+            raise FastcalError(
+                "a cache of Legacy calibration names its quantile: use LegacyCalibrator, or keep no cache"
+            )
 
     def get_algorithm(self) -> Any:
         """The algorithm, a `tensorrt.CalibrationAlgoType`."""

@@ -2,8 +2,8 @@
 
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fastcal import interrupt
@@ -19,14 +19,29 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         FastcalError: The file cannot be written (no such folder, no permission, disk full).
     """
-    with _written_beside(path, data) as (temporary, target):
-        temporary.replace(target)
-        interrupt.wrote(path)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the rename itself durable
-        finally:
-            os.close(folder)
+    write_together({path: data})
+
+
+def write_together(files: Mapping[str | os.PathLike[str], bytes]) -> None:
+    """Write several files as `write_atomically` does: none is replaced before all are there.
+
+    Args:
+        files: Their contents by path, in the order in which they are replaced.
+
+    Raises:
+        FastcalError: One of them cannot be written.
+    """
+    with ExitStack() as stack:
+        written = {path: stack.enter_context(_written_beside(path, data)) for path, data in files.items()}
+        for path, (temporary, target) in written.items():
+            temporary.replace(target)
+            interrupt.wrote(path)
+        for folder in {target.parent for _, target in written.values()}:
+            opened = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(opened)  # makes the renames themselves durable
+            finally:
+                os.close(opened)
 
 
 def check_writable(path: str | os.PathLike[str], size: int) -> None:

@@ -84,6 +84,8 @@ def tactic_bits(sources: int | Iterable[str] | None) -> int | None:
     """
     if sources is None or isinstance(sources, int):
         return sources
+    if isinstance(sources, str):
+        raise FastcalError(f"tactic_sources is {sources!r}; give a list of names")
     known = trt.TacticSource.__members__
     bits = 0
     for name in sources:

@@ -3,15 +3,15 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcal.cache import CalibrationCache
+from fastcal.cache import CalibrationCache, largest_size
 from fastcal.errors import FastcalError
 from fastcal.feed.feed import Feed
-from fastcal.files import write_atomically
+from fastcal.files import check_writable, write_together
 from fastcal.model import Model
 
 #: How long a value may be to be shown where it differs.
@@ -57,10 +57,23 @@ class Record:
         return found
 
     def save(self, cache_path: str | os.PathLike[str], cache: bytes) -> None:
-        """Write a cache with the contents `cache`, and this record beside it."""
-        write_atomically(cache_path, cache)
+        """Write a cache with the contents `cache`, and this record beside it: both or none.
+
+        Raises:
+            FastcalError: One of them cannot be written.
+        """
         text = json.dumps({"cache": hashlib.sha256(cache).hexdigest(), "made_from": dict(self.entries)}, indent=1)
-        write_atomically(record_path(cache_path), text.encode() + b"\n")
+        write_together({cache_path: cache, record_path(cache_path): text.encode() + b"\n"})
+
+
+def check_room_for_cache(path: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Find out now whether a cache of tensors of these names, and its record, can be written to `path` later.
+
+    Raises:
+        FastcalError: One of them cannot be written.
+    """
+    check_writable(path, largest_size(names))
+    check_writable(record_path(path), 1)
 
 
 def precision(tf32: bool) -> str:
@@ -80,7 +93,7 @@ def read_record(cache_path: str | os.PathLike[str], cache: bytes) -> Record | No
         if content["cache"] != hashlib.sha256(cache).hexdigest():
             return None
         return Record(dict(content["made_from"]))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -36,6 +36,10 @@ except fastcal.FastcalError as error:
         ("optimization_level=6", "optimization_level is 6; it must be from 0 to 5"),
         ("optimization_level=-1", "optimization_level is -1; it must be from 0 to 5"),
         (
+            "tactic_sources='CUDNN'",
+            "tactic_sources is 'CUDNN'; give a list of names",
+        ),
+        (
             "tactic_sources=['JIT_CONVOLUTIONS', 'CUBLASS']",
             "there is no tactic source 'CUBLASS'; TensorRT 10.16.1.11 has",
         ),

@@ -93,6 +93,19 @@ def test_it_builds_an_engine_and_says_what_it_did(trt, run_fastcal, tmp_path, ca
     assert accuracy(trt, load(trt, paths["-o"])) > 0.98
 
 
+def test_batches_on_another_gpu_than_tensorrt_builds_on():
+    import cupy
+
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two GPUs")
+    with fastcal.ImageFeed(IMAGES, model=MODEL, batch_size=64, device="cuda:1") as feed:
+        message = (
+            r"the batches lie on GPU 1, and TensorRT builds on GPU 0, which is current; make the feed with device="
+        )
+        with pytest.raises(fastcal.FastcalError, match=message):
+            fastcal.build_engine(MODEL, feed)
+
+
 def test_a_feed_is_enough(trt, tmp_path):
     with fastcal.ImageFeed(IMAGES, model=MODEL, batch_size=64) as feed:
         engine = fastcal.build_engine(MODEL, feed, tactic_sources=TACTICS.split(","), optimization_level=0)

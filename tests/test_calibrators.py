@@ -93,6 +93,36 @@ print(legacy.get_quantile(), legacy.get_regression_cutoff())
     ]
 
 
+def test_algorithms_that_the_plain_calibrator_does_not_take(run):
+    printed = run("""
+legacy = trt.CalibrationAlgoType.LEGACY_CALIBRATION
+print(error_of(lambda: fastcal.Calibrator(Numbered(), algorithm="entropy2")))
+print(error_of(lambda: fastcal.Calibrator(Numbered(), algorithm=legacy, cache="x.cache")))
+print(len(serve(fastcal.Calibrator(Numbered(), algorithm=legacy))))
+""")
+    assert printed.splitlines() == [
+        "FastcalError: there is no algorithm 'entropy2'; give a tensorrt.CalibrationAlgoType",
+        "FastcalError: a cache of Legacy calibration names its quantile: use LegacyCalibrator, or keep no cache",
+        "3",
+    ]
+
+
+def test_a_feed_that_never_knows_its_length(run):
+    printed = run("""
+class Endless(Numbered):
+    def __len__(self):
+        raise TypeError("who knows")
+for count in (3, 0):
+    with fastcal.EntropyCalibrator2(Endless(count=count), cache=f"{count}.cache") as calibrator:
+        print(len(serve(calibrator)), Path(f"{count}.cache").exists(), error_of(calibrator.check))
+        calibrator.rewind()
+""")
+    assert printed.splitlines() == [
+        "3 True None",
+        "0 False FastcalError: the feed gave no batches; a calibration needs at least one",
+    ]
+
+
 def test_addresses_come_in_the_order_asked_for_and_again_after_the_end(run):
     printed = run("""
 calibrator = fastcal.EntropyCalibrator2(Numbered())
@@ -148,7 +178,7 @@ print(list(Path().iterdir()))
     for batches, error in (
         (3, "OSError: the disk is gone"),
         (3, "KeyboardInterrupt: "),
-        (2, "FastcalError: the feed ended after 2 of 5 batches"),
+        (2, "FastcalError: the feed ended after 2 of 5 batches; it was to give all"),
         (0, other_names.format("'c'") + " after the inputs"),
         (0, other_names.format("'b', 'c'") + " after the inputs"),
     ):
@@ -404,6 +434,79 @@ for kind, algorithm, options in (
     print(looked, len(reports), calibrator.stats.batches)
 """)
     assert printed.splitlines() == ["1 2 0"] * 3
+
+
+def test_the_record_says_in_which_precision_and_what_was_left_out(run, onnx_file):
+    path = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }")
+    printed = run(f"""
+from fastcal.observe.observer import Engine
+Engine._on_tensorrt = lambda self, network, gpu: self._on_onnxruntime(network)  # as if there were a GPU
+
+class Given(Numbered):
+    batch_size, skipped, device = 4, ["bad.jpg"], False
+    def __len__(self):
+        return 1
+    def __iter__(self):
+        return iter([{{"x": OnDevice(1) if self.device else np.ones((4, 3), np.float32)}}])
+
+feed = Given()
+calibrator = fastcal.EntropyCalibrator2(feed, cache="x.cache")
+def made_from(*entries):
+    record = json.loads(Path("x.cache.json").read_text())["made_from"]
+    print(*(record[name] for name in entries))
+with calibrator:
+    calibrator.calibrate({str(path)!r}, tf32=True)
+    serve(calibrator, ["x"])
+made_from("precision", "skipped", "samples")
+feed.device = True
+with calibrator:  # TensorRT calibrates
+    print(len(serve(calibrator, ["x"])))
+made_from("precision", "skipped", "samples")
+feed.samples = "others"
+with calibrator:
+    print(len(serve(calibrator, ["x"])))
+made_from("samples")
+""")
+    assert printed.splitlines() == [
+        "TF32 ['bad.jpg'] same", "1", "FP32 ['bad.jpg'] same", "1", "others",
+    ]  # fmt: skip
+
+
+def test_legacy_calibration_with_a_regression_is_left_to_tensorrt(run):
+    printed = run("""
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+with fastcal.LegacyCalibrator(Numbered(), regression_cutoff=0.5) as calibrator:
+    calibrator.calibrate("no such model")
+    print(len(serve(calibrator)))
+""")
+    assert printed.splitlines() == [
+        "TensorRT calibrates itself: Legacy calibration is a plain percentile with regression cutoff 1 only", "3",
+    ]  # fmt: skip
+
+
+def test_a_dynamic_input_is_read_in_the_shape_its_calibration_profile_is_tuned_for(run):
+    printed = run("""
+from types import SimpleNamespace
+profile = SimpleNamespace(get_shape=lambda name: [(1, 3, 8, 8), (4, 3, 8, 8), (16, 3, 8, 8)])
+config = SimpleNamespace(get_calibration_profile=lambda: profile)
+network = SimpleNamespace(
+    num_inputs=1, get_input=lambda index: SimpleNamespace(name="a", shape=(-1, 3, 8, 8), dtype=trt.float32))
+calibrator = fastcal.EntropyCalibrator2(Numbered(names=("a",)))
+calibrator.check_network(network, config)
+print(len(serve(calibrator, ["a"])), error_of(calibrator.check))
+network.get_input = lambda index: SimpleNamespace(name="b", shape=(2, 3, 8, 8), dtype=trt.float32)
+calibrator.check_network(network, config)
+network.get_input = lambda index: SimpleNamespace(name="a", shape=(2, 3, 8, 8), dtype=trt.float32)
+calibrator.check_network(network, config)
+with calibrator:
+    pass
+print(serve(calibrator, ["a"]), error_of(calibrator.check))
+""")
+    assert printed.splitlines() == [
+        "3 None",
+        "[] FastcalError: TensorRT reads input 'a' as (2, 3, 8, 8), the batches are (4, 3, 8, 8); give batches, or a "
+        "calibration profile, of that shape",
+    ]
 
 
 def test_arrays_that_tensorrt_would_read_wrongly(run):

@@ -18,6 +18,7 @@ import typer
 import fastcal
 from conftest import DIGITS
 from fastcal.cli import app
+from fastcal.record import Record
 
 MODEL = DIGITS / "digits.onnx"
 
@@ -112,7 +113,7 @@ def test_preprocessing_from_a_file(run_fastcal, tmp_path, images):
     (tmp_path / "p.toml").write_text('preset = "unit"\ninterpolation = "bicubic"\n')
     done = run_fastcal("calibrate", MODEL, images, "-o", tmp_path / "x", "--preprocess", tmp_path / "p.toml")
     assert done.returncode == 0, done.stderr
-    assert "stretch to 32x32, bicubic, RGB, (x * 0.00392157 - 0) / 1, NCHW" in done.stdout
+    assert "stretch to 32x32, bicubic, RGB, (x * 0.00392156863 - 0) / 1, NCHW" in done.stdout
 
 
 def test_python_and_command_line_agree_on_defaults(run_fastcal, tmp_path, images):
@@ -214,6 +215,7 @@ def test_a_report_beside_the_cache(run_fastcal, tmp_path, images):
         (("preview", "images", "-o", "x.png", "--limit", "0"), "limit is 0; it must be at least 1"),
         (("preview", "images", "-o", "x.png", "--model", "no.onnx"), "cannot read model no.onnx"),
         (("compare", MODEL, "images", "--cache", "no.cache"), "cannot read calibration cache no.cache"),
+        (("quantize", MODEL, "no.cache", "-o", "x"), "no such file: no.cache; name a calibration cache, or images"),
         (("compare", MODEL, "images", "--cache", MODEL), "digits.onnx is neither a calibration cache nor"),
         (("compare", MODEL, "images", "--quantile", "0"), r"quantile 0.0 is not in \(0, 1\]"),
         (
@@ -245,6 +247,13 @@ def test_what_is_wrong_with_pictures_is_one_line(run_fastcal, tmp_path, images, 
         (("calibrate", "m.onnx", "images", "--preprocess", "p.json", "-o", "p"), "p.json is the preprocessing"),
         (("calibrate", "m.onnx", "images", "-o", "w.bin"), "w.bin is the model's external data"),
         (("quantize", "m.onnx", "images", "-o", "x", "--report", "w.bin"), "w.bin is the model's external data"),
+        (("calibrate", "m.onnx", "arrays", "-o", "arrays/0.npz"), "arrays/0.npz is among the data"),
+        (
+            ("calibrate", "m.onnx", "arrays/*.npz", "-o", "x", "--report", "arrays/0.npz"),
+            "arrays/0.npz is among the data",
+        ),
+        (("calibrate", "m.onnx", "list.txt", "-o", "page"), "page is among the data"),
+        (("quantize", "m.onnx", "x.cache", "-o", "x.cache.json"), "x.cache.json is the record of x.cache"),
     ],
 )
 def test_what_is_read_is_not_written_over(run_fastcal, tmp_path, images, words, message):
@@ -253,6 +262,11 @@ def test_what_is_read_is_not_written_over(run_fastcal, tmp_path, images, words, 
     (tmp_path / "p.json").write_text('{"preset": "unit"}')
     shutil.copy(sorted(images.iterdir())[0], images / "00.jpg")
     (tmp_path / "images.txt").write_text("images/00.jpg\n")
+    (tmp_path / "arrays").mkdir()
+    np.savez(tmp_path / "arrays" / "0.npz", image=np.zeros((4, 3, 32, 32), np.float32))
+    shutil.copy(images / "00.jpg", tmp_path / "page")
+    (tmp_path / "list.txt").write_text("page\n")
+    fastcal.CalibrationCache({"image": 1.0}, record=Record({"images": 1})).save(tmp_path / "x.cache")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     done = run_fastcal(*words, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -304,6 +318,8 @@ def remove_all_images(tmp_path, images):
         (break_nothing, {"--threads": "0"}, r"threads is 0; it must be from 1 to 1024"),
         (break_nothing, {"--threads": "100000"}, r"threads is 100000; it must be from 1 to 1024"),
         (break_nothing, {"-o": "nowhere/x.cache"}, r"cannot write nowhere/x.cache: there is no folder"),
+        (break_nothing, {"-o": "x" * 238}, r"cannot write x{238}.json: File name too long"),
+        (break_nothing, {"-o": ""}, "the name of the cache is empty; name a file"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_no_cache(run_fastcal, tmp_path, images, change, arguments, message):

@@ -260,6 +260,16 @@ def test_a_version_that_reads_no_cache_replaces_nothing(run_fastcal, work):
     assert (work / "keep.json").read_text() == "precious"
 
 
+def test_a_cache_does_not_become_its_own_record(run_fastcal, calibrated, tmp_path):
+    CalibrationCache.load(calibrated / "digits.cache").save(tmp_path / "x.json", form="json")
+    before = (tmp_path / "x.json").read_bytes()
+    done = run_fastcal("cache", "convert", "x.json", "-o", "x", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2, "error: x.json would become the record of x; name another file\n",
+    )  # fmt: skip
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x.json": before}
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("words", [["cache", "show", "a.cache"], ["cache", "show", "a.cache", "--json"], ["doctor"]])
 def test_where_nothing_can_be_written(work, words):

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from fastcal import FastcalError
-from fastcal.files import check_writable, write_atomically
+from fastcal.files import check_writable, write_atomically, write_together
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):
@@ -26,6 +26,17 @@ def test_places_where_no_file_can_be(tmp_path, act):
         with pytest.raises(FastcalError, match=message):
             act(path)
     assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_several_files_are_written_or_none(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(FastcalError, match="b: it is a folder"):
+        write_together({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+    assert (tmp_path / "a").read_bytes() == b"old"
+    write_together({tmp_path / "a": b"new", tmp_path / "c": b"too"})
+    assert [(tmp_path / name).read_bytes() for name in ("a", "c")] == [b"new", b"too"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
 
 
 def test_nobody_elses_temporary_file_is_touched(tmp_path):

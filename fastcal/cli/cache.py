@@ -104,6 +104,8 @@ def convert(
         if os.path.realpath(output) == os.path.realpath(record_path(cache)):
             raise FastcalError(f"{output} is the record of {cache}; name another file")
         form = form or _SUFFIXES.get(Path(output).suffix, "tensorrt")
+        if form == "tensorrt" and os.path.realpath(record_path(output)) == os.path.realpath(cache):
+            raise FastcalError(f"{cache} would become the record of {output}; name another file")
         converted = _with_header(loaded, cache, tensorrt, algorithm)
         converted.save(output, form=form)
         print_rows(

@@ -6,7 +6,6 @@ import typer
 from rich.console import Console
 
 import fastcal
-from fastcal.cache import largest_size
 from fastcal.cli.options import (
     CalibrationOptions,
     EngineOption,
@@ -48,10 +47,11 @@ def calibrate(
     """Write the calibration cache TensorRT would write, from a model and images."""
     with terminal() as console:
         from fastcal.model import Model
+        from fastcal.record import check_room_for_cache
 
         network = Model(options.model)
         check_outputs(network, {"cache": output, "report": report}, options)
-        check_writable(output, largest_size(network.activations))
+        check_room_for_cache(output, network.activations)
         check_report(report)
         feed = options.feed(network)
         cache, progress = calibrate_on(

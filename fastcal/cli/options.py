@@ -222,35 +222,42 @@ def check_outputs(
         read: What else is read.
         data: What that is where it is one file.
     """
-    from fastcal.feed.dataset import kind_of
     from fastcal.record import record_path
 
     taken: dict[str, str] = {}
-    if any(path is not None and kind_of(path) is not None and os.path.isfile(path) for path in outputs.values()):
-        taken |= {os.path.realpath(path): "among the data" for path in _files(read.data, network)}
+    for existing in filter(os.path.isfile, filter(None, outputs.values())):
+        taken |= {os.path.realpath(path): "among the data" for path in _samples(read.data, network, existing)}
     if network is not None:
         taken |= {os.path.realpath(path): "the model's external data" for path in network.external_files}
         taken[os.path.realpath(network.path)] = "the model itself"
     for source, what in ((read.preprocess, "the preprocessing"), (read.data, data)):
         if os.path.isfile(source):
             taken[os.path.realpath(source)] = what
+            taken[os.path.realpath(record_path(source))] = f"the record of {source}"
     cache = outputs.get("cache")
     for what, path in {**outputs, "cache's record": cache and str(record_path(cache))}.items():
         if path is None:
             continue
+        if not path:
+            raise FastcalError(f"the name of the {what} is empty; name a file")
         other = taken.setdefault(os.path.realpath(path), f"the {what}")
         if other != f"the {what}":
             raise FastcalError(f"{path} is {other}; name another file for the {what}")
 
 
-def _files(data: str, network: "Model | None") -> Iterator[str]:
-    """The files that the samples come from, as far as they can be found: what is wrong with the data is said later."""
-    from fastcal.feed.dataset import list_files
+def _samples(data: str, network: "Model | None", output: str) -> Iterator[str]:
+    """The files that samples come from, as far as a file to write may be one: what is wrong with them is said later."""
+    from fastcal.feed.dataset import kind_of, list_files
+    from fastcal.feed.numpy_files import list_arrays
 
     by_input = _by_input(data, network)
+    may_be_found = kind_of(output) is not None or output.lower().endswith(".npz")
     for each in by_input.values() if isinstance(by_input, dict) else [by_input]:
-        with contextlib.suppress(FastcalError):
-            yield from list_files(each).paths
+        if may_be_found or not os.path.isdir(each):
+            with contextlib.suppress(FastcalError):
+                yield from list_files(each).paths
+            with contextlib.suppress(FastcalError):
+                yield from list_arrays(each, ".npy", ".npz")
 
 
 def _by_input(data: str, network: "Model | None") -> str | dict[str, str]:

@@ -39,6 +39,8 @@ class QuantizeOptions(CalibrationOptions):
         from fastcal.feed.dataset import kind_of
 
         path = Path(self.data)
+        if self.data.endswith(".cache") and not path.exists():
+            raise FastcalError(f"no such file: {self.data}; name a calibration cache, or images")
         if not path.is_file() or kind_of(path) is not None:  # an image, or a shard, which may be large
             return False
         content = path.read_bytes()

@@ -102,7 +102,7 @@ def upload(array: Any, name: str, kept: dict[str, Any]) -> Any:
     """
     import cupy
 
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # of no dimensions too, unlike ascontiguousarray's
     target = kept.get(name)
     if target is None or (target.shape, target.dtype) != (array.shape, array.dtype):
         target = kept[name] = cupy.empty(array.shape, array.dtype)

@@ -12,7 +12,7 @@ import numpy as np
 from fastcal.errors import FastcalError
 from fastcal.feed.device import upload, wait_until_filled
 from fastcal.memory import SHARE, groups
-from fastcal.model import Model, ModelInput, format_shape, match_batch
+from fastcal.model import Model, ModelInput, check_values, format_shape, match_batch
 from fastcal.network import Logger, known_sizes, parse, start_builder, tactic_bits, trt
 from fastcal.observe.device_histogram import DeviceHistograms
 from fastcal.observe.histogram import Histogram
@@ -105,13 +105,17 @@ class TensorRTObserver:
             for engine in self._engines:  # which run one after another
                 engine.write_to(block)
             self._shapes = shapes
-        shown = {name: array for name, array in arrays.items() if array.dtype == np.float32}
+        shown = {
+            name: array.astype(np.float32, copy=False) for name, array in arrays.items() if array.dtype.kind == "f"
+        }
         for engine in self._engines:
             self._histograms.update_all(shown | engine.run(arrays, self._stream))
             shown = {}
         self._ends.reverse()
         self._ends[0].record(self._stream)
         self._ends[1].synchronize()
+        if not all(isinstance(array, np.ndarray | cupy.ndarray) for array in batch.values()):
+            self._stream.synchronize()  # another library may write to its arrays whatever CuPy's stream still reads
 
     def histograms(self) -> dict[str, Histogram]:
         """The histograms since the beginning, by tensor name; those of the network's constants are there at first."""
@@ -137,7 +141,9 @@ class TensorRTObserver:
         if hasattr(array, "__cuda_array_interface__"):
             if not isinstance(array, cupy.ndarray):  # those of CuPy are made on the current stream, or were before
                 wait_until_filled(array)
-            return cupy.ascontiguousarray(cupy.asarray(array), value.dtype)
+            given = cupy.asarray(array)
+            check_values(given, value, self._label)
+            return cupy.asarray(given, value.dtype, order="C")
         return upload(np.asarray(array, value.dtype), value.name, self._uploads)  # after the batch before was read
 
     def _build(self, shapes: Mapping[str, tuple[int, ...]]) -> "Iterator[_Engine]":
@@ -284,9 +290,9 @@ def _fixed(network: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None
     """The network's inputs with these shapes."""
     inputs = _inputs(network)
     before = [tuple(value.shape) for value in inputs]
-    for value in inputs:
-        value.shape = shapes[value.name]
     try:
+        for value in inputs:
+            value.shape = shapes[value.name]
         yield
     finally:
         for value, shape in zip(inputs, before, strict=True):

@@ -81,6 +81,19 @@ def test_constants_of_many_elements_have_the_scales_of_their_values(onnx_file, c
     assert sorted(scales.values()) == pytest.approx(expected, rel=1e-5)  # c as it is, and as a row
 
 
+def test_inputs_of_half_precision(onnx_file, calibrate):
+    import cupy
+
+    path = onnx_file("f (float16[N, 2] x) => (float[N, 2] y) { f = Cast<to = 1>(x) y = Relu(f) }")
+    batch = np.float16([[-3, 2], [1, 0.5]])
+    for given in (batch, cupy.asarray(batch)):
+        scales = calibrate(path, [{"x": given}], algorithm="minmax").scales
+        assert {name: scales[name] * 127 for name in "xy"} == pytest.approx({"x": 3, "y": 2})
+    for beyond in (np.float32([[1e6, 0]]), cupy.asarray(np.float32([[1e6, 0]]))):
+        with pytest.raises(FastcalError, match=r"takes input 'x' as float16, which cannot hold 1000000.0; give values"):
+            calibrate(path, [{"x": beyond}], algorithm="minmax")
+
+
 def test_batches_of_different_sizes(onnx_file, calibrate):
     batches = [{"x": np.full((size, 2, 8, 8), size, "f4")} for size in (2, 5, 2)]
     cache = calibrate(onnx_file(GRAPH), batches, algorithm="percentile", quantile=0.5)
