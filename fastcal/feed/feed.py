@@ -47,7 +47,7 @@ class Feed(ABC):
         return {name: tuple(array.shape) for name, array in next(iter(self), {}).items()}
 
     def samples_of(self, batch: Batch) -> int:
-        """The number of samples in a batch: the size of the largest first dimension, unless a feed knows better."""
+        """The number of samples in `batch`: the largest size of a first dimension, unless a feed knows better."""
         return max((array.shape[0] for array in batch.values() if array.shape), default=0)
 
     @property

@@ -224,7 +224,7 @@ class ImageFeed(Feed):
         return [self.paths[number] for number in sorted(self._unreadable)]
 
     def samples_of(self, batch: Batch) -> int:
-        """See `Feed.samples_of`."""
+        """See `Feed.samples_of`: every `batch` is whole."""
         return self.batch_size
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
