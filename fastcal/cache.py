@@ -1,13 +1,12 @@
 """TensorRT's calibration cache: a header line, then `name: scale` for every tensor."""
 
-import numbers
 import os
 import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastcal.errors import FastcalError
 from fastcal.files import write_atomically
@@ -213,13 +212,28 @@ def _version_number(version: str) -> int:
     return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
 
 
-def _hex(value: float, form: str, label: str) -> str:
-    if not isinstance(value, numbers.Real):
+def as_number(value: Any, label: str, kind: str) -> float:
+    """A number of any library's as Python's own.
+
+    Raises:
+        FastcalError: It is none, or larger than any float64; `label` names it, `kind` what it is to be.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise FastcalError(f"{label} is {value!r}; it must be a number")
     try:
-        return struct.pack(form, value).hex().lstrip("0") or "0"
-    except (OverflowError, struct.error) as error:
-        raise FastcalError(f"{label} is too large for a float{8 * struct.calcsize(form)}") from error
+        return float(value)
+    except OverflowError as error:
+        raise FastcalError(f"{label} is too large for a {kind}") from error
+    except (TypeError, ValueError) as error:  # an array of several, say
+        raise FastcalError(f"{label} is {value!r}; it must be a number") from error
+
+
+def _hex(value: float, form: str, label: str) -> str:
+    kind = f"float{8 * struct.calcsize(form)}"
+    try:
+        return struct.pack(form, as_number(value, label, kind)).hex().lstrip("0") or "0"
+    except OverflowError as error:
+        raise FastcalError(f"{label} is too large for a {kind}") from error
 
 
 def _unhex(digits: str, form: str) -> float:

@@ -2,11 +2,10 @@
 
 import json
 import math
-import numbers
 import struct
 from typing import Any
 
-from fastcal.cache import CalibrationCache
+from fastcal.cache import CalibrationCache, as_number
 from fastcal.errors import FastcalError, missing
 from fastcal.record import Record
 
@@ -149,13 +148,11 @@ def _schema() -> tuple[Any, Any, Any]:
 
 def _scale(value: Any, label: str) -> float:
     """A scale as the float32 it stands for."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number:
-        raise FastcalError(f"{label} is {value!r}; it must be a number")
-    if not 0 <= value < math.inf:
-        raise FastcalError(f"{label} is {value:g}; it must be a finite number from 0 on")
+    number = as_number(value, label, "float32")
+    if not 0 <= number < math.inf:
+        raise FastcalError(f"{label} is {number:g}; it must be a finite number from 0 on")
     try:
-        scale: float = struct.unpack(">f", struct.pack(">f", value))[0]
-    except (OverflowError, struct.error) as error:
+        scale: float = struct.unpack(">f", struct.pack(">f", number))[0]
+    except OverflowError as error:
         raise FastcalError(f"{label} is too large for a float32") from error
     return scale

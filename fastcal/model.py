@@ -93,8 +93,8 @@ class Model:
                 if len(names) < least:
                     label = node.name or next(iter(node.output), "")
                     raise FastcalError(
-                        f"{self.path} is no valid ONNX model: node {label!r} has {len(names)} {what}, and a "
-                        f"{node.op_type} at least {least}; export it again"
+                        f"{self.path} is no valid ONNX model: node {label!r} has {len(names)} of at least {least} "
+                        f"{what} of {node.op_type}; export it again"
                     )
 
     @property

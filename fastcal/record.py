@@ -86,6 +86,12 @@ def record_path(cache_path: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(cache_path)}.json")
 
 
+def check_is_no_record(output: str | os.PathLike[str], cache_path: str | os.PathLike[str]) -> None:
+    """Raise FastcalError if a file to write is the record of a cache that is read."""
+    if os.path.realpath(output) == os.path.realpath(record_path(cache_path)):
+        raise FastcalError(f"{output} is the record of {cache_path}; name another file")
+
+
 def read_record(cache_path: str | os.PathLike[str], cache: bytes) -> Record | None:
     """The record beside a cache with the contents `cache`; None where there is none, or it is of another cache."""
     try:

@@ -167,6 +167,6 @@ def test_json_is_what_other_programs_read(tmp_path):
 
 @pytest.mark.parametrize("form", ["tensorrt", "json", "onnxruntime"])
 def test_scales_may_be_numpys(tmp_path, form):
-    scale = np.float32(0.1)
-    CalibrationCache({"x": scale}).save(tmp_path / "x", form=form)
-    assert CalibrationCache.load(tmp_path / "x").scales == {"x": float(scale)}
+    for scale in (np.float32(0.1), np.array(0.1, np.float32)):
+        CalibrationCache({"x": scale}).save(tmp_path / "x", form=form)
+        assert CalibrationCache.load(tmp_path / "x").scales == {"x": float(scale)}

@@ -270,7 +270,7 @@ def test_what_is_read_is_not_written_over(run_fastcal, tmp_path, images, words, 
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     done = run_fastcal(*words, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith(f"error: {message}; name another file for the ")
+    assert done.stderr.startswith(f"error: {message}; name another file")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -335,6 +335,14 @@ def test_what_is_wrong_is_one_line_and_no_cache(run_fastcal, tmp_path, images, c
     assert done.stdout == ""
     assert (tmp_path / "old.cache").read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["images", "old.cache"]
+
+
+def test_a_list_that_can_be_read_only_once(tmp_path, images):
+    (tmp_path / "list.txt").write_text("\n".join(f"{images}/{path.name}" for path in sorted(images.iterdir())))
+    command = f"{sys.executable} -m fastcal calibrate {MODEL} <(cat list.txt) -o x.cache --preprocess raw"
+    for _ in range(2):  # the second time the output is there
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
 
 
 def test_names_that_the_terminal_cannot_show(run_fastcal, tmp_path, images, onnx_file):

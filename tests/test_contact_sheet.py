@@ -231,6 +231,10 @@ def test_more_images_than_a_sheet_can_show(tmp_path, kind, most):
         many.save(tmp_path / f"sheet.{kind}")
     (fitting,) = re.findall(r"show (\d+) images or fewer, or draw a .pdf$", str(raised.value))
     fewer = replace(many, names=["x"] * int(fitting), values=many.values[: int(fitting)])
+    one_row_more = replace(many, names=["x"] * (int(fitting) + 6), values=many.values[: int(fitting) + 6])
+    assert int(fitting) + 6 <= count
+    with pytest.raises(fastcal.FastcalError, match=f"show {fitting} images"):
+        one_row_more.save(tmp_path / f"sheet.{kind}")
     if kind == "webp":
         fewer.save(tmp_path / "sheet.webp")
         with Image.open(tmp_path / "sheet.webp") as image:

@@ -91,8 +91,8 @@ def test_a_size_below_1_is_dynamic(onnx_file, photographs, tmp_path):
 @pytest.mark.parametrize(
     ("inputs", "outputs", "message"),
     [
-        ([], ["p"], "node 'pool' has 0 inputs, and a MaxPool at least 1; export it again"),
-        (["x"], [], "node 'pool' has 0 outputs, and a MaxPool at least 1; export it again"),
+        ([], ["p"], "node 'pool' has 0 of at least 1 inputs of MaxPool; export it again"),
+        (["x"], [], "node 'pool' has 0 of at least 1 outputs of MaxPool; export it again"),
     ],
 )
 def test_a_node_without_what_its_operator_needs(tmp_path, inputs, outputs, message):

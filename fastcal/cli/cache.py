@@ -98,11 +98,10 @@ def convert(
 ) -> None:
     """Write a cache in another form, or with the header of another TensorRT version. The scales stay as they are."""
     with terminal():
-        from fastcal.record import record_path
+        from fastcal.record import check_is_no_record, record_path
 
         loaded = fastcal.CalibrationCache.load(cache)
-        if os.path.realpath(output) == os.path.realpath(record_path(cache)):
-            raise FastcalError(f"{output} is the record of {cache}; name another file")
+        check_is_no_record(output, cache)
         form = form or _SUFFIXES.get(Path(output).suffix, "tensorrt")
         if form == "tensorrt" and os.path.realpath(record_path(output)) == os.path.realpath(cache):
             raise FastcalError(f"{cache} would become the record of {output}; name another file")

@@ -5,7 +5,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -225,35 +225,38 @@ def check_outputs(
     from fastcal.record import record_path
 
     taken: dict[str, str] = {}
-    for existing in filter(os.path.isfile, filter(None, outputs.values())):
-        taken |= {os.path.realpath(path): "among the data" for path in _samples(read.data, network, existing)}
+    existing = [path for path in outputs.values() if path and os.path.isfile(path)]
+    names = {os.path.basename(place) for path in existing for place in (path, os.path.realpath(path))}
+    for path in _samples(read.data, network, existing):
+        if os.path.basename(path) in names:
+            taken[os.path.realpath(path)] = "among the data"
     if network is not None:
         taken |= {os.path.realpath(path): "the model's external data" for path in network.external_files}
         taken[os.path.realpath(network.path)] = "the model itself"
     for source, what in ((read.preprocess, "the preprocessing"), (read.data, data)):
         if os.path.isfile(source):
             taken[os.path.realpath(source)] = what
-            taken[os.path.realpath(record_path(source))] = f"the record of {source}"
     cache = outputs.get("cache")
-    for what, path in {**outputs, "cache's record": cache and str(record_path(cache))}.items():
-        if path is None:
+    for what, place in {**outputs, "cache's record": cache and str(record_path(cache))}.items():
+        if place is None:
             continue
-        if not path:
+        if not place:
             raise FastcalError(f"the name of the {what} is empty; name a file")
-        other = taken.setdefault(os.path.realpath(path), f"the {what}")
+        other = taken.setdefault(os.path.realpath(place), f"the {what}")
         if other != f"the {what}":
-            raise FastcalError(f"{path} is {other}; name another file for the {what}")
+            raise FastcalError(f"{place} is {other}; name another file for the {what}")
 
 
-def _samples(data: str, network: "Model | None", output: str) -> Iterator[str]:
-    """The files that samples come from, as far as a file to write may be one: what is wrong with them is said later."""
+def _samples(data: str, network: "Model | None", outputs: Sequence[str]) -> Iterator[str]:
+    """The files that samples come from, as far as outputs may be among them: what is wrong with them is said later."""
     from fastcal.feed.dataset import kind_of, list_files
     from fastcal.feed.numpy_files import list_arrays
 
     by_input = _by_input(data, network)
-    may_be_found = kind_of(output) is not None or output.lower().endswith(".npz")
+    may_be_found = any(kind_of(path) is not None or path.lower().endswith(".npz") for path in outputs)
     for each in by_input.values() if isinstance(by_input, dict) else [by_input]:
-        if may_be_found or not os.path.isdir(each):
+        is_pipe = os.path.exists(each) and not os.path.isfile(each) and not os.path.isdir(each)  # to be read once
+        if outputs and not is_pipe and (may_be_found or not os.path.isdir(each)):
             with contextlib.suppress(FastcalError):
                 yield from list_files(each).paths
             with contextlib.suppress(FastcalError):

@@ -68,6 +68,7 @@ def quantize(
     with terminal() as console:
         from fastcal.model import Model
         from fastcal.qdq import check_quantizable
+        from fastcal.record import check_is_no_record
 
         network = Model(options.model)
         excluded = exclude or ()
@@ -75,6 +76,8 @@ def quantize(
         has_cache = options.has_cache()
         outputs = {"quantized model": output, "report": options.report}
         check_outputs(network, outputs, options, "the calibration cache" if has_cache else "the data")
+        for path in filter(None, outputs.values() if has_cache else ()):
+            check_is_no_record(path, options.data)
         check_writable(output, network.path.stat().st_size)
         check_report(options.report)
         if has_cache:

@@ -29,16 +29,18 @@ _SQUARE = ("Beit", "DeiT", "EfficientNet", "Flava", "OwlViT")
 #: The steps of Hugging Face's processors that are done here, or that change no pixels; any other is refused.
 _STEPS = (
     "do_center_crop",
+    "do_convert_annotations",
     "do_convert_rgb",
     "do_flip_channel_order",
     "do_normalize",
     "do_reduce_labels",
     "do_rescale",
     "do_resize",
+    "do_resize_and_center_crop",
 )
 
 #: What else changes pixels. To rescale with an offset subtracts 127.5 before it in some versions, 1 after it in others.
-_NOT_DONE = ("keep_aspect_ratio", "offset", "rescale_offset", "size_divisor")
+_NOT_DONE = ("keep_aspect_ratio", "max_size", "offset", "rescale_offset", "size_divisor")
 
 
 def load(path: str | os.PathLike[str]) -> Preprocess:
@@ -105,10 +107,10 @@ def _from_hugging_face(values: Mapping[str, Any]) -> Preprocess:
     for name, value in values.items():
         if value and (name in _NOT_DONE or (name.startswith("do_") and name not in _STEPS)):
             raise _refusal(f"{name} {value!r}")
-    if not values.get("do_resize", True):
+    if values.get("do_resize") is False:
         raise _refusal(f"do_resize {values['do_resize']!r}")
     size, resize, fraction = _geometry(values, kind)
-    normalize = values.get("do_normalize", values.get("image_mean") is not None)
+    normalize = values.get("do_normalize", not kind.startswith("MobileViT"))
     flip = values.get("do_flip_channel_order", kind.startswith("MobileViT"))
     if flip and normalize:  # in an order that only the processor's source tells
         raise _refusal("do_flip_channel_order together with do_normalize")
@@ -128,7 +130,8 @@ def _from_hugging_face(values: Mapping[str, Any]) -> Preprocess:
 
 def _geometry(values: Mapping[str, Any], kind: str) -> tuple[tuple[int, int], str, float]:
     """The size, the way of resizing and the crop fraction of an image processor of Hugging Face's."""
-    size, crop_pct, is_cropped = values.get("size", 224), values.get("crop_pct"), values.get("do_center_crop")
+    size, crop_pct = values.get("size", 224), values.get("crop_pct")
+    is_cropped = values.get("do_center_crop") or values.get("do_resize_and_center_crop")
     if isinstance(size, Mapping):
         size = {name: side for name, side in size.items() if side is not None}
         if not size.keys() <= {"shortest_edge", "height", "width"}:
@@ -155,7 +158,10 @@ def _geometry(values: Mapping[str, Any], kind: str) -> tuple[tuple[int, int], st
 
 
 def _refusal(what: str) -> FastcalError:
-    return FastcalError(f"{what} is not supported; prepare the images as it says and feed arrays, .npy files, instead")
+    return FastcalError(
+        f"{what} is not supported; describe what is near enough with fastcal.Preprocess's attributes, or prepare the "
+        "images as it says and feed arrays, .npy files"
+    )
 
 
 def _from_timm(values: Mapping[str, Any]) -> Preprocess:

@@ -303,7 +303,8 @@ class Shards(ImageSource):
     def add_to_digest(self, digest: Any, *, lenient: bool) -> None:
         """Add what tells the samples from others."""
         add_files(digest, self._shards[: self._records[-1].shard + 1], lenient=lenient)
-        digest.update(f"{len(self.names)}\0{self._key!r}\0".encode())
+        key = "" if self._key in (None, TFRECORD_KEY) else f"{self._key}\0"
+        digest.update(f"{len(self.names)}\0{key}".encode())
 
     def close(self) -> None:
         """Release what the source holds until it is fetched from again."""

@@ -101,6 +101,18 @@ MEAN, STD = list(IMAGENET.mean), list(IMAGENET.std)
                         "size": {"shortest_edge": 288}}),
             Preprocess((256, 256), "crop", crop_fraction=256 / 288, channels="BGR", scale=1 / 255),
         ),
+        (  # its RT-DETR: boxes are converted, not pixels, and what is not set is null
+            "preprocessor_config.json",
+            json.dumps({"do_convert_annotations": True, "do_normalize": False, "do_pad": False, "do_resize": None,
+                        "image_mean": MEAN, "image_std": STD, "size": {"height": 640, "width": 640}}),
+            Preprocess((640, 640), scale=1 / 255),
+        ),
+        (  # its first PoolFormer
+            "preprocessor_config.json",
+            json.dumps({"crop_pct": 0.5, "do_resize_and_center_crop": True, "image_mean": MEAN, "image_std": STD,
+                        "resample": 3, "size": 8}),
+            replace(IMAGENET, size=(8, 8), crop_fraction=0.5, interpolation="bicubic"),
+        ),
         (  # its PoolFormer
             "preprocessor_config.json",
             json.dumps({"crop_pct": 0.9, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True,
@@ -167,7 +179,7 @@ def test_files_that_do_not(tmp_path, name, text, message):
     [
         (
             {"rescale_offset": True},
-            "rescale_offset True is not supported; prepare the images as it says and feed arrays",
+            "rescale_offset True is not supported; describe what is near enough with fastcal.Preprocess's attributes",
         ),
         ({"do_resize": False}, "do_resize False is not supported"),
         ({"do_thumbnail": True}, "do_thumbnail True is not supported"),
@@ -193,7 +205,8 @@ def test_files_that_do_not(tmp_path, name, text, message):
             "crop_size 224x192 of an image whose shorter side is 256 is not supported",
         ),
         ({"size": 8, "do_center_crop": True, "crop_pct": 1e-320}, "p.json describes no preprocessing: "),
-        ({"do_normalize": True, "image_mean": None}, "p.json describes no preprocessing: "),
+        ({"image_mean": None}, "p.json describes no preprocessing: "),
+        ({"size": 800, "max_size": 1333}, "max_size 1333 is not supported"),
     ],
 )
 def test_what_only_hugging_faces_processors_do(tmp_path, values, message):
@@ -203,7 +216,7 @@ def test_what_only_hugging_faces_processors_do(tmp_path, values, message):
 
 
 def test_a_mean_that_is_missing(tmp_path):
-    (tmp_path / "p.json").write_text('{"image_processor_type": "ViTImageProcessor", "do_normalize": true}')
+    (tmp_path / "p.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
     with pytest.raises(FastcalError, match=r"p.json describes no preprocessing: 'image_mean' is missing"):
         Preprocess.load(tmp_path / "p.json")
 
