@@ -212,28 +212,24 @@ def _version_number(version: str) -> int:
     return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
 
 
-def as_number(value: Any, label: str, kind: str) -> float:
-    """A number of any library's as Python's own.
+def packed(value: Any, form: str, label: str) -> bytes:
+    """A number of any library's in a form of `struct`'s, ">f" or ">d".
 
     Raises:
-        FastcalError: It is none, or larger than any float64; `label` names it, `kind` what it is to be.
+        FastcalError: It is none, or too large for the form; `label` names it.
     """
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise FastcalError(f"{label} is {value!r}; it must be a number")
     try:
-        return float(value)
+        return struct.pack(form, float(value))
     except OverflowError as error:
-        raise FastcalError(f"{label} is too large for a {kind}") from error
+        raise FastcalError(f"{label} is too large for a float{8 * struct.calcsize(form)}") from error
     except (TypeError, ValueError) as error:  # an array of several, say
         raise FastcalError(f"{label} is {value!r}; it must be a number") from error
 
 
 def _hex(value: float, form: str, label: str) -> str:
-    kind = f"float{8 * struct.calcsize(form)}"
-    try:
-        return struct.pack(form, as_number(value, label, kind)).hex().lstrip("0") or "0"
-    except OverflowError as error:
-        raise FastcalError(f"{label} is too large for a {kind}") from error
+    return packed(value, form, label).hex().lstrip("0") or "0"
 
 
 def _unhex(digits: str, form: str) -> float:

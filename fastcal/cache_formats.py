@@ -5,7 +5,7 @@ import math
 import struct
 from typing import Any
 
-from fastcal.cache import CalibrationCache, as_number
+from fastcal.cache import CalibrationCache, packed
 from fastcal.errors import FastcalError, missing
 from fastcal.record import Record
 
@@ -148,11 +148,7 @@ def _schema() -> tuple[Any, Any, Any]:
 
 def _scale(value: Any, label: str) -> float:
     """A scale as the float32 it stands for."""
-    number = as_number(value, label, "float32")
-    if not 0 <= number < math.inf:
-        raise FastcalError(f"{label} is {number:g}; it must be a finite number from 0 on")
-    try:
-        scale: float = struct.unpack(">f", struct.pack(">f", number))[0]
-    except OverflowError as error:
-        raise FastcalError(f"{label} is too large for a float32") from error
+    scale: float = struct.unpack(">f", packed(value, ">f", label))[0]
+    if not 0 <= float(value) < math.inf:
+        raise FastcalError(f"{label} is {float(value):g}; it must be a finite number from 0 on")
     return scale

@@ -24,7 +24,7 @@ from fastcal.feed.device import type_of, upload, wait_until_filled
 from fastcal.feed.feed import Batch, Feed, length
 from fastcal.model import Model, format_shape, match_names
 from fastcal.progress import Progress
-from fastcal.record import Record, check_room_for_cache, precision, usable_cache
+from fastcal.record import Record, check_cache_writable, precision, usable_cache
 
 try:
     import tensorrt as trt
@@ -283,7 +283,7 @@ class FeedCalibrator:
         data, reason = usable_cache(self._cache, self._cache_of({}).header, self._record())
         if data is None:
             _log.info("calibrating: %s is not used, %s", self._cache, reason)
-            check_room_for_cache(self._cache, self._model.activations if self._model else ())
+            check_cache_writable(self._cache, self._model.activations if self._model else ())
         else:
             _log.info("%s is used: it was made from the same model, samples and settings", self._cache)
         return data

@@ -66,7 +66,7 @@ class Record:
         write_together({cache_path: cache, record_path(cache_path): text.encode() + b"\n"})
 
 
-def check_room_for_cache(path: str | os.PathLike[str], names: Iterable[str]) -> None:
+def check_cache_writable(path: str | os.PathLike[str], names: Iterable[str]) -> None:
     """Find out now whether a cache of tensors of these names, and its record, can be written to `path` later.
 
     Raises:

@@ -72,14 +72,14 @@ def build(
         from fastcal.build import build_engine
         from fastcal.calibrators import make_calibrator
         from fastcal.model import Model
-        from fastcal.record import check_room_for_cache
+        from fastcal.record import check_cache_writable
 
         _check_gpu()
         network = Model(options.model)
         check_outputs(network, {"engine": output, "cache": cache, "timing cache": engine_options.timing_cache}, options)
         check_writable(output, network.path.stat().st_size // 4)  # an INT8 weight takes a quarter of a float32
         if cache is not None and not os.path.exists(cache):  # one that is there may be used, and need not be written
-            check_room_for_cache(cache, network.activations)
+            check_cache_writable(cache, network.activations)
         feed = options.feed(network)
         with feed, progress_bar(console, "preparing TensorRT", "TensorRT is building") as progress:
             calibrator = make_calibrator(

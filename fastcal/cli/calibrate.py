@@ -47,11 +47,11 @@ def calibrate(
     """Write the calibration cache TensorRT would write, from a model and images."""
     with terminal() as console:
         from fastcal.model import Model
-        from fastcal.record import check_room_for_cache
+        from fastcal.record import check_cache_writable
 
         network = Model(options.model)
         check_outputs(network, {"cache": output, "report": report}, options)
-        check_room_for_cache(output, network.activations)
+        check_cache_writable(output, network.activations)
         check_report(report)
         feed = options.feed(network)
         cache, progress = calibrate_on(

@@ -226,10 +226,10 @@ def check_outputs(
 
     taken: dict[str, str] = {}
     existing = [path for path in outputs.values() if path and os.path.isfile(path)]
-    names = {os.path.basename(place) for path in existing for place in (path, os.path.realpath(path))}
-    for path in _samples(read.data, network, existing):
-        if os.path.basename(path) in names:
-            taken[os.path.realpath(path)] = "among the data"
+    if existing:
+        names = {os.path.basename(place) for path in existing for place in (path, os.path.realpath(path))}
+        samples = (path for path in _samples(read.data, network, existing) if os.path.basename(path) in names)
+        taken |= {os.path.realpath(path): "among the data" for path in samples}
     if network is not None:
         taken |= {os.path.realpath(path): "the model's external data" for path in network.external_files}
         taken[os.path.realpath(network.path)] = "the model itself"
@@ -256,7 +256,7 @@ def _samples(data: str, network: "Model | None", outputs: Sequence[str]) -> Iter
     may_be_found = any(kind_of(path) is not None or path.lower().endswith(".npz") for path in outputs)
     for each in by_input.values() if isinstance(by_input, dict) else [by_input]:
         is_pipe = os.path.exists(each) and not os.path.isfile(each) and not os.path.isdir(each)  # to be read once
-        if outputs and not is_pipe and (may_be_found or not os.path.isdir(each)):
+        if not is_pipe and (may_be_found or not os.path.isdir(each)):
             with contextlib.suppress(FastcalError):
                 yield from list_files(each).paths
             with contextlib.suppress(FastcalError):
