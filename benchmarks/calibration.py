@@ -23,10 +23,10 @@ from networks import resnet50
 from photographs import write_photographs
 
 import fastcal
+from fastcal.algorithm import Algorithm
 from fastcal.model import Model
 from fastcal.network import parse
-from fastcal.observe.device_histogram import DeviceHistograms
-from fastcal.observe.scales import pick_scales
+from fastcal.observe.device_histograms import DeviceHistograms
 from fastcal.observe.with_tensorrt import TensorRTObserver
 
 
@@ -73,7 +73,7 @@ def network_alone(model, batch, tf32, level):
         target = cupy.empty_like(source)
         copying = 2 * source.nbytes / milliseconds(lambda: cupy.copyto(target, source)) / 1e6
     start = time.perf_counter()
-    pick_scales(histograms, "entropy2")
+    Algorithm.of("entropy2").pick_all(histograms)
     picking = time.perf_counter() - start
     return rate, len(histograms), counting, copying, picking
 
@@ -83,7 +83,7 @@ def whole(path, feed, tf32, level):
     times = []
     start = time.perf_counter()
     cache = fastcal.calibrate(
-        path, feed, engine="tensorrt", tf32=tf32, optimization_level=level, tactic_sources=TACTICS,
+        path, feed, backend="tensorrt", tf32=tf32, optimization_level=level, tactic_sources=TACTICS,
         progress=lambda _: times.append(time.perf_counter()),
     )  # fmt: skip
     assert len(cache.scales) > 100

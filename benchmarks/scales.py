@@ -21,11 +21,11 @@ import numpy as np
 import tensorrt as trt
 from int8 import CLASSES, TACTICS, build, make_calibrator
 
-from fastcal.cache import CalibrationCache
+from fastcal.algorithm import Algorithm, divergences
+from fastcal.cache.cache import CalibrationCache
 from fastcal.model import Model
 from fastcal.network import Logger, parse, start_builder
 from fastcal.observe.histogram import BINS
-from fastcal.observe.scales import divergences, pick_scales
 from fastcal.observe.with_tensorrt import TensorRTObserver
 
 
@@ -100,7 +100,7 @@ def compare(path, count):
         histograms, sources = observer.histograms(), observer.sources
 
     def pick(algorithm):
-        scales = pick_scales(histograms, algorithm)
+        scales = Algorithm.of(algorithm).pick_all(histograms)
         return scales | {name: scales[source] for name, source in sources.items()}
 
     first, second = theirs["minmax"]

@@ -32,7 +32,7 @@ def run(model, paths, workers):
     start = time.perf_counter()
     with feed:
         cache = fastcal.calibrate(
-            model, feed, engine="onnxruntime", threads=1, workers=workers, progress=lambda state: last.append(state)
+            model, feed, backend="onnxruntime", threads=1, workers=workers, progress=lambda state: last.append(state)
         )
     seconds = time.perf_counter() - start
     return last[-1].images / last[-1].seconds, seconds, cache.to_bytes()

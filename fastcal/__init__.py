@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastcal.build import build_engine
-    from fastcal.cache import CalibrationCache
-    from fastcal.cache_check import CacheCheck, check_cache
-    from fastcal.cache_diff import CacheDiff, diff_caches
+    from fastcal.cache.cache import CalibrationCache
+    from fastcal.cache.check import CacheCheck, check_cache
+    from fastcal.cache.diff import CacheDiff, diff_caches
+    from fastcal.calibration import calibrate
     from fastcal.calibrators import (
         Calibrator,
         EntropyCalibrator,
@@ -25,18 +26,17 @@ if TYPE_CHECKING:
         LegacyCalibrator,
         MinMaxCalibrator,
     )
-    from fastcal.comparison import Comparison, compare
-    from fastcal.contact_sheet import Preview, preview
     from fastcal.errors import FastcalError
     from fastcal.feed.arrays import ArrayFeed
     from fastcal.feed.feed import Feed
     from fastcal.feed.images import ImageFeed
     from fastcal.feed.numpy_files import NumpyFeed
     from fastcal.feed.preprocess import Preprocess
-    from fastcal.observe.calibration import calibrate
     from fastcal.progress import Progress
     from fastcal.qdq import quantize
-    from fastcal.report import write_report
+    from fastcal.report.comparison import Comparison, compare
+    from fastcal.report.contact_sheet import Preview, preview
+    from fastcal.report.report import write_report
 
 __all__ = [
     "ArrayFeed",
@@ -70,11 +70,11 @@ logging.getLogger("fastcal").addHandler(logging.NullHandler())  # else Python pr
 
 _MODULES = {
     "ArrayFeed": "fastcal.feed.arrays",
-    "CacheCheck": "fastcal.cache_check",
-    "CacheDiff": "fastcal.cache_diff",
-    "CalibrationCache": "fastcal.cache",
+    "CacheCheck": "fastcal.cache.check",
+    "CacheDiff": "fastcal.cache.diff",
+    "CalibrationCache": "fastcal.cache.cache",
     "Calibrator": "fastcal.calibrators",
-    "Comparison": "fastcal.comparison",
+    "Comparison": "fastcal.report.comparison",
     "EntropyCalibrator": "fastcal.calibrators",
     "EntropyCalibrator2": "fastcal.calibrators",
     "FastcalError": "fastcal.errors",
@@ -84,16 +84,16 @@ _MODULES = {
     "MinMaxCalibrator": "fastcal.calibrators",
     "NumpyFeed": "fastcal.feed.numpy_files",
     "Preprocess": "fastcal.feed.preprocess",
-    "Preview": "fastcal.contact_sheet",
+    "Preview": "fastcal.report.contact_sheet",
     "Progress": "fastcal.progress",
     "build_engine": "fastcal.build",
-    "calibrate": "fastcal.observe.calibration",
-    "check_cache": "fastcal.cache_check",
-    "compare": "fastcal.comparison",
-    "diff_caches": "fastcal.cache_diff",
-    "preview": "fastcal.contact_sheet",
+    "calibrate": "fastcal.calibration",
+    "check_cache": "fastcal.cache.check",
+    "compare": "fastcal.report.comparison",
+    "diff_caches": "fastcal.cache.diff",
+    "preview": "fastcal.report.contact_sheet",
     "quantize": "fastcal.qdq",
-    "write_report": "fastcal.report",
+    "write_report": "fastcal.report.report",
 }
 
 

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastcal.batch import format_shape, known_sizes, match_names, shape_fits
 from fastcal.calibrators import EntropyCalibrator2, FeedCalibrator  # first: it says what is wrong with TensorRT
+from fastcal.device import resolve
 from fastcal.errors import FastcalError, check_range
-from fastcal.feed.device import resolve
 from fastcal.feed.feed import Feed
 from fastcal.files import check_writable, write_atomically
-from fastcal.model import Model, fits, format_shape, match_names
-from fastcal.network import Logger, known_sizes, parse, start_builder, tactic_bits, trt
+from fastcal.model import Model
+from fastcal.network import Logger, parse, start_builder, tactic_bits, trt
 
 #: Who can calibrate.
 CALIBRATIONS = ("fastcal", "tensorrt")
@@ -159,11 +160,11 @@ def _sized(shapes: dict[str, tuple[int, ...]], feed: Feed) -> dict[str, tuple[in
     """Inputs' shapes, -1 for what is dynamic, with the sizes of the feed's batches where more than the batch is."""
     if not any(-1 in shape[1:] for shape in shapes.values()):
         return shapes
-    given = match_names(list(shapes), "the network", feed.shapes(), feed.anonymous)
+    given = match_names(list(shapes), "the network", feed.shapes())
     sized = {}
     for name, shape in shapes.items():
         wanted = known_sizes(shape[1:])
-        if not fits(wanted, given[name][1:]):
+        if not shape_fits(wanted, given[name][1:]):
             raise FastcalError(
                 f"the network takes input {name!r} as {format_shape((None, *wanted))}, the batches are "
                 f"{format_shape(given[name])}; give batches of that shape"

@@ -15,8 +15,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import distributions, version
+from importlib.metadata import version
 from pathlib import Path
+
+from fastcal.versions import installed
 
 #: How long a library may take to do next to nothing. The first start of CuPy and TensorRT on a GPU takes many seconds.
 _SECONDS = 120
@@ -93,7 +95,7 @@ def _try_dali_gpu() -> str:
 
 def _decode(device: str) -> str:
     import fastcal
-    from fastcal.feed.device import to_host
+    from fastcal.device import to_host
 
     with tempfile.TemporaryDirectory() as folder:
         (path := Path(folder, "grey.jpg")).write_bytes(_JPEG)
@@ -326,12 +328,6 @@ def _fix(finding: Finding, probe: _Probe, extra: str) -> str:
     if probe.module == "tensorrt" and names:
         return f"pip install --force-reinstall '{names[0]}<11'"
     return f"pip install --force-reinstall {names[0] if names else of_extra}"
-
-
-def installed(wheels: str) -> list[str]:
-    """The installed packages whose names match a regular expression, with their versions."""
-    found = {(dist.name or "").lower().replace("_", "-"): dist.version for dist in distributions()}
-    return sorted(f"{name} {found[name]}" for name in found if wheels and re.fullmatch(wheels, name))
 
 
 def _system() -> dict[str, str]:

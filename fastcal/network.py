@@ -4,15 +4,15 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from fastcal.errors import GPU_EXTRAS, FastcalError, quoted
+from fastcal.errors import GPU_EXTRAS, FastcalError, ModelError, UnavailableError, quoted
 from fastcal.model import Model
 
 try:
     import tensorrt as trt  # for those who need TensorRT: `from fastcal.network import trt`
 except (ImportError, OSError) as error:
-    raise FastcalError(f"TensorRT cannot be imported ({error}): {GPU_EXTRAS}") from error
+    raise UnavailableError(f"TensorRT cannot be imported ({error}): {GPU_EXTRAS}", "TensorRT") from error
 
-__all__ = ["Logger", "known_sizes", "parse", "start_builder", "tactic_bits", "trt"]
+__all__ = ["Logger", "parse", "start_builder", "tactic_bits", "trt"]
 
 #: What TensorRT says goes to a logger of its own, so that an application can show or hide it.
 _log = logging.getLogger("fastcal.tensorrt")
@@ -50,7 +50,7 @@ def start_builder(logger: Logger) -> Any:
     try:
         return trt.Builder(logger)
     except TypeError as error:  # how the bindings say that TensorRT made none
-        raise FastcalError(
+        raise UnavailableError(
             f"TensorRT cannot start here ({logger.reasons()}): it needs an NVIDIA GPU and a driver that fits; fastcal "
             "calibrate needs neither"
         ) from error
@@ -67,13 +67,8 @@ def parse(builder: Any, model: Model, logger: Logger) -> Any:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(model.path)):
         errors = [_describe(parser.get_error(index), model) for index in range(parser.num_errors)]
-        raise FastcalError(f"TensorRT cannot parse {model.path}: {'; '.join(errors)}".replace("\n", " "))
+        raise ModelError(f"TensorRT cannot parse {model.path}: {'; '.join(errors)}".replace("\n", " "))
     return network
-
-
-def known_sizes(shape: Iterable[int]) -> tuple[int | None, ...]:
-    """A shape of TensorRT's, which has -1 where the size is not known, with None there."""
-    return tuple(None if size == -1 else size for size in shape)
 
 
 def tactic_bits(sources: int | Iterable[str] | None) -> int | None:

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fastcal.cache import CalibrationCache
+from fastcal.cache.cache import CalibrationCache
+from fastcal.cache.record import record_path
 from fastcal.errors import FastcalError
 from fastcal.model import Model
-from fastcal.record import record_path
 
 #: Layers that multiply by weights: where TensorRT's INT8 gains are.
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -14,10 +14,13 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from fastcal.batch import UNNAMED
+
 settings.register_profile("untimed", deadline=None)  # a first example may wait for numba
 settings.load_profile("untimed")
 
 ROOT = Path(__file__).parent.parent
+DATA = Path(__file__).parent / "data"
 DIGITS = ROOT / "examples" / "digits"
 SQUEEZENET = ROOT.parent / "shared" / "facts" / "squeezenet1_1.onnx"
 needs_squeezenet = pytest.mark.skipif(not SQUEEZENET.exists(), reason=f"no {SQUEEZENET.name}")
@@ -27,6 +30,11 @@ def squeezenet_batches():
     """The four batches that TensorRT's caches of SqueezeNet in the data folder were made with."""
     for batch in range(4):
         yield {"input": np.random.default_rng([99, batch]).standard_normal((4, 3, 224, 224), dtype=np.float32)}
+
+
+def is_unnamed(batch):
+    """Return whether a batch's one array was given no name."""
+    return [type(name) for name in batch] == [type(UNNAMED)]
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +165,7 @@ def run_on_bindings(tensorrt_bindings, tmp_path):
 
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU where there is none."""
-    from fastcal.feed.device import resolve
+    from fastcal.device import resolve
 
     if resolve("auto") is None:
         for item in items:

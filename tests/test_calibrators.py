@@ -119,7 +119,7 @@ for count in (3, 0):
 """)
     assert printed.splitlines() == [
         "3 True None",
-        "0 False FastcalError: the feed gave no batches; a calibration needs at least one",
+        "0 False DataError: the feed gave no batches; a calibration needs at least one",
     ]
 
 
@@ -143,16 +143,16 @@ print(calibrator.get_batch(["a", "b"]))
 
 def test_one_nameless_array_goes_to_the_one_input(run):
     printed = run("""
-feed = Numbered(count=1, names=("input",))
-feed.anonymous = True
+from fastcal.batch import UNNAMED
+feed = Numbered(count=1, names=(UNNAMED,))
 print(serve(fastcal.EntropyCalibrator2(feed), ("pixels",)))
-feed.anonymous = False
+feed = Numbered(count=1, names=("input",))
 calibrator = fastcal.EntropyCalibrator2(feed)
 print(serve(calibrator, ("pixels",)), error_of(calibrator.check))
 """)
     assert printed.splitlines()[0] == "[[100]]"
     assert printed.splitlines()[1] == (
-        "[] FastcalError: the network takes the inputs 'pixels', the batches have 'input'; name the batches' arrays "
+        "[] DataError: the network takes the inputs 'pixels', the batches have 'input'; name the batches' arrays "
         "after the inputs"
     )
 
@@ -171,14 +171,12 @@ for feed in (
     print(error_of(build) == error_of(calibrator.check))  # once more, with the same object
 print(list(Path().iterdir()))
 """)
-    other_names = (
-        "FastcalError: the network takes the inputs 'a', 'b', the batches have 'a', {}; name the batches' arrays"
-    )
+    other_names = "DataError: the network takes the inputs 'a', 'b', the batches have 'a', {}; name the batches' arrays"
     expected = []
     for batches, error in (
         (3, "OSError: the disk is gone"),
         (3, "KeyboardInterrupt: "),
-        (2, "FastcalError: the feed ended after 2 of 5 batches; it was to give all"),
+        (2, "DataError: the feed ended after 2 of 5 batches; it was to give all"),
         (0, other_names.format("'c'") + " after the inputs"),
         (0, other_names.format("'b', 'c'") + " after the inputs"),
     ):
@@ -224,14 +222,15 @@ print(calibrator.stats.batches, Path("x.cache").exists())
 
 def test_a_cache_of_as_many_batches_as_it_took_is_not_that_of_all(run):
     printed = run("""
-from fastcal.cache import CalibrationCache
-from fastcal.record import Record, usable_cache
-all_of_them = Record.of(Numbered(), None, algorithm="entropy2")
+from fastcal.cache.cache import CalibrationCache
+from fastcal.cache.record import Record
+from fastcal.cache.reuse import reuse
+all_of_them = Record.of(Numbered().describe(), None, algorithm="entropy2")
 cache = CalibrationCache({"a": 1.0}, "entropy2", "10.16.1")
-Record.of(Numbered(), None, algorithm="entropy2", until_stable=1).save("x.cache", cache.to_bytes())
-print(usable_cache("x.cache", cache.header, all_of_them)[1])
+Record.of(Numbered().describe(), None, algorithm="entropy2", until_stable=1).save("x.cache", cache.to_bytes())
+print(reuse("x.cache", cache.header, all_of_them)[1])
 all_of_them.save("x.cache", cache.to_bytes())
-print(usable_cache("x.cache", cache.header, all_of_them)[1] == "")
+print(reuse("x.cache", cache.header, all_of_them)[1] == "")
 """)
     assert printed.splitlines() == [
         "it was made from other until_stable (1 then: perhaps not all batches)", "True",
@@ -262,23 +261,23 @@ calibrate(samples="others")
 """)
     entropy2 = "TRT-101601-EntropyCalibration2"
     assert printed.splitlines() == [
-        "calibrating: x.cache is not used, there is none yet",
+        "calibrating: x.cache is not reused, there is none yet",
         "calibrated with 3",
-        "x.cache is used: it was made from the same model, samples and settings",
+        "x.cache is reused: it was made from the same model, samples and settings",
         "served",
-        "calibrating: x.cache is not used, it was made from other samples",
+        "calibrating: x.cache is not reused, it was made from other samples",
         "calibrated with 3",
-        "x.cache is used: it was made from the same model, samples and settings",
+        "x.cache is reused: it was made from the same model, samples and settings",
         "served",
-        f"calibrating: x.cache is not used, its header is {entropy2}, not TRT-101601-MinMaxCalibration",
+        f"calibrating: x.cache is not reused, its header is {entropy2}, not TRT-101601-MinMaxCalibration",
         "calibrated with 3",
-        f"calibrating: x.cache is not used, its header is TRT-8600-EntropyCalibration2, not {entropy2}",
+        f"calibrating: x.cache is not reused, its header is TRT-8600-EntropyCalibration2, not {entropy2}",
         "calibrated with 3",
-        "calibrating: x.cache is not used, it was made from other precision (TF32 then, FP32 now)",
+        "calibrating: x.cache is not reused, it was made from other precision (TF32 then, FP32 now)",
         "calibrated with 3",
-        "calibrating: x.cache is not used, nothing tells what it was made from: its record, x.cache.json, is missing",
+        "calibrating: x.cache is not reused, nothing tells what it was made from: its record, x.cache.json, is missing",
         "calibrated with 3",
-        "calibrating: x.cache is not used, x.cache is not a TensorRT calibration cache: its first line is 'garbage'",
+        "calibrating: x.cache is not reused, x.cache is not a TensorRT calibration cache: its first line is 'garbage'",
         "calibrated with 3",
     ]
 
@@ -363,7 +362,7 @@ def test_a_pass_that_another_ends_is_no_whole_one(run):
     printed = run("""
 feed = fastcal.ArrayFeed(lambda: ({"a": np.ones((2, 3), "f4")} for _ in range(5)), device="cpu")
 calibrator = fastcal.EntropyCalibrator2(feed)
-calibrator._on_device = lambda name, array: OnDevice(1, array.shape)  # as if there were a GPU
+calibrator._handout._on_device = lambda name, array: OnDevice(1, array.shape)  # as if there were a GPU
 print(calibrator.get_batch_size(), calibrator.get_batch(["a"]))
 next(iter(feed))
 while calibrator.get_batch(["a"]):
@@ -383,18 +382,16 @@ print(len(list(iter(lambda: calibrator.get_batch(["a"]), None))), error_of(calib
 def test_a_calibrator_by_the_name_of_its_algorithm(run):
     printed = run("""
 from fastcal.calibrators import make_calibrator
-for algorithm in fastcal.cache.ALGORITHMS:
-    calibrator = make_calibrator(algorithm, Numbered(), quantile=0.25, cache="x.cache")
+for algorithm in fastcal.algorithm.ALGORITHMS:
+    calibrator = make_calibrator(fastcal.algorithm.Algorithm.of(algorithm, 0.25), Numbered(), cache="x.cache")
     print(algorithm, calibrator.get_algorithm().name, getattr(calibrator, "get_quantile", lambda: None)())
-print(error_of(lambda: make_calibrator("mse", Numbered())))
-print(error_of(lambda: make_calibrator("percentile", Numbered(), quantile=2.0)))
+print(error_of(lambda: fastcal.LegacyCalibrator(Numbered(), quantile=2.0)))
 """)
     assert printed.splitlines() == [
         "entropy2 ENTROPY_CALIBRATION_2 None",
         "entropy ENTROPY_CALIBRATION None",
         "minmax MINMAX_CALIBRATION None",
         "percentile LEGACY_CALIBRATION 0.25",
-        "FastcalError: there is no algorithm 'mse'; choose one of entropy2, entropy, minmax, percentile",
         "FastcalError: quantile 2.0 is not in (0, 1]; 0.9999 clips one value in ten thousand",
     ]
 
@@ -402,8 +399,8 @@ print(error_of(lambda: make_calibrator("percentile", Numbered(), quantile=2.0)))
 def test_a_calibration_of_our_own_looks_at_the_samples_once_and_is_handed_over(run, onnx_file):
     path = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }")
     printed = run(f"""
-from fastcal.observe.observer import Engine
-Engine._on_tensorrt = lambda self, network, gpu: self._on_onnxruntime(network)  # as if there were a GPU
+from fastcal.observe.backends import OnnxRuntimeBackend, TensorRTBackend
+TensorRTBackend.observer = lambda _, network, gpu: OnnxRuntimeBackend().observer(network, gpu)  # as if on a GPU
 
 class Counted(fastcal.Feed):
     batch_size = 4
@@ -427,7 +424,7 @@ for kind, algorithm, options in (
         calibrator.calibrate(model)
         looked = feed.looked
         served = serve(calibrator)
-    options |= {{"engine": "onnxruntime", "tensorrt_version": version}}
+    options |= {{"backend": "onnxruntime", "tensorrt_version": version}}
     expected = fastcal.calibrate(model, feed, algorithm=algorithm, **options)
     assert served == Path("x.cache").read_bytes() == expected.to_bytes()
     assert fastcal.CalibrationCache.load("x.cache").record == expected.record
@@ -439,8 +436,8 @@ for kind, algorithm, options in (
 def test_the_record_says_in_which_precision_and_what_was_left_out(run, onnx_file):
     path = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }")
     printed = run(f"""
-from fastcal.observe.observer import Engine
-Engine._on_tensorrt = lambda self, network, gpu: self._on_onnxruntime(network)  # as if there were a GPU
+from fastcal.observe.backends import OnnxRuntimeBackend, TensorRTBackend
+TensorRTBackend.observer = lambda _, network, gpu: OnnxRuntimeBackend().observer(network, gpu)  # as if on a GPU
 
 class Given(Numbered):
     batch_size, skipped, device = 4, ["bad.jpg"], False
@@ -504,7 +501,7 @@ print(serve(calibrator, ["a"]), error_of(calibrator.check))
 """)
     assert printed.splitlines() == [
         "3 None",
-        "[] FastcalError: TensorRT reads input 'a' as (2, 3, 8, 8), the batches are (4, 3, 8, 8); give batches, or a "
+        "[] DataError: TensorRT reads input 'a' as (2, 3, 8, 8), the batches are (4, 3, 8, 8); give batches, or a "
         "calibration profile, of that shape",
     ]
 
@@ -521,8 +518,8 @@ for array in (OnDevice(1, strides=(1, 2, 3, 4)), OnDevice(1, shape=(2, 3, 8, 8))
     print(error_of(calibrator.check))
 """)
     assert printed.splitlines() == [
-        "FastcalError: input 'a' is not contiguous in memory; TensorRT reads it as if it were",
-        "FastcalError: TensorRT reads input 'a' as (4, 3, 8, 8), the batches are (2, 3, 8, 8); give batches, or a "
+        "DataError: input 'a' is not contiguous in memory; TensorRT reads it as if it were",
+        "DataError: TensorRT reads input 'a' as (4, 3, 8, 8), the batches are (2, 3, 8, 8); give batches, or a "
         "calibration profile, of that shape",
     ]
 

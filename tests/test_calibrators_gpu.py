@@ -107,7 +107,7 @@ def test_tensorrt_writes_the_same_cache_as_from_resident_batches(trt, builder, t
 @pytest.mark.parametrize("name", CLASSES)
 @needs_squeezenet
 def test_scales_of_squeezenet_are_those_from_resident_batches(trt, builder, tactics, photographs, tmp_path, name):
-    from fastcal.cache import CalibrationCache
+    from fastcal.cache.cache import CalibrationCache
 
     def network():
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
@@ -169,7 +169,6 @@ class Failing(Feed):
     """Three batches promised; after one comes an error, or the end."""
 
     batch_size = 4
-    anonymous = True
 
     def __init__(self, error=None):
         self.error = error

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastcal import doctor
-from fastcal.feed.device import resolve
+from fastcal.device import resolve
 
 no_gpu = pytest.mark.skipif(resolve("auto") is not None, reason="there is a GPU here")
 

@@ -202,7 +202,7 @@ def test_a_dataloader_gives_the_scales_of_its_batches(tmp_path, monkeypatch):
 
     images = np.stack([prepare(path) for path in sorted((DIGITS / "images").rglob("*.jpg"))])
     batches = [{"image": images[first : first + 32]} for first in range(0, 256, 32)]
-    assert scales == fastcal.calibrate(DIGITS / "digits.onnx", batches, engine="onnxruntime").scales
+    assert scales == fastcal.calibrate(DIGITS / "digits.onnx", batches, backend="onnxruntime").scales
     assert said == f"digits.cache: {len(scales)} scales from 256 images\n"
 
 
@@ -211,6 +211,6 @@ def test_a_pipeline_that_does_what_an_image_feed_does_gives_its_scales(tmp_path)
     said, scales = calibrate_with("dali_pipeline", tmp_path)
     with fastcal.ImageFeed(DIGITS / "images", model=DIGITS / "digits.onnx", device="cpu") as feed:
         assert scales == pytest.approx(
-            fastcal.calibrate(DIGITS / "digits.onnx", feed, engine="onnxruntime").scales, rel=1e-3
+            fastcal.calibrate(DIGITS / "digits.onnx", feed, backend="onnxruntime").scales, rel=1e-3
         )
     assert said == f"digits.cache: {len(scales)} scales from 8 batches of 32\n"

@@ -86,14 +86,14 @@ def test_a_control_group_allows_what_is_left_and_what_is_only_cached(tmp_path, l
 
 
 def test_a_calibration_that_has_little_memory_finds_the_same_scales(batches, monkeypatch):
-    calm = fastcal.calibrate(MODEL, batches, engine="onnxruntime").scales
+    calm = fastcal.calibrate(MODEL, batches, backend="onnxruntime").scales
     largest = max(Model(MODEL).sizes({"image": (7, 3, 32, 32)}).values())
     for free in (int(largest / memory.SHARE) + 1, largest):
         monkeypatch.setattr("fastcal.observe.with_onnxruntime.free_memory", lambda free=free: free)
-        assert fastcal.calibrate(MODEL, batches, engine="onnxruntime").scales == calm
+        assert fastcal.calibrate(MODEL, batches, backend="onnxruntime").scales == calm
     monkeypatch.setattr("fastcal.observe.with_onnxruntime.free_memory", lambda: largest - 1)
     with pytest.raises(FastcalError, match="of the memory may be used; use a smaller batch size"):
-        fastcal.calibrate(MODEL, batches, engine="onnxruntime")
+        fastcal.calibrate(MODEL, batches, backend="onnxruntime")
 
 
 @pytest.mark.parametrize(

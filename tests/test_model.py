@@ -7,7 +7,8 @@ from onnx import TensorProto, helper
 
 import fastcal
 from fastcal import FastcalError
-from fastcal.model import Model, ModelInput, check_values
+from fastcal.batch import Input, check_values
+from fastcal.model import Model
 
 
 def test_inputs_leave_out_what_has_a_value(onnx_file):
@@ -85,7 +86,7 @@ def test_a_size_below_1_is_dynamic(onnx_file, photographs, tmp_path):
         fastcal.NumpyFeed(tmp_path / "x.npy", model=path, batch_size=2, device="cpu") as arrays,
     ):
         for feed in (images, arrays, [np.ones((2, 3, 8, 8), np.float32)]):
-            assert list(fastcal.calibrate(path, feed, engine="onnxruntime").scales) == ["x", "r", "y"]
+            assert list(fastcal.calibrate(path, feed, backend="onnxruntime").scales) == ["x", "r", "y"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_a_node_without_what_its_operator_needs(tmp_path, inputs, outputs, messa
     graph = helper.make_graph([pool, helper.make_node("Relu", ["x"], ["y"])], "f", [image], [])
     onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
     with pytest.raises(FastcalError, match=rf"model.onnx is no valid ONNX model: {message}"):
-        fastcal.calibrate(tmp_path / "model.onnx", [np.ones((1, 1, 4, 4), "f4")], engine="onnxruntime")
+        fastcal.calibrate(tmp_path / "model.onnx", [np.ones((1, 1, 4, 4), "f4")], backend="onnxruntime")
 
 
 def test_a_sparse_constant_is_no_input(onnx_file):
@@ -128,7 +129,7 @@ def test_the_digest_tells_other_external_data(onnx_file):
 
 
 def test_infinity_fits_every_float():
-    value = ModelInput("x", (2,), np.dtype(np.float16))
+    value = Input("x", (2,), np.dtype(np.float16))
     check_values(np.float32([np.inf, -np.inf]), value, "m.onnx")
     with pytest.raises(FastcalError, match=r"m.onnx takes input 'x' as float16, which cannot hold 1000000.0; give"):
         check_values(np.float32([np.inf, 1e6]), value, "m.onnx")

@@ -43,7 +43,7 @@ try:
 except fastcal.FastcalError as error:
     print(error)
 """
-    run = f"calibrate({str(DIGITS / 'digits.onnx')!r}, [], engine='onnxruntime', tensorrt_version='10.3.0')"
+    run = f"calibrate({str(DIGITS / 'digits.onnx')!r}, [], backend='onnxruntime', tensorrt_version='10.3.0')"
     for module, name, text in (
         (
             "nvidia.dali",
@@ -54,12 +54,12 @@ except fastcal.FastcalError as error:
         (
             "onnxruntime",
             run,
-            "engine onnxruntime needs ONNX Runtime, which is not installed: pip install onnxruntime numba",
+            "backend onnxruntime needs ONNX Runtime, which is not installed: pip install onnxruntime numba",
         ),
         ("matplotlib", "preview", "preview needs Matplotlib, which is not installed: pip install 'fastcal[report]'"),
         ("jinja2", "write_report", "write_report needs Jinja2, which is not installed: pip install 'fastcal[report]'"),
         ("onnxruntime", "compare", "compare needs ONNX Runtime, which is not installed: pip install onnxruntime numba"),
-        ("numba", run, "engine onnxruntime needs numba, which is not installed: pip install onnxruntime numba"),
+        ("numba", run, "backend onnxruntime needs numba, which is not installed: pip install onnxruntime numba"),
         (
             "ray",
             run.replace("[]", "[], workers=2"),
@@ -77,9 +77,9 @@ import numpy as np, onnx
 import fastcal
 model, images = {str(DIGITS / "digits.onnx")!r}, {str(DIGITS / "images")!r}
 with fastcal.ImageFeed(images, model=model, batch_size=100) as feed:  # the last batch is completed, says the log
-    cache = fastcal.calibrate(model, feed, engine="onnxruntime")
+    cache = fastcal.calibrate(model, feed, backend="onnxruntime")
     fastcal.check_cache(cache, model, feed)
-fastcal.calibrate(model, [{{"image": np.full((1, 3, 32, 32), np.nan, np.float32)}}], engine="onnxruntime")  # a warning
+fastcal.calibrate(model, [{{"image": np.full((1, 3, 32, 32), np.nan, np.float32)}}], backend="onnxruntime")  # a warning
 for form in ("tensorrt", "json", "onnxruntime"):
     cache.save("x", form=form)
     fastcal.diff_caches(cache, fastcal.CalibrationCache.load("x"))

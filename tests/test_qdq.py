@@ -88,7 +88,7 @@ def digits_batches(folder="images", size=32):
 
 def calibrate(model, batches, algorithm="minmax"):
     return fastcal.calibrate(
-        model, fastcal.ArrayFeed(list(batches)), algorithm=algorithm, engine="onnxruntime", tensorrt_version="10.16.1"
+        model, fastcal.ArrayFeed(list(batches)), algorithm=algorithm, backend="onnxruntime", tensorrt_version="10.16.1"
     )
 
 
@@ -407,7 +407,7 @@ def test_the_command_takes_a_cache_or_images(run_fastcal, tmp_path):
         (["m.onnx", "x.cache", "-o", "x.cache"], "x.cache is the calibration cache; name another file"),
         (["m.onnx", "x.cache", "-o", "nowhere/y.onnx"], "cannot write nowhere/y.onnx"),
         (["m.onnx", "x.cache", "-o", "y.onnx", "--batch-size", "8"], "is a calibration cache, and --batch-size is for"),
-        (["m.onnx", "x.cache", "-o", "y.onnx", "--engine", "tensorrt"], "is a calibration cache, and --engine is for"),
+        (["m.onnx", "x.cache", "-o", "y.onnx", "--backend", "tensorrt"], "is a calibration cache, and --engine is for"),
         (["m.onnx", "x.cache", "-o", "y.onnx", "--exclude", "Gem"], "no type of layer 'Gem' to exclude; near are Gemm"),
         (["m.onnx", "images", "-o", "y.onnx", "--exclude", "Gem"], "no type of layer 'Gem' to exclude; near are Gemm"),
         (["m.onnx", "x.cache", "-o", "y.onnx"], "the cache has scales for 0 of the"),

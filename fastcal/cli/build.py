@@ -12,7 +12,7 @@ from rich.filesize import decimal
 import fastcal
 from fastcal.cli.options import CalibrationOptions, check_outputs, data_rows
 from fastcal.cli.terminal import finish, print_rows, progress_bar, rate, terminal, waiting
-from fastcal.errors import GPU_EXTRAS, FastcalError
+from fastcal.errors import GPU_EXTRAS, UnavailableError
 from fastcal.files import check_writable, write_atomically
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EngineOptions:
+class BuildOptions:
     """How TensorRT builds: what `build_engine` takes, as the command line has it."""
 
     calibration: Annotated[
@@ -65,28 +65,29 @@ def build(
     cache: Annotated[
         str | None, typer.Option(metavar="CACHE", help="Where to keep the cache; used again while it is true.")
     ] = None,
-    engine_options: EngineOptions,
+    build_options: BuildOptions,
 ) -> None:
     """Build an INT8 engine with TensorRT, from a model and images to calibrate with."""
     with terminal() as console:
+        from fastcal.algorithm import Algorithm
         from fastcal.build import build_engine
+        from fastcal.cache.record import check_cache_writable
         from fastcal.calibrators import make_calibrator
         from fastcal.model import Model
-        from fastcal.record import check_cache_writable
 
         _check_gpu()
         network = Model(options.model)
-        check_outputs(network, {"engine": output, "cache": cache, "timing cache": engine_options.timing_cache}, options)
+        check_outputs(network, {"engine": output, "cache": cache, "timing cache": build_options.timing_cache}, options)
         check_writable(output, network.path.stat().st_size // 4)  # an INT8 weight takes a quarter of a float32
         if cache is not None and not os.path.exists(cache):  # one that is there may be used, and need not be written
             check_cache_writable(cache, network.activations)
         feed = options.feed(network)
         with feed, progress_bar(console, "preparing TensorRT", "TensorRT is building") as progress:
             calibrator = make_calibrator(
-                options.algorithm, feed, quantile=options.quantile, cache=cache, model=network, progress=progress
+                Algorithm.of(options.algorithm, options.quantile), feed, cache=cache, model=network, progress=progress
             )
             started = time.perf_counter()
-            engine = build_engine(network, calibrator, **engine_options.keywords(), **options.for_tensorrt())
+            engine = build_engine(network, calibrator, **build_options.keywords(), **options.for_tensorrt())
             seconds = time.perf_counter() - started
         write_atomically(output, engine)
         made = f"{output}, {decimal(len(engine))}, built in {seconds:.0f} s"
@@ -99,13 +100,15 @@ def build(
 
 def _check_gpu() -> None:
     """Fail now where TensorRT is installed but cannot calibrate."""
-    from fastcal.feed.device import resolve
+    from fastcal.device import resolve
 
     if resolve("auto") is None:
         missing = "CUDA sees none here"
         if importlib.util.find_spec("cupy") is None:
             missing = f"CuPy is not installed ({GPU_EXTRAS})"
-        raise FastcalError(f"fastcal build needs CuPy and an NVIDIA GPU, and {missing}; fastcal calibrate works here")
+        raise UnavailableError(
+            f"fastcal build needs CuPy and an NVIDIA GPU, and {missing}; fastcal calibrate works here"
+        )
 
 
 def _print_build_summary(

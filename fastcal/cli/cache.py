@@ -9,23 +9,25 @@ from typing import Annotated, Any
 import typer
 
 import fastcal
-from fastcal.cache import CALIBRATION_NAMES, FORMS, check_tensorrt_version
+from fastcal.algorithm import VERSIONED, Algorithm
+from fastcal.cache.cache import FORMS
 from fastcal.cli.options import FeedOptions, with_options
 from fastcal.cli.terminal import NOT_OK, finish, print_rows, print_table, say, terminal
 from fastcal.errors import FastcalError
+from fastcal.versions import check_tensorrt_version
 
 app = typer.Typer(help="Look into calibration caches, compare, convert and check them.", no_args_is_help=True)
 
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="The calibration cache, in any form.")]
 
 #: The forms that a file's suffix asks for; any other name is TensorRT's own.
-_SUFFIXES = {".json": "json", ".flatbuffers": "onnxruntime"}
+_SUFFIXES = {".json": "json"}
 
 
 def show(*, cache: CacheArgument) -> None:
     """Show a cache: its tensors with their scales and amax, its header, what it was made from."""
     with terminal():
-        from fastcal.record import why_no_record
+        from fastcal.cache.record import why_no_record
 
         loaded = fastcal.CalibrationCache.load(cache)
         record = dict(loaded.record.entries) if loaded.record else {}
@@ -41,7 +43,7 @@ def show(*, cache: CacheArgument) -> None:
         else:
             say(f"made from  not known: {why_no_record(cache)}")
         scales = {name: _number(scale) for name, scale in loaded.scales.items()}
-        finish(header=loaded.header, algorithm=loaded.algorithm, scales=scales, made_from=record)
+        finish(header=loaded.header, algorithm=loaded.algorithm.name, scales=scales, made_from=record)
 
 
 def diff(
@@ -80,25 +82,23 @@ def convert(
     cache: CacheArgument,
     output: Annotated[
         str,
-        typer.Option("--output", "-o", metavar="FILE", help="Where to write; .json and .flatbuffers choose the form."),
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write; .json chooses the form."),
     ],
     form: Annotated[
         str | None,
-        typer.Option(
-            help=f"{', '.join(FORMS)} (the table of its TensorRT provider).", show_default="what the file's name says"
-        ),
+        typer.Option(help=f"{' or '.join(FORMS)}.", show_default="what the file's name says"),
     ] = None,
     tensorrt: Annotated[
         str | None, typer.Option(help="Version that will read the cache.", show_default="as it is")
     ] = None,
     algorithm: Annotated[
         str | None,
-        typer.Option(help=f"For the header: {', '.join(CALIBRATION_NAMES)}. The scales stay.", show_default="as it is"),
+        typer.Option(help=f"For the header: {', '.join(VERSIONED)}. The scales stay.", show_default="as it is"),
     ] = None,
 ) -> None:
     """Write a cache in another form, or with the header of another TensorRT version. The scales stay as they are."""
     with terminal():
-        from fastcal.record import check_is_no_record, record_path
+        from fastcal.cache.record import check_is_no_record, record_path
 
         loaded = fastcal.CalibrationCache.load(cache)
         check_is_no_record(output, cache)
@@ -132,8 +132,8 @@ def check(*, cache: CacheArgument, options: CheckOptions) -> None:
     or otherwise prepared.
     """
     with terminal():
+        from fastcal.cache.record import why_no_record
         from fastcal.model import Model
-        from fastcal.record import why_no_record
 
         network = Model(options.model)
         loaded = fastcal.CalibrationCache.load(cache)
@@ -178,14 +178,14 @@ def _with_header(
     """The cache with another header."""
     changes: dict[str, Any] = {}
     if algorithm is not None:
-        if algorithm not in CALIBRATION_NAMES:
-            known = ", ".join(CALIBRATION_NAMES)
+        if algorithm not in VERSIONED:
+            known = ", ".join(VERSIONED)
             raise FastcalError(f"there is no header for algorithm {algorithm!r}; choose one of {known}")
-        changes |= {"algorithm": algorithm, "quantile": None, "cutoff": None}
+        changes["algorithm"] = Algorithm(algorithm)
         if cache.tensorrt_version is None and tensorrt is None:
             raise FastcalError(f"the header of {path} names no TensorRT version; name the one that will read it with "
                                "--tensorrt")  # fmt: skip
-    elif cache.algorithm == "percentile" and tensorrt is not None:
+    elif not cache.algorithm.has_version and tensorrt is not None:
         raise FastcalError(f"{path} is of Legacy calibration, whose header has no version; leave out --tensorrt, or "
                            "choose another header with --algorithm")  # fmt: skip
     if tensorrt is not None:

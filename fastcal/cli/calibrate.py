@@ -7,8 +7,8 @@ from rich.console import Console
 
 import fastcal
 from fastcal.cli.options import (
+    BackendOption,
     CalibrationOptions,
-    EngineOption,
     ReportOption,
     UntilStableOption,
     check_outputs,
@@ -26,7 +26,7 @@ def calibrate(
     *,
     output: Annotated[str, typer.Option("--output", "-o", metavar="CACHE", help="Where to write the cache.")],
     options: CalibrationOptions,
-    engine: EngineOption = "auto",
+    backend: BackendOption = "auto",
     until_stable: UntilStableOption = None,
     workers: Annotated[
         int | None,
@@ -46,8 +46,8 @@ def calibrate(
 ) -> None:
     """Write the calibration cache TensorRT would write, from a model and images."""
     with terminal() as console:
+        from fastcal.cache.record import check_cache_writable
         from fastcal.model import Model
-        from fastcal.record import check_cache_writable
 
         network = Model(options.model)
         check_outputs(network, {"cache": output, "report": report}, options)
@@ -56,7 +56,7 @@ def calibrate(
         feed = options.feed(network)
         cache, progress = calibrate_on(
             console, network, feed, options,
-            engine=engine, until_stable=until_stable, workers=workers, ray_address=ray_address,
+            backend=backend, until_stable=until_stable, workers=workers, ray_address=ray_address,
             tensorrt_version=tensorrt,
         )  # fmt: skip
         cache.save(output)
@@ -112,7 +112,7 @@ def print_summary(
     print_rows(
         **data_rows(feed, progress),
         speed=f"{rate(progress)}, {waiting(progress)}",
-        tensors=f"{len(cache.scales)}, scales by {cache.algorithm}",
+        tensors=f"{len(cache.scales)}, scales by {cache.algorithm.name}",
         widest=f"{cache.scales[widest]:.6g} for {widest}" if widest else "all scales are 0",
         narrowest=f"{cache.scales[narrowest]:.6g} for {narrowest}" if narrowest else "all scales are 0",
         **written,
@@ -125,7 +125,7 @@ def outcome(
     """What was calibrated, as JSON has it."""
     return {
         "header": cache.header,
-        "algorithm": cache.algorithm,
+        "algorithm": cache.algorithm.name,
         "tensors": len(cache.scales),
         **data_used(feed, progress),
         "batches": progress.batches,

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 import fastcal
-from fastcal.cache import ALGORITHMS
+from fastcal.algorithm import ALGORITHMS
 from fastcal.cli.terminal import Output, output
 from fastcal.errors import FastcalError
 from fastcal.feed.preprocess import PRESETS
-from fastcal.observe import ENGINES
+from fastcal.observe import BACKENDS
 
 if TYPE_CHECKING:
     from fastcal.model import Model
 
-EngineOption = Annotated[
-    str, typer.Option(help=f"What runs the network: {', '.join(ENGINES)} (TensorRT where it and a GPU are).")
+BackendOption = Annotated[
+    str, typer.Option(help=f"What runs the network: {', '.join(BACKENDS)} (TensorRT where it and a GPU are).")
 ]
 QuantileOption = Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")]
 UntilStableOption = Annotated[
@@ -202,11 +202,11 @@ def data_rows(feed: "fastcal.ImageFeed | fastcal.NumpyFeed", progress: fastcal.P
 
 def data_used(feed: "fastcal.ImageFeed | fastcal.NumpyFeed", progress: fastcal.Progress) -> dict[str, Any]:
     """How many images or samples were calibrated with, which were not, and how images were prepared."""
-    if isinstance(feed, fastcal.NumpyFeed):
-        return {"samples": min(feed.samples, progress.images)}
-    used = min(len(feed.paths) - len(feed.skipped), progress.images)
+    used = progress.images if feed.samples is None else min(feed.samples, progress.images)
+    if feed.preprocess is None:
+        return {"samples": used}
     prepared = str(feed.preprocess)
-    if not isinstance(feed.preprocess, fastcal.Preprocess):
+    if isinstance(feed.preprocess, Mapping):
         prepared = "; ".join(f"{name}: {preprocess}" for name, preprocess in feed.preprocess.items())
     return {"images": used, "skipped": feed.skipped, "preprocess": prepared}
 
@@ -222,7 +222,7 @@ def check_outputs(
         read: What else is read.
         data: What that is where it is one file.
     """
-    from fastcal.record import record_path
+    from fastcal.cache.record import record_path
 
     taken: dict[str, str] = {}
     existing = [path for path in outputs.values() if path and os.path.isfile(path)]
@@ -279,7 +279,7 @@ def _check_size(asked: tuple[int, int], feed: "fastcal.ImageFeed", model: str) -
     """Fail where no input of the model is of the size that was asked for: each has one of its own."""
     one_or_more = feed.preprocess
     fitted = one_or_more.values() if isinstance(one_or_more, Mapping) else [one_or_more]
-    sizes = {preprocess.size for preprocess in fitted}
+    sizes = {preprocess.size for preprocess in fitted if preprocess is not None}
     if asked not in sizes:
         theirs = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
         raise FastcalError(f"{model} takes images of {theirs} alone; leave out --size {asked[0]}x{asked[1]}")

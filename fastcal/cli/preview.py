@@ -40,7 +40,7 @@ def preview(
     with terminal():
         make_preview = fastcal.preview  # fails now where what it needs is not installed
         from fastcal.model import Model
-        from fastcal.plots import check_picture
+        from fastcal.report.plots import check_picture
 
         check_picture(output)
         network = Model(options.model) if options.model else None

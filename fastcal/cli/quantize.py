@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fastcal
-from fastcal.cache import DEFAULT_TENSORRT_VERSION
 from fastcal.cli.calibrate import calibrate_on, check_report, outcome, print_summary, save_report
-from fastcal.cli.options import CalibrationOptions, EngineOption, ReportOption, UntilStableOption, check_outputs
+from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption, UntilStableOption, check_outputs
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.errors import FastcalError
 from fastcal.files import check_writable, write_atomically
+from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -25,7 +25,7 @@ class QuantizeOptions(CalibrationOptions):
     data: Annotated[
         str, typer.Argument(metavar="CACHE|DATA", help="A calibration cache, or images as calibrate takes them.")
     ]
-    engine: EngineOption = "auto"
+    backend: BackendOption = "auto"
     until_stable: UntilStableOption = None
     report: ReportOption = None
 
@@ -35,7 +35,7 @@ class QuantizeOptions(CalibrationOptions):
         Raises:
             FastcalError: It is a damaged one, or one that is given together with options for a calibration.
         """
-        from fastcal.cache_formats import from_any
+        from fastcal.cache.cache import CalibrationCache
         from fastcal.feed.dataset import kind_of
 
         path = Path(self.data)
@@ -45,7 +45,7 @@ class QuantizeOptions(CalibrationOptions):
             return False
         content = path.read_bytes()
         try:
-            from_any(content, self.data)
+            CalibrationCache.from_any(content, self.data)
         except FastcalError:
             if content.startswith((b"TRT-", b"{")):
                 raise
@@ -66,9 +66,9 @@ def quantize(
 ) -> None:
     """Write the model with QuantizeLinear and DequantizeLinear layers, which TensorRT 11 needs for INT8."""
     with terminal() as console:
+        from fastcal.cache.record import check_is_no_record
         from fastcal.model import Model
         from fastcal.qdq import check_quantizable
-        from fastcal.record import check_is_no_record
 
         network = Model(options.model)
         excluded = exclude or ()
@@ -90,7 +90,7 @@ def quantize(
             # Any version: the cache is not written, and the TensorRT installed here may be one that reads none.
             cache, progress = calibrate_on(
                 console, network, feed, options,
-                engine=options.engine, until_stable=options.until_stable, tensorrt_version=DEFAULT_TENSORRT_VERSION,
+                backend=options.backend, until_stable=options.until_stable, tensorrt_version=DEFAULT_TENSORRT_VERSION,
             )  # fmt: skip
             quantized = fastcal.quantize(network, cache, exclude=excluded)
             made, rows = _write_model(quantized, output)

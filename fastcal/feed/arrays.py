@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from fastcal.device import resolve
 from fastcal.errors import FastcalError
 from fastcal.feed.buffers import Batches, Buffer
-from fastcal.feed.device import resolve
 from fastcal.feed.feed import Batch, Feed, Turns, check_settings
 from fastcal.feed.prefetch import Prefetcher
 from fastcal.feed.reader import Reader, is_source
@@ -103,11 +103,6 @@ class ArrayFeed(Feed):
         """Samples in the first batch."""
         return self._peek().batch_size
 
-    @cached_property
-    def anonymous(self) -> bool:  # type: ignore[override]
-        """Whether the batches hold one array that was given no name."""
-        return self._peek().anonymous
-
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Feed.shapes`; a pass begun for that goes on with the next iteration."""
         return self._peek().shapes
@@ -122,8 +117,7 @@ class ArrayFeed(Feed):
         completed = batches.stop == len(listed) > 1  # the last one with the first, perhaps
         some = [listed[0]] * completed + list(listed[batches.start : batches.stop])
         with ArrayFeed(some, self._reader.names, last_batch=self._reader.last_batch, device="cpu") as feed:
-            dicts = [{name: np.array(array) for name, array in batch.items()} for batch in feed][completed:]
-            copied = [array for batch in dicts for array in batch.values()] if feed.anonymous else dicts
+            copied = [{name: np.array(array) for name, array in batch.items()} for batch in feed][completed:]
         return ArrayFeed(copied, last_batch="keep", device="cpu")
 
     def describe(self) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fastcal.device import to_host
 from fastcal.errors import FastcalError
-from fastcal.feed.device import to_host
 from fastcal.feed.prefetch import Prefetcher
 
 #: The shape and type of an array.

@@ -7,8 +7,8 @@ import numpy as np
 from nvidia.dali import Pipeline
 from nvidia.dali.backend import TensorListGPU
 
+from fastcal.device import as_cupy
 from fastcal.errors import FastcalError
-from fastcal.feed.device import as_cupy
 
 
 class Epochs:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastcal.errors import MOST_THREADS, FastcalError, check_range
+from fastcal.feed.preprocess import Preprocess
 
 #: The batch size where neither the caller nor the model says one.
 BATCH_SIZE = 32
@@ -25,14 +26,19 @@ class Feed(ABC):
 
     Attributes:
         batch_size: Samples in a batch.
-        anonymous: Whether its batches hold one array that was given no name and goes to whatever single input a
-            network has.
         gpu: The number of the GPU that the batches lie on; None for host memory.
+        samples: The number of samples that a pass goes through, skipped ones left out; None if it is not known.
+        sample_names: The names of these samples in order, the paths of image files for instance; None if they have
+            none.
+        preprocess: How images are prepared; a dict by input name for several inputs that take images; None for other
+            data.
     """
 
     batch_size: int
-    anonymous: bool = False
     gpu: int | None = None
+    samples: int | None = None
+    sample_names: Sequence[str] | None = None
+    preprocess: Preprocess | Mapping[str, Preprocess] | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -52,7 +58,7 @@ class Feed(ABC):
 
     @property
     def skipped(self) -> list[str]:
-        """Names of the samples that passes have found unreadable and left out."""
+        """The names of the samples that passes have found unreadable and left out."""
         return []
 
     def part(self, batches: range, *, gpu: int | None, threads: int) -> "Feed":

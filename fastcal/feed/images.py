@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from fastcal.device import resolve
 from fastcal.errors import FastcalError
 from fastcal.feed.buffers import Batches, Buffer, DeviceBuffer, Shape
 from fastcal.feed.dataset import Data
-from fastcal.feed.device import resolve
 from fastcal.feed.digest import add_array
 from fastcal.feed.feed import BATCH_SIZE, Batch, Feed, Turns, as_array, check_settings
 from fastcal.feed.inputs import check_inputs, image_input, image_inputs, name_inputs, open_sources
@@ -139,7 +139,6 @@ class ImageFeed(Feed):
             raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
         network = None if model is None else Model.of(model)
         named = name_inputs(data, input_name, network)
-        self.anonymous = not isinstance(data, Mapping) and network is None and input_name is None and not constants
         self._constants = {name: as_array(values) for name, values in (constants or {}).items()}
         self._sources = open_sources(named, key, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
         self._images = image_inputs(self._sources, preprocess, network)
@@ -217,6 +216,16 @@ class ImageFeed(Feed):
         prefetcher = Prefetcher(self._buffers, self._fill, len(self), self._prepare)
         self._end_pass = prefetcher.close
         return Batches(prefetcher)
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of samples, skipped ones left out."""
+        return len(self.paths) - len(self._unreadable)
+
+    @property
+    def sample_names(self) -> list[str]:  # type: ignore[override]
+        """The names of the samples in order, skipped ones left out; see `paths`."""
+        return [path for number, path in enumerate(self.paths) if number not in self._unreadable]
 
     @property
     def skipped(self) -> list[str]:

@@ -3,16 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fastcal.batch import UNNAMED, Input, format_shape, shape_fits
 from fastcal.errors import FastcalError, quoted
 from fastcal.feed import dataset
 from fastcal.feed.dataset import Data
 from fastcal.feed.pipeline import ImageInput
 from fastcal.feed.preprocess import Preprocess
 from fastcal.feed.sources import Arrays, ImageSource, Shards, Source, open_source
-from fastcal.model import Model, ModelInput, fits, format_shape
+from fastcal.model import Model
 
 
-def image_input(model: Model, name: str | None) -> ModelInput:
+def image_input(model: Model, name: str | None) -> Input:
     """The input of that name, or the only one."""
     if name is not None:
         return _input_of(model, name)
@@ -39,7 +40,7 @@ def name_inputs(data: Data | Mapping[str, Data], name: str | None, model: Model 
     if not isinstance(data, Mapping):
         if model is not None:
             name = image_input(model, name).name
-        return {name or "input": data}
+        return {name or UNNAMED: data}
     if name is not None:
         raise FastcalError(f"input_name {name!r} is for data of one input; a dict of data names its inputs")
     if not data:
@@ -158,14 +159,14 @@ def check_inputs(
     arrays |= {name: (values.shape, values.dtype) for name, values in constants.items()}
     for name, (shape, dtype) in arrays.items():
         value = _input_of(model, name)
-        if not fits(value.shape, shape) or dtype != value.dtype:
+        if not shape_fits(value.shape, shape) or dtype != value.dtype:
             raise FastcalError(
                 f"{model.path} takes {value.dtype} for input {value}, the arrays are {dtype} {format_shape(shape)}; "
                 "give arrays of that type and shape"
             )
 
 
-def _input_of(model: Model, name: str) -> ModelInput:
+def _input_of(model: Model, name: str) -> Input:
     for value in model.inputs:
         if value.name == name:
             return value

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastcal.batch import Input, check_values, format_shape, shape_fits
 from fastcal.errors import FastcalError, quoted
 from fastcal.feed.arrays import LAST_BATCHES, ArrayFeed
 from fastcal.feed.dataset import EXTENSIONS, Data, shuffled
@@ -23,7 +24,7 @@ from fastcal.feed.digest import add_files
 from fastcal.feed.feed import BATCH_SIZE, check_settings
 from fastcal.feed.runs import count_batches, say_how_it_ends
 from fastcal.memory import check_room
-from fastcal.model import Model, ModelInput, check_values, fits, format_shape
+from fastcal.model import Model
 
 #: How `numpy.savez` names an array that was given no name.
 _UNNAMED = "arr_0"
@@ -55,7 +56,6 @@ class NumpyFeed(ArrayFeed):
         depth: As in `ArrayFeed`.
 
     Attributes:
-        samples: The number of samples.
         batch_size: Samples in a batch.
 
     Raises:
@@ -87,15 +87,20 @@ class NumpyFeed(ArrayFeed):
             raise FastcalError(f"the inputs have different numbers of samples, {each}; every sample needs all inputs")
         (total,) = set(counts.values())
         numbers = shuffled(total, seed) if shuffle else np.arange(total)
-        self.samples = len(numbers[:limit])
+        self._count = len(numbers[:limit])
         batch_size = batch_size or BATCH_SIZE
-        largest = batch_size if last_batch == "wrap" else min(batch_size, self.samples)
-        held = 1 + min(depth, count_batches(self.samples, batch_size, True))  # one is put together for the buffers
+        largest = batch_size if last_batch == "wrap" else min(batch_size, self._count)
+        held = 1 + min(depth, count_batches(self._count, batch_size, True))  # one is put together for the buffers
         size = held * largest * sum(column.sample_size for column in columns.values())
         check_room(size, f"{held} batches of {largest} samples", "use a smaller batch size")
         self._files = _Batches(columns, numbers[:limit], batch_size, last_batch)
         self._seed = seed if shuffle else None
         super().__init__(self._files, last_batch="keep", device=device, depth=depth)
+
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of samples."""
+        return self._count
 
     def part(self, batches: range, *, gpu: int | None, threads: int) -> ArrayFeed:
         """See `Feed.part`: `batches` from the files, in host memory; `gpu` and `threads` are nothing to it."""
@@ -104,7 +109,7 @@ class NumpyFeed(ArrayFeed):
     def describe(self) -> dict[str, Any]:
         """The files in order, by path below their common folder, size and time; and what is taken from them."""
         return {
-            "arrays": self.samples,
+            "arrays": self._count,
             "batches": len(self),
             "batch_size": self._files.batch_size,
             "seed": self._seed,
@@ -177,7 +182,7 @@ class _Column:
         FastcalError: A file cannot be read, or is of another shape or type than the first or than the input.
     """
 
-    def __init__(self, files: Sequence[tuple[str, str | None]], value: ModelInput | None, label: str) -> None:
+    def __init__(self, files: Sequence[tuple[str, str | None]], value: Input | None, label: str) -> None:
         self.paths = [path for path, _ in files]
         self._files = files
         self._value, self._label = value, label
@@ -262,9 +267,9 @@ def _by_input(
     return {name: [(path, name) for path in paths] for name in inputs or keys}
 
 
-def _check(path: str, value: ModelInput, label: str, shape: tuple[int, ...], dtype: Any) -> None:
+def _check(path: str, value: Input, label: str, shape: tuple[int, ...], dtype: Any) -> None:
     """Hold the first array, as a batch, against the model's input."""
-    if len(shape) != len(value.shape) or not fits(value.shape[1:], shape[1:]):  # a batch of any size
+    if len(shape) != len(value.shape) or not shape_fits(value.shape[1:], shape[1:]):  # a batch of any size
         raise FastcalError(
             f"{label} takes input {value}, {path} is {format_shape(shape)}; save one sample of that shape a file, or "
             "several along a first dimension"

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from fastcal.batch import UNNAMED
+from fastcal.device import as_cupy, is_on_gpu, to_host
 from fastcal.errors import FastcalError, quoted
 from fastcal.feed.buffers import Buffer, DeviceBuffer
-from fastcal.feed.device import as_cupy, is_on_gpu, to_host
 from fastcal.feed.digest import add_array
 from fastcal.feed.feed import kept_type
 from fastcal.feed.prefetch import Fill
-
-#: What an array is called that the caller gave no name.
-_NAMELESS = "input"
 
 _log = logging.getLogger("fastcal")
 
@@ -38,7 +36,6 @@ class Reader:
     Attributes:
         batch_size: Samples in the first batch; 0 before it was seen.
         shapes: The shape of each array of the first batch, by input name.
-        anonymous: Whether the batches hold one array that was given no name.
         names: As it was given.
         last_batch: As it was given.
     """
@@ -48,7 +45,6 @@ class Reader:
     ) -> None:
         self.batch_size = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.anonymous = False
         self._batches = _iterable(batches)
         self.names = names
         self.last_batch = last_batch
@@ -144,7 +140,7 @@ class Reader:
             arrays = self._arrays(number, batch)
             samples = _samples(number, arrays)
             if number == 0:
-                self._see_first(arrays, samples, anonymous=self.names is None and not isinstance(batch, Mapping))
+                self._see_first(arrays, samples)
             self._check_types(number, arrays)
             parts = {name: [array] for name, array in arrays.items()}
             if self.last_batch != "keep" and samples != self.batch_size:
@@ -177,7 +173,7 @@ class Reader:
             f"batch {number} has {samples} samples, batch 0 has {self.batch_size}; only the last may have fewer"
         )
 
-    def _see_first(self, arrays: Mapping[str, Any], samples: int, *, anonymous: bool) -> None:
+    def _see_first(self, arrays: Mapping[str, Any], samples: int) -> None:
         if self.last_batch == "wrap":
             self._first = self._first or self._make_buffer()
             with self._first.filling():
@@ -190,7 +186,6 @@ class Reader:
             add_array(digest, name, to_host(array))
         self._digest = digest.hexdigest()
         self._types = {name: kept_type(array.dtype) for name, array in arrays.items()}
-        self.anonymous = anonymous
         self.shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         self.batch_size = samples
 
@@ -229,7 +224,7 @@ class Reader:
         elif by_key:
             names = {name: name for name in (batch if self.names is None else self.names)}
         else:
-            names = dict(enumerate((_NAMELESS,) if self.names is None else self.names))
+            names = dict(enumerate((UNNAMED,) if self.names is None else self.names))
         arrays = {}
         for key, name in names.items():
             try:

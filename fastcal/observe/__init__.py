@@ -1,4 +1,4 @@
-"""The network observed: batches run with every activation visible, histograms, scales."""
+"""A network observed: a backend runs it over batches and keeps a histogram of every tensor."""
 
-#: What `fastcal.calibrate` can run a network with; "auto" is TensorRT where it, CuPy and a GPU are, else ONNX Runtime.
-ENGINES = ("auto", "tensorrt", "onnxruntime")
+#: The backends that `fastcal.calibrate` takes. "auto" is TensorRT if it, CuPy and a GPU are present, else ONNX Runtime.
+BACKENDS = ("auto", "tensorrt", "onnxruntime")

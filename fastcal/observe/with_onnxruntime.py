@@ -11,10 +11,11 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
+from fastcal.batch import match_batch
+from fastcal.device import to_host
 from fastcal.errors import FastcalError
-from fastcal.feed.device import to_host
 from fastcal.memory import SHARE, free_memory, groups
-from fastcal.model import Model, match_batch
+from fastcal.model import Model
 from fastcal.observe.histogram import Histogram, Histograms
 
 #: How many characters of what ONNX Runtime says are shown, of its beginning and of its end: what is wrong comes last.
@@ -45,7 +46,7 @@ class OnnxRuntimeObserver:
         memory: As for `PartedRunner`.
 
     Attributes:
-        sources: Tensors that take another's scale: name to the other's name.
+        shared_scales: Tensors that take the scale of another one: name to the other tensor's name.
 
     Raises:
         FastcalError: ONNX Runtime does not take the model.
@@ -53,7 +54,7 @@ class OnnxRuntimeObserver:
 
     def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
         self._model = model
-        self.sources = model.sources
+        self.shared_scales = model.shared_scales
         self._runner = PartedRunner(model, threads, memory)
         self._histograms = Histograms(threads)
 
@@ -62,17 +63,16 @@ class OnnxRuntimeObserver:
         self._histograms.clear()
         self._histograms.update({name: Histogram(start) for name, start in starts.items()})
 
-    def observe(self, batch: Mapping[str, Any], *, anonymous: bool = False) -> None:
+    def observe(self, batch: Mapping[str, Any]) -> None:
         """Run one batch and count its activations.
 
         Args:
             batch: Arrays by input name.
-            anonymous: Whether the batch's one array was given no name and so goes to the model's one input.
 
         Raises:
             FastcalError: The batch does not fit the model or the memory, or ONNX Runtime fails on it.
         """
-        arrays = match_batch(self._model.inputs, str(self._model.path), batch, anonymous)
+        arrays = match_batch(self._model.inputs, str(self._model.path), batch)
         for values in self._runner.run(arrays):
             self._histograms.update_all(values)
             del values  # before the next ones are there

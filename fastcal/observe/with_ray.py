@@ -14,11 +14,13 @@ from typing import Any
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
-from fastcal.errors import FastcalError, check_range
+from fastcal.definition import Network
+from fastcal.errors import DataError, FastcalError, ModelError, UnavailableError, check_range
 from fastcal.feed.feed import Feed, length
 from fastcal.model import Model
+from fastcal.observe.backends import Backend, Enough, LocalBackend, OnnxRuntimeBackend, choose_backend, timed
 from fastcal.observe.histogram import Histogram
-from fastcal.observe.observer import Engine, Seen, choose_engine, timed
+from fastcal.observe.observations import Observations
 from fastcal.progress import Progress
 
 #: How many seconds' work a worker is given at once: enough to make light of what a new feed costs, and of the result's
@@ -46,15 +48,9 @@ _FIRST = range(1)
 _log = logging.getLogger("fastcal")
 
 
-def observe(
-    network: Model | Any,
-    feed: Feed,
-    engine: Engine,
-    workers: int,
-    address: str | None,
-    progress: Callable[[Progress], None],
-) -> Seen:
-    """Observe all batches of a feed with Ray actors.
+@dataclass(frozen=True)
+class RayBackend(Backend):
+    """Ray actors that share a feed's batches.
 
     Gives the histograms that one process gives, if the actors' machines compute the same activations. The first batch
     sets the ranges of the tensors, and is observed by every worker when it starts. A worker is then given a share
@@ -63,40 +59,62 @@ def observe(
     to the worker (it was 0 in all batches so far), and was set meanwhile by a share before, makes its share be counted
     again. A share counts as a whole or not at all, so one whose worker died is given to another.
 
-    Args:
-        network: An ONNX model, with its file at the same path on every node.
-        feed: One that can be divided.
-        engine: What runs the network; the name "auto" is decided on a node with a GPU, if the cluster has one.
-        workers: How many actors.
-        address: The cluster; None for the one that RAY_ADDRESS names, else one that is started here for now. Not
-            looked at where the process is connected to Ray already.
-        progress: Called after every share.
-
-    Raises:
-        FastcalError: Feed or network cannot be spread; Ray cannot be reached; workers die again and again; or what a
-            worker raises, of the first batch in order that goes wrong.
+    Attributes:
+        workers: The number of actors.
+        address: The cluster; None for the one that RAY_ADDRESS names, else one that is started here for the time of the
+            observation. Ignored if the process is connected to Ray already.
+        asked: The name of the backend that the workers use; "auto" is decided on a node with a GPU if the cluster has
+            one.
+        backends: The local backends by name.
+        threads: The number of CPUs of each worker; by default as many as leave room for all workers.
     """
-    check_range("workers", workers, 1)
-    if not isinstance(network, Model):
-        raise FastcalError(f"workers run ONNX files, not a {type(network).__name__}; leave workers out")
-    feed.part(_FIRST, gpu=None, threads=1)  # raises, before Ray is started, where it cannot be divided
-    if length(feed) is None:
-        raise FastcalError("workers must know how many batches there are, and the feed does not; leave workers out")
-    with _connected(address, workers):
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-        name = _choose_engine(engine.name, gpus)
-        on_gpus = gpus > 0 and (name == "tensorrt" or feed.gpu is not None)  # images as the feed has them
-        threads = engine.threads or _cpus_each(nodes, workers, on_gpus)
-        room = sum(_room(node, threads, on_gpus) for node in nodes)
-        if room < workers:
-            each = f"{threads} CPUs" + " and a GPU" * on_gpus
-            _log.info("Ray has room for %d of the %d workers, with %s each", room, workers, each)
-        crew = _Crew(network, feed, replace(engine, name=name, threads=threads), workers, on_gpus, progress)
-        try:
-            return crew.observe()
-        finally:
-            crew.dismiss()
+
+    workers: int
+    address: str | None
+    asked: str
+    backends: Mapping[str, LocalBackend]
+    threads: int | None = None
+    name = "ray"
+
+    def observe(
+        self, network: Network, feed: Feed, progress: Callable[[Progress], None], enough: Enough | None = None
+    ) -> Observations:
+        """Run a network over the batches of a feed: see `Backend.observe`.
+
+        Raises:
+            FastcalError: Feed or network cannot be divided; Ray cannot be reached; workers die again and again; or what
+                a worker raises, of the first batch in order that goes wrong.
+        """
+        check_range("workers", self.workers, 1)
+        if not isinstance(network, Model):
+            raise ModelError(f"workers run ONNX files, not {network.label}; leave workers out")
+        feed.part(_FIRST, gpu=None, threads=1)  # raises, before Ray is started, where it cannot be divided
+        if length(feed) is None:
+            raise DataError("workers must know how many batches there are, and the feed does not; leave workers out")
+        timeline: list[Progress] = []
+
+        def keep(state: Progress) -> None:
+            timeline.append(replace(state))
+            progress(state)
+
+        with _connected(self.address, self.workers):
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+            backend = self.backends[_choose(self.asked, gpus)]
+            on_gpus = gpus > 0 and (backend.name == "tensorrt" or feed.gpu is not None)  # images as the feed has them
+            threads = self.threads or _cpus_each(nodes, self.workers, on_gpus)
+            room = sum(_room(node, threads, on_gpus) for node in nodes)
+            if room < self.workers:
+                each = f"{threads} CPUs" + " and a GPU" * on_gpus
+                _log.info("Ray has room for %d of the %d workers, with %s each", room, self.workers, each)
+            if isinstance(backend, OnnxRuntimeBackend):
+                backend = replace(backend, threads=threads)
+            crew = _Crew(network, feed, backend, threads, self.workers, on_gpus, keep)
+            try:
+                histograms, shared_scales = crew.observe()
+            finally:
+                crew.dismiss()
+        return Observations(network.label, backend.name, backend.precision, histograms, shared_scales, timeline)
 
 
 @contextlib.contextmanager
@@ -125,15 +143,15 @@ def _connected(address: str | None, workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _choose_engine(asked: str, gpus: int) -> str:
-    """The engine that all workers use."""
+def _choose(asked: str, gpus: int) -> str:
+    """Return the name of the backend that all workers use."""
     if gpus == 0:
         if asked == "tensorrt":
-            raise FastcalError("engine tensorrt needs GPUs, and the Ray cluster has none; use engine onnxruntime")
+            raise UnavailableError("backend tensorrt needs GPUs, and the Ray cluster has none; use backend onnxruntime")
         return "onnxruntime"
     if asked != "auto":
         return asked
-    chosen: str = ray.get(ray.remote(num_gpus=1)(choose_engine).remote("auto", True))
+    chosen: str = ray.get(ray.remote(num_gpus=1)(choose_backend).remote("auto", True))
     return chosen
 
 
@@ -156,13 +174,13 @@ class _Counted:
 
     Attributes:
         histograms: By tensor name.
-        sources: Tensors that take another's scale: name to the other's name.
+        shared_scales: Tensors that take the scale of another one: name to the other tensor's name.
         progress: How many batches it was, and how long it took.
         notes: What was logged meanwhile: logger, level and text.
     """
 
     histograms: Mapping[str, Histogram]
-    sources: Mapping[str, str]
+    shared_scales: Mapping[str, str]
     progress: Progress
     notes: Sequence[tuple[str, int, str]]
 
@@ -185,13 +203,13 @@ class _Worker:
         logger.addHandler(self._notes)
         logger.setLevel(logging.INFO)
 
-    def start(self, path: str, digest: str, engine: Engine, first: Feed) -> _Counted:
-        """Start the engine, and observe the first batches."""
+    def start(self, path: str, digest: str, backend: LocalBackend, first: Feed) -> _Counted:
+        """Start the backend, and observe the first batches."""
         with self._named_errors():
             model = Model(path)
             if model.digest != digest:
-                raise FastcalError(f"{path} is another model than where the calibration was started; copy it anew")
-            self._observing = engine.observer(model, first.gpu)
+                raise ModelError(f"{path} is another model than where the calibration was started; copy it anew")
+            self._observing = backend.observer(model, first.gpu)
             self._observer = self._observing.__enter__()  # for good: the process ends with the worker
             return self._observe(first)
 
@@ -206,13 +224,13 @@ class _Worker:
         with part:
             with timed(part, states.append) as batches:
                 for batch in batches:
-                    self._observer.observe(batch, anonymous=part.anonymous)
+                    self._observer.observe(batch)
             # Before the feed's buffers, which may be read still, are gone.
             histograms = dict(self._observer.histograms())
         state = states[-1]
         if state.batches != len(part):
-            raise FastcalError(f"the feed gave {state.batches} of {len(part)} batches; leave workers out")
-        return _Counted(histograms, self._observer.sources, state, self._notes.take())
+            raise DataError(f"the feed gave {state.batches} of {len(part)} batches; leave workers out")
+        return _Counted(histograms, self._observer.shared_scales, state, self._notes.take())
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -220,7 +238,8 @@ class _Worker:
         try:
             yield
         except FastcalError as error:
-            raise FastcalError(f"{self._where}{error}") from error
+            error.args = (f"{self._where}{error}",)
+            raise
 
 
 class _Notes(logging.Handler):
@@ -252,7 +271,8 @@ class _Crew:
     Args:
         model: The network.
         feed: The batches.
-        engine: What runs the network.
+        backend: What runs the network.
+        threads: The number of CPUs of each worker.
         workers: How many workers there are to be.
         on_gpus: Whether each has a GPU.
         progress: Called when a share has been added.
@@ -262,14 +282,16 @@ class _Crew:
         self,
         model: Model,
         feed: Feed,
-        engine: Engine,
+        backend: LocalBackend,
+        threads: int,
         workers: int,
         on_gpus: bool,
         progress: Callable[[Progress], None],
     ) -> None:
         self._model = model
         self._feed = feed
-        self._engine = engine
+        self._backend = backend
+        self._threads = threads
         self._workers = workers
         self._on_gpus = on_gpus
         self._report = progress
@@ -282,13 +304,13 @@ class _Crew:
         self._counted: dict[int, _Counted | FastcalError] = {}  # by first batch, until those before are there
         self._total: dict[str, Histogram] = {}
         self._first: Mapping[str, float] | None = None  # the first batch's maxima, by tensor name
-        self._sources: Mapping[str, str] = {}
+        self._shared_scales: Mapping[str, str] = {}
         self._notes: set[tuple[str, int, str]] = set()
         self._state = Progress(total=len(feed))
         self._started = 0.0
 
-    def observe(self) -> Seen:
-        """Count all batches."""
+    def observe(self) -> tuple[Mapping[str, Histogram], Mapping[str, str]]:
+        """Count all batches; returns the histograms and the shared scales."""
         for _ in range(self._workers):
             self._start_worker(_Task(_FIRST))
         while self._state.batches < len(self._feed):
@@ -302,12 +324,12 @@ class _Crew:
                 if not isinstance(error.cause, FastcalError):
                     raise
                 if task.batches == _FIRST:
-                    raise FastcalError(str(error.cause)) from None
+                    raise error.cause.with_traceback(None) from None
                 self._counted[task.batches.start] = error.cause
                 self._idle.append(actor)
             self._add_up()
             self._give_out()
-        return Seen(self._engine.name, self._total, self._sources)
+        return self._total, self._shared_scales
 
     def dismiss(self) -> None:
         """End all workers."""
@@ -315,17 +337,17 @@ class _Crew:
             ray.kill(actor)
 
     def _start_worker(self, task: _Task) -> None:
-        resources = {"num_cpus": self._engine.threads} | ({"num_gpus": 1} if self._on_gpus else {})
+        resources = {"num_cpus": self._threads} | ({"num_gpus": 1} if self._on_gpus else {})
         # Spread, so that nodes share the reading too.
         actor = ray.remote(_Worker).options(scheduling_strategy="SPREAD", **resources).remote(os.getcwd())
         self._actors.append(actor)
         model = str(self._model.path), self._model.digest
-        reference = actor.start.remote(*model, self._engine, self._part(task.batches))
+        reference = actor.start.remote(*model, self._backend, self._part(task.batches))
         self._running[reference] = actor, task
 
     def _part(self, batches: range) -> Feed:
         gpu = 0 if self._on_gpus else None  # Ray shows a worker its own GPU alone
-        return self._feed.part(batches, gpu=gpu, threads=self._engine.threads or 1)
+        return self._feed.part(batches, gpu=gpu, threads=self._threads)
 
     def _wait(self) -> Any:
         """The next reference whose result is there, or will never be."""
@@ -334,7 +356,7 @@ class _Crew:
             ready, _ = ray.wait(running, timeout=_PATIENCE_SECONDS)
             if ready:
                 return ready[0]
-            _log.info("waiting for Ray to start a worker with %s CPUs", self._engine.threads)
+            _log.info("waiting for Ray to start a worker with %s CPUs", self._threads)
         return ray.wait(running)[0][0]
 
     def _take(self, actor: Any, task: _Task, counted: _Counted) -> None:
@@ -351,7 +373,7 @@ class _Crew:
             return
         maxima = {name: histogram.amax for name, histogram in counted.histograms.items()}
         if self._first is None:
-            self._first, self._sources = maxima, counted.sources
+            self._first, self._shared_scales = maxima, counted.shared_scales
             self._started = time.perf_counter() - counted.progress.seconds
             self._counted[_FIRST.start] = counted
         elif maxima != self._first:
@@ -382,7 +404,7 @@ class _Crew:
         """Put the counts together that come next in the batches' order."""
         while (counted := self._counted.pop(self._state.batches, None)) is not None:
             if isinstance(counted, FastcalError):
-                raise FastcalError(str(counted)) from None
+                raise counted.with_traceback(None)
             start, done = self._state.batches, counted.progress
             for name in counted.histograms:
                 self._total.setdefault(name, Histogram())

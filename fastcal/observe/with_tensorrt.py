@@ -9,12 +9,14 @@ from typing import Any
 import cupy
 import numpy as np
 
+from fastcal.batch import Input, check_values, format_shape, known_sizes, match_batch
+from fastcal.definition import Definition, Network
+from fastcal.device import upload, wait_until_filled
 from fastcal.errors import FastcalError
-from fastcal.feed.device import upload, wait_until_filled
 from fastcal.memory import SHARE, groups
-from fastcal.model import Model, ModelInput, check_values, format_shape, match_batch
-from fastcal.network import Logger, known_sizes, parse, start_builder, tactic_bits, trt
-from fastcal.observe.device_histogram import DeviceHistograms
+from fastcal.model import Model
+from fastcal.network import Logger, parse, start_builder, tactic_bits, trt
+from fastcal.observe.device_histograms import DeviceHistograms
 from fastcal.observe.histogram import Histogram
 
 #: TensorRT wants its tensors at multiples of 256 bytes.
@@ -36,7 +38,7 @@ class TensorRTObserver:
     An engine is built when the first batch comes, and again when one of other shapes does.
 
     Args:
-        network: An ONNX model, or an `INetworkDefinition`, which is left as it was.
+        network: The network; a `Definition` is left as it was.
         tf32: Whether TensorRT may round the factors of convolutions and matrix products to TF32: faster, and amax
             differs from FP32's by about 1e-3.
         optimization_level: 0 (built fastest) to 5 (runs fastest).
@@ -46,12 +48,12 @@ class TensorRTObserver:
 
     Attributes:
         inputs: The network's inputs.
-        sources: Tensors that take another's scale: name to the other's name.
+        shared_scales: Tensors that take the scale of another one: name to the other tensor's name.
     """
 
     def __init__(
         self,
-        network: Model | Any,
+        network: Network,
         *,
         tf32: bool = False,
         optimization_level: int = 0,
@@ -60,14 +62,14 @@ class TensorRTObserver:
     ) -> None:
         self._logger = Logger()
         self._builder = start_builder(self._logger)
-        self._network = parse(self._builder, network, self._logger) if isinstance(network, Model) else network
-        self._label = str(network.path) if isinstance(network, Model) else f"network {self._network.name!r}"
+        self._label = network.label
+        self._network = parse(self._builder, network, self._logger) if isinstance(network, Model) else network.raw
         self._tf32 = tf32
         self._level = optimization_level
         self._memory = memory
         self._tactic_sources = tactic_bits(tactic_sources)
-        self.inputs = tuple(_input(value) for value in _inputs(self._network))
-        self.sources = _pooled(self._network)
+        self.inputs = Definition(self._network).inputs
+        self.shared_scales = _pooled(self._network)
         self._computed = _computed(self._network)
         self._engines: list[_Engine] = []
         self._shapes: Shapes | None = None  # of the inputs that the engines are built for
@@ -84,17 +86,16 @@ class TensorRTObserver:
         """Begin anew, with ranges by tensor name: those that batches before have set. Leaves constants out from now."""
         self._histograms.begin(starts)
 
-    def observe(self, batch: Mapping[str, Any], *, anonymous: bool = False) -> None:
+    def observe(self, batch: Mapping[str, Any]) -> None:
         """Run one batch and count its tensors; returns when the batch before is done.
 
         Args:
             batch: Arrays by input name, on the GPU or in host memory.
-            anonymous: Whether the batch's one array was given no name and so goes to the network's one input.
 
         Raises:
             FastcalError: The batch does not fit the network, or TensorRT cannot run it.
         """
-        batch = match_batch(self.inputs, self._label, batch, anonymous)
+        batch = match_batch(self.inputs, self._label, batch)
         arrays = {value.name: self._on_device(value, batch[value.name]) for value in self.inputs}
         shapes = tuple((name, tuple(array.shape)) for name, array in arrays.items())
         if shapes != self._shapes:
@@ -137,7 +138,7 @@ class TensorRTObserver:
         self._engines, self._shapes = [], None
         cupy.get_default_memory_pool().free_all_blocks()  # TensorRT, which may build next, has memory of its own
 
-    def _on_device(self, value: ModelInput, array: Any) -> Any:
+    def _on_device(self, value: Input, array: Any) -> Any:
         if hasattr(array, "__cuda_array_interface__"):
             if not isinstance(array, cupy.ndarray):  # those of CuPy are made on the current stream, or were before
                 wait_until_filled(array)
@@ -167,7 +168,7 @@ class TensorRTObserver:
         if plan is None:
             raise FastcalError(
                 f"TensorRT cannot build {self._label} with every tensor visible: "
-                f"{self._logger.reasons()}; use engine='onnxruntime'"
+                f"{self._logger.reasons()}; use backend='onnxruntime'"
             )
         return plan
 
@@ -219,10 +220,6 @@ def _inputs(network: Any) -> list[Any]:
     return [network.get_input(index) for index in range(network.num_inputs)]
 
 
-def _input(value: Any) -> ModelInput:
-    return ModelInput(value.name, known_sizes(value.shape), np.dtype(trt.nptype(value.dtype)))
-
-
 def _layers(network: Any) -> Iterator[Any]:
     return (network.get_layer(index) for index in range(network.num_layers))
 
@@ -258,7 +255,7 @@ def _elements(weights: Any) -> Any:
 
 
 def _pooled(network: Any) -> dict[str, str]:
-    """The outputs of pooling layers, which take their inputs' scales: see `Model.sources`."""
+    """The outputs of pooling layers, which take their inputs' scales: see `Model.shared_scales`."""
     sources: dict[str, str] = {}
     for layer in _layers(network):
         if layer.type == trt.LayerType.POOLING:
@@ -273,7 +270,7 @@ def _bytes(value: Any) -> int:
     if min(shape, default=0) < 0:
         raise FastcalError(
             f"the shape of tensor {value.name!r} is {format_shape(known_sizes(shape))} even "
-            "for inputs of fixed shapes: it depends on the data; use engine='onnxruntime'"
+            "for inputs of fixed shapes: it depends on the data; use backend='onnxruntime'"
         )
     elements, dtype = math.prod(shape), np.dtype(trt.nptype(value.dtype))
     copy = 0 if dtype == np.float32 else _aligned(4 * elements)  # they are counted as float32

@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from conftest import is_unnamed
 from fastcal import ArrayFeed, FastcalError, Feed, ImageFeed, Preprocess, calibrate
 from fastcal.feed.feed import length
 
@@ -95,7 +96,7 @@ def test_arrays_go_to_the_inputs_they_are_named_after(batch, names, expected):
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert np.array_equal(found[name], array)
-    assert feed.anonymous is (names is None and not isinstance(batch, dict))
+    assert is_unnamed(found) is (names is None and not isinstance(batch, dict))
     assert feed.batch_size == 2
 
 
@@ -141,7 +142,7 @@ def test_a_pass_begun_to_find_something_out_that_fails_is_not_handed_out():
 def test_asking_for_the_batch_size_begins_the_pass_that_is_handed_out():
     loader = Loader(numbers(2, 2))
     feed = ArrayFeed(loader)
-    assert (feed.batch_size, feed.anonymous, loader.passes) == (2, False, 1)
+    assert (feed.batch_size, feed.shapes(), loader.passes) == (2, {"x": (2, 1)}, 1)
     assert samples(feed) == [[0, 1], [2, 3]]
     assert loader.passes == 1
     assert samples(feed) == [[0, 1], [2, 3]]
@@ -458,7 +459,7 @@ def test_a_feed_of_pytorchs_tensors_calibrates(onnx_file):
             return iter([{"x": torch.tensor([[1.0], [-3.0]])}])
 
     path = onnx_file("f (float[N, 1] x) => (float[N, 1] y) { y = Relu(x) }")
-    assert calibrate(path, Own(), algorithm="minmax", engine="onnxruntime").scales["x"] == float(
+    assert calibrate(path, Own(), algorithm="minmax", backend="onnxruntime").scales["x"] == float(
         np.float32(3) / np.float32(127)
     )
 

@@ -163,8 +163,8 @@ def test_errors_of_the_callers_sources_come_through():
 
 def test_a_pipeline_calibrates_as_it_is(onnx_file):
     path = onnx_file("f (float[N, 3, 16, 16] image) => (float[N, 3, 16, 16] y) { y = Relu(image) }")
-    scales = calibrate(path, prepared(batch_size=20), algorithm="minmax", engine="onnxruntime").scales
+    scales = calibrate(path, prepared(batch_size=20), algorithm="minmax", backend="onnxruntime").scales
     with ImageFeed(IMAGES, preprocess=_unit(), model=path, batch_size=10, device="cpu") as feed:
         assert scales["image"] == pytest.approx(
-            calibrate(path, feed, algorithm="minmax", engine="onnxruntime").scales["image"], abs=1 / 255 / 127
+            calibrate(path, feed, algorithm="minmax", backend="onnxruntime").scales["image"], abs=1 / 255 / 127
         )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import is_unnamed
 from fastcal import FastcalError, ImageFeed, Preprocess
 from fastcal.feed.pipeline import ImagePipeline
 from references import PRESETS, crop, difference_from_preset, letterbox, open_upright, stretch
@@ -276,7 +277,7 @@ def test_the_model_gives_size_layout_batch_size_and_name(photographs, onnx_file)
     with ImageFeed(photographs, preprocess="unit", model=model) as feed:
         for batch in feed:
             assert {name: array.shape for name, array in batch.items()} == {"pixels": (2, 20, 30, 1)}
-    assert not feed.anonymous
+            assert not is_unnamed(batch)
 
 
 def test_a_model_of_several_inputs_needs_a_name(photographs, onnx_file):

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from conftest import DIGITS
+from conftest import DIGITS, is_unnamed
 from fastcal import FastcalError, ImageFeed, NumpyFeed, calibrate
 from fastcal.feed.numpy_files import are_arrays
 
@@ -88,7 +88,7 @@ def test_the_models_batch_size_is_the_default(onnx_file, save):
 def test_without_a_model_the_first_dimension_counts_samples(save):
     folder = save(a=batch(0, 1), b=batch(2, 3))
     feed = NumpyFeed(folder, batch_size=2)
-    assert feed.anonymous
+    assert all(map(is_unnamed, feed))
     assert seen(feed, "input") == [[0, 1], [2, 3]]
     assert seen(NumpyFeed(folder, batch_size=4, input_name="x")) == [[0, 1, 2, 3]]
     folder = save(c__d={"x": batch(0, 1), "y": batch(2, 3)})
@@ -266,5 +266,5 @@ def test_a_calibration_with_arrays_is_the_one_with_the_images_they_were_made_of(
     with ImageFeed(DIGITS / "images", model=model, batch_size=32, device="cpu", limit=64) as feed:
         for number, images in enumerate(feed):
             np.save(tmp_path / f"{number}.npy", images["image"])
-        expected = calibrate(model, feed, engine="onnxruntime").scales
-    assert calibrate(model, NumpyFeed(tmp_path, model=model), engine="onnxruntime").scales == expected
+        expected = calibrate(model, feed, backend="onnxruntime").scales
+    assert calibrate(model, NumpyFeed(tmp_path, model=model), backend="onnxruntime").scales == expected

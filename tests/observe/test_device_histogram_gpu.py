@@ -32,7 +32,7 @@ def check(batches_by_name, offset=0, starts=None):
     """Count batches of several tensors on the GPU and compare; offset elements misalign the arrays."""
     import cupy
 
-    from fastcal.observe.device_histogram import DeviceHistograms
+    from fastcal.observe.device_histograms import DeviceHistograms
 
     histograms = DeviceHistograms(list(batches_by_name))
     if starts is not None:
@@ -116,7 +116,7 @@ def test_values_of_any_magnitude():
 def test_parts_of_the_tensors_at_a_time():
     import cupy
 
-    from fastcal.observe.device_histogram import DeviceHistograms
+    from fastcal.observe.device_histograms import DeviceHistograms
 
     histograms = DeviceHistograms(["a", "b", "never"])
     for _ in range(2):

@@ -20,7 +20,8 @@ import pytest
 import fastcal
 from conftest import DIGITS
 from fastcal.model import Model
-from fastcal.observe.observer import Engine
+from fastcal.observe.backends import OnnxRuntimeBackend
+from fastcal.observe.with_ray import RayBackend
 from fastcal.progress import Progress
 
 ray = pytest.importorskip("ray")
@@ -29,7 +30,7 @@ with_ray = pytest.importorskip("fastcal.observe.with_ray")
 
 MODEL = DIGITS / "digits.onnx"
 
-calibrate = functools.partial(fastcal.calibrate, engine="onnxruntime")
+calibrate = functools.partial(fastcal.calibrate, backend="onnxruntime")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,11 @@ def test_the_record_is_that_of_one_process(cluster):
     assert calibrate(MODEL, feed, workers=2).record == calibrate(MODEL, feed).record
 
 
+def on_workers(count):
+    """Return a backend of that number of workers, which run ONNX Runtime."""
+    return RayBackend(count, None, "onnxruntime", {"onnxruntime": OnnxRuntimeBackend()})
+
+
 def many_tensors(onnx_file, count):
     """A network with inputs x0, x1 ... and outputs y0, y1 ..., twice as much each."""
     return onnx_file(
@@ -162,12 +168,12 @@ def test_counts_are_those_of_one_process_where_their_order_shows(cluster, onnx_f
         batches.append({f"x{i}": random.choice(values, (1, 3)) * grown * np.float32(seen[i]) for i in tensors})
     batches[20]["x5"][0, :2] = np.nan, -np.inf
     feed = LateSecond(batches, tmp_path / "mark")
-    engine, model = Engine("onnxruntime"), Model(path)
-    with engine.observer(model, None) as observer:
+    backend, model = OnnxRuntimeBackend(), Model(path)
+    with backend.observer(model, None) as observer:
         for batch in feed:
             observer.observe(batch)
         expected = observer.histograms()
-    found = with_ray.observe(model, feed, engine, 3, None, lambda state: None).histograms
+    found = on_workers(3).observe(model, feed, lambda state: None).histograms
     assert list(found) == list(expected)
     for name, histogram in expected.items():
         assert found[name].counts.tolist() == histogram.counts.tolist(), name
@@ -257,13 +263,13 @@ def test_what_is_missing_on_a_node_is_said_with_its_name(cluster, tmp_path):
 
     (tmp_path / "1.jpg").unlink()
     with pytest.raises(fastcal.FastcalError, match=where + rf"cannot read {tmp_path}/1.jpg: No such file"):
-        with_ray.observe(network, feed, Engine("onnxruntime"), 1, None, lambda state: None)
+        on_workers(1).observe(network, feed, lambda state: None)
     (tmp_path / "model.onnx").write_bytes((tmp_path / "model.onnx").read_bytes() + b"\x08\x08")
     with pytest.raises(fastcal.FastcalError, match=where + rf"{tmp_path}/model.onnx is another model"):
-        with_ray.observe(network, feed, Engine("onnxruntime"), 1, None, lambda state: None)
+        on_workers(1).observe(network, feed, lambda state: None)
     (tmp_path / "model.onnx").unlink()
     with pytest.raises(fastcal.FastcalError, match=where + rf"cannot read model {tmp_path}/model.onnx: No such file"):
-        with_ray.observe(network, feed, Engine("onnxruntime"), 1, None, lambda state: None)
+        on_workers(1).observe(network, feed, lambda state: None)
 
 
 class Deadly(Batches):
@@ -331,7 +337,7 @@ def test_workers_that_compute_other_values_are_noticed(cluster, onnx_file, tmp_p
         ),
         (None, {"workers": 0}, "workers is 0; it must be at least 1"),
         (None, {"until_stable": 1}, "until_stable looks at the batches one after another; leave it or workers out"),
-        (None, {"engine": "tensorrt"}, "engine tensorrt needs GPUs, and the Ray cluster has none"),
+        (None, {"backend": "tensorrt"}, "backend tensorrt needs GPUs, and the Ray cluster has none"),
         (None, {"workers": None, "ray_address": "auto"}, "ray_address is auto, and without workers"),
     ],
 )

@@ -48,14 +48,14 @@ def test_images_are_prepared_on_gpus_for_onnxruntime_too(trt, gpus):
     pytest.importorskip("onnxruntime")
     feed = fastcal.ImageFeed(DIGITS / "images", preprocess="unit", model=DIGITS / "digits.onnx", device="cuda")
     with feed:
-        expected = fastcal.calibrate(DIGITS / "digits.onnx", feed, engine="onnxruntime", algorithm="minmax")
-    found = fastcal.calibrate(DIGITS / "digits.onnx", feed, engine="onnxruntime", algorithm="minmax", workers=1)
+        expected = fastcal.calibrate(DIGITS / "digits.onnx", feed, backend="onnxruntime", algorithm="minmax")
+    found = fastcal.calibrate(DIGITS / "digits.onnx", feed, backend="onnxruntime", algorithm="minmax", workers=1)
     assert found.to_bytes() == expected.to_bytes()
 
 
 def test_images_that_were_to_be_prepared_on_the_cpu_still_are(trt, gpus):
     feed = fastcal.ImageFeed(DIGITS / "images", preprocess="unit", model=DIGITS / "digits.onnx", device="cpu")
     options = {"algorithm": "minmax", "tactic_sources": ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"]}
-    expected = fastcal.calibrate(DIGITS / "digits.onnx", feed, engine="tensorrt", **options)
-    found = fastcal.calibrate(DIGITS / "digits.onnx", feed, engine="tensorrt", workers=1, **options)
+    expected = fastcal.calibrate(DIGITS / "digits.onnx", feed, backend="tensorrt", **options)
+    found = fastcal.calibrate(DIGITS / "digits.onnx", feed, backend="tensorrt", workers=1, **options)
     assert found.to_bytes() == expected.to_bytes()

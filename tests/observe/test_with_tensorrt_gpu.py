@@ -1,25 +1,22 @@
 """A network observed by TensorRT: its own calibration's scales, without its calibration."""
 
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastcal
-from conftest import DIGITS, SQUEEZENET, needs_squeezenet, squeezenet_batches
+from conftest import DATA, DIGITS, SQUEEZENET, needs_squeezenet, squeezenet_batches
 from fastcal import ArrayFeed, FastcalError, ImageFeed
-from fastcal.cache import CalibrationCache
+from fastcal.cache.cache import CalibrationCache
 
 pytestmark = pytest.mark.gpu
-
-DATA = Path(__file__).parent.parent / "data"
 
 
 @pytest.fixture
 def calibrate(tactics):
     def calibrate(*arguments, **options):
-        return fastcal.calibrate(*arguments, engine="tensorrt", tactic_sources=tactics, **options)
+        return fastcal.calibrate(*arguments, backend="tensorrt", tactic_sources=tactics, **options)
 
     return calibrate
 

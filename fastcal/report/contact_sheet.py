@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastcal.device import to_host
 from fastcal.errors import FastcalError, check_range, quoted
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.dataset import common_folder
-from fastcal.feed.device import to_host
 from fastcal.feed.feed import Batch, Feed, length
 from fastcal.feed.preprocess import PRESETS, Preprocess
 from fastcal.files import write_atomically
 from fastcal.memory import check_room
-from fastcal.plots import check_picture, draw_sheet
+from fastcal.report.plots import check_picture, draw_sheet
 
 #: How many images a sheet has where it is not said: four rows.
 COUNT = 24
@@ -161,7 +161,7 @@ def preview(
             the feed raises.
     """
     check_range("count", count, 1)
-    wanted = preprocess if preprocess is not None else getattr(feed, "preprocess", None)
+    wanted = preprocess if preprocess is not None else feed.preprocess if isinstance(feed, Feed) else None
     if isinstance(wanted, Mapping):
         input_name = input_name or next(iter(wanted))
         if input_name not in wanted:
@@ -172,10 +172,10 @@ def preview(
     wanted = Preprocess.preset(wanted) if isinstance(wanted, str) else wanted
     with as_feed(feed, None, "cpu") as batches:
         values, wanted = _first_images(batches, input_name, wanted, count)
-        paths, skipped = getattr(batches, "paths", None), {*batches.skipped}
+        paths = batches.sample_names
     if paths is None:
         return Preview(wanted, [f"sample {number}" for number in range(len(values))], values)
-    names = _below_common([path for path in paths if path not in skipped][:count])
+    names = _below_common(paths[:count])
     return Preview(wanted, names, values[: len(names)])
 
 

@@ -17,8 +17,8 @@ import typer
 
 import fastcal
 from conftest import DIGITS
+from fastcal.cache.record import Record
 from fastcal.cli import app
-from fastcal.record import Record
 
 MODEL = DIGITS / "digits.onnx"
 
@@ -130,7 +130,7 @@ def test_python_and_command_line_agree_on_defaults(run_fastcal, tmp_path, images
 
 
 def test_the_default_version_is_said(run_fastcal, tmp_path, images):
-    if fastcal.cache.installed_tensorrt_version():
+    if fastcal.versions.installed_tensorrt_version():
         pytest.skip("TensorRT is installed here")
     done = run_fastcal("calibrate", MODEL, images, "-o", tmp_path / "x.cache", "--batch-size", 26)
     assert done.stderr == "note: TensorRT is not installed here: the cache is written for TensorRT 10.16.1\n"
@@ -472,25 +472,25 @@ def test_commands_that_calibrate_share_their_options():
     calibrate, build = ({option.name: option for option in commands[name].params} for name in ("calibrate", "build"))
     shared = calibrate.keys() & build.keys() - {"output", "help"}
     assert set(calibrate) - shared == {
-        "output", "engine", "tensorrt", "until_stable", "workers", "ray_address", "report"
+        "output", "backend", "tensorrt", "until_stable", "workers", "ray_address", "report"
     }  # fmt: skip
     for name in shared:
         for what in ("opts", "help", "default", "required", "show_default", "metavar"):
             assert getattr(calibrate[name], what) == getattr(build[name], what), name
 
 
-def test_an_engine_that_cannot_be_had(run_fastcal, tmp_path, images):
-    for engine, message in (
-        ("tensorrt", r"engine tensorrt: .*; engine onnxruntime works here"),
-        ("trt", "there is no engine 'trt'; choose one of auto, tensorrt, onnxruntime"),
+def test_a_backend_that_is_unavailable(run_fastcal, tmp_path, images):
+    for backend, message in (
+        ("tensorrt", r"backend tensorrt: .*; backend onnxruntime works here"),
+        ("trt", "there is no backend 'trt'; choose one of auto, tensorrt, onnxruntime"),
     ):
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        done = run_fastcal("calibrate", MODEL, images, "-o", "x.cache", "--engine", engine, env=environment)
+        done = run_fastcal("calibrate", MODEL, images, "-o", "x.cache", "--backend", backend, env=environment)
         assert (done.returncode, done.stdout) == (2, "")
         assert re.match(f"error: {message}", done.stderr.splitlines()[-1])
 
 
-@pytest.mark.skipif(bool(fastcal.cache.installed_tensorrt_version()), reason="TensorRT is installed here")
+@pytest.mark.skipif(bool(fastcal.versions.installed_tensorrt_version()), reason="TensorRT is installed here")
 def test_build_without_tensorrt(run_fastcal, tmp_path, images):
     done = run_fastcal("build", MODEL, images, "-o", tmp_path / "x.engine")
     assert (done.returncode, done.stdout) == (2, "")

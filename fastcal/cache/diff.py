@@ -1,21 +1,21 @@
-"""`diff_caches`: which tensors' scales differ between two calibration caches."""
+"""`diff_caches`: the tensors whose scales differ between two calibration caches."""
 
 import math
 from dataclasses import dataclass
 
-from fastcal.cache import CalibrationCache
+from fastcal.cache.cache import CalibrationCache
 from fastcal.errors import FastcalError
 
 
 @dataclass(frozen=True)
 class CacheDiff:
-    """What differs between two caches; empty, and so false, where nothing does.
+    """The differences between two caches; empty, and so false, if there are none.
 
     Attributes:
-        moved: Tensors whose scale differs, those that moved most first: name to the scale before and after.
+        moved: Tensors whose scale differs, the largest difference first: name to the scale before and after.
         removed: Tensors that only the cache before has, in its order.
         added: Tensors that only the cache after has, in its order.
-        compared: How many tensors both have.
+        compared: The number of tensors that both caches have.
     """
 
     moved: dict[str, tuple[float, float]]
@@ -28,12 +28,12 @@ class CacheDiff:
 
 
 def diff_caches(before: CalibrationCache, after: CalibrationCache, *, tolerance: float = 0.0) -> CacheDiff:
-    """Which tensors' scales differ between two caches. Their headers and records are not compared.
+    """Return the tensors whose scales differ between two caches. Headers and records are not compared.
 
     Args:
         before: One cache.
         after: The other.
-        tolerance: By how many percent, of the smaller scale, a scale may differ. By default not at all.
+        tolerance: The percentage of the smaller scale by which a scale may differ; by default 0.
 
     Raises:
         FastcalError: The tolerance is negative or no number.
@@ -53,7 +53,7 @@ def diff_caches(before: CalibrationCache, after: CalibrationCache, *, tolerance:
 
 
 def _move(before: float, after: float) -> float:
-    """By how many percent of the smaller one two scales differ; infinity where one of them is 0 or no number."""
+    """Return the difference of two scales in percent of the smaller one; infinity if one is 0 or not a number."""
     if before == after or (math.isnan(before) and math.isnan(after)):
         return 0.0
     if not (before > 0 and after > 0):

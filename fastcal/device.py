@@ -1,11 +1,11 @@
-"""Where a feed's buffers live: a GPU's memory through CuPy, or the host's through NumPy."""
+"""Arrays on a GPU, through CuPy, and in host memory, through NumPy."""
 
 import re
 from typing import Any
 
 import numpy as np
 
-from fastcal.errors import GPU_EXTRAS, FastcalError
+from fastcal.errors import GPU_EXTRAS, FastcalError, UnavailableError
 
 #: DLPack's numbers of CUDA's memory on a device and its managed memory.
 _DLPACK_CUDA = (2, 13)
@@ -31,7 +31,7 @@ def resolve(device: str) -> int | None:
     except ImportError as error:
         if device == "auto":
             return None
-        raise FastcalError(f"device {device} needs CuPy, which is not installed: {GPU_EXTRAS}") from error
+        raise UnavailableError(f"device {device} needs CuPy, which is not installed: {GPU_EXTRAS}", "CuPy") from error
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError:  # no driver, or none that fits
@@ -40,7 +40,7 @@ def resolve(device: str) -> int | None:
         return None
     number = int(cupy.cuda.runtime.getDevice()) if match[1] is None and count else int(match[1] or 0)
     if number >= count:
-        raise FastcalError(f"there is no device {device}: CUDA sees {count} GPUs here; use auto or cpu")
+        raise UnavailableError(f"there is no device {device}: CUDA sees {count} GPUs here; use auto or cpu")
     return number
 
 
@@ -78,8 +78,8 @@ def as_cupy(array: Any) -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise FastcalError(
-            f"a {type(array).__name__} lies on a GPU, and CuPy, which reads it, is not installed: {GPU_EXTRAS}"
+        raise UnavailableError(
+            f"a {type(array).__name__} lies on a GPU, and CuPy, which reads it, is not installed: {GPU_EXTRAS}", "CuPy"
         ) from error
     if hasattr(array, "__cuda_array_interface__"):
         with _device_of(array):  # on another, CuPy would copy it there

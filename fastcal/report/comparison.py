@@ -15,19 +15,22 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from fastcal.cache import DEFAULT_TENSORRT_VERSION, CalibrationCache, check_algorithm
+from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm
+from fastcal.batch import format_shape, match_batch
+from fastcal.cache.cache import CalibrationCache
+from fastcal.cache.record import Record
+from fastcal.calibration import calibrate
 from fastcal.errors import FastcalError
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
-from fastcal.model import FLOATS, Model, format_shape, match_batch
-from fastcal.observe.calibration import calibrate
+from fastcal.model import FLOATS, Model
+from fastcal.observe.backends import timed
 from fastcal.observe.observations import Observations
-from fastcal.observe.observer import timed
 from fastcal.observe.rounding import rounded
 from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner, PartedRunner
 from fastcal.progress import Progress
 from fastcal.qdq import check_quantizable, load_for, quantize
-from fastcal.record import Record
+from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
 #: The algorithms that are compared; "entropy" picks the scales of "entropy2".
 COMPARED = ("entropy2", "minmax", "percentile")
@@ -143,7 +146,7 @@ def compare(
     feed: Any,
     *,
     caches: Mapping[str, CalibrationCache | str | os.PathLike[str]] | None = None,
-    quantile: float = 0.9999,
+    quantile: float = DEFAULT_QUANTILE,
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
@@ -174,7 +177,7 @@ def compare(
         FastcalError: The model cannot be quantized or run, a cache is another model's, or the batches do not fit the
             model or are gone after one pass; or what the feed raises.
     """
-    check_algorithm("percentile", quantile)
+    algorithms = {name: Algorithm.of(name, quantile) for name in COMPARED}
     network = Model.of(model)
     check_quantizable(network)
     _check_outputs(network)
@@ -184,14 +187,14 @@ def compare(
         raise FastcalError(f"a cache is named {min(named)!r} as an algorithm is; name it otherwise")
     given = {label: load_for(network, cache) for label, cache in (caches or {}).items()}
     counting, comparing = _in_two_passes(progress)
-    with as_feed(feed, [value.name for value in network.inputs], "cpu") as batches:
+    with as_feed(feed, network.input_names, "cpu") as batches:
         fresh = calibrate(
-            network, batches, engine="onnxruntime", threads=threads, progress=counting,
+            network, batches, backend="onnxruntime", threads=threads, progress=counting,
             tensorrt_version=DEFAULT_TENSORRT_VERSION,
         )  # fmt: skip
         observed = fresh.observed
         assert observed is not None  # calibrate has just seen it
-        picked = {name: replace(fresh, scales=observed.scales(name, quantile)) for name in COMPARED}
+        picked = {name: replace(fresh, scales=picks.scales(observed)) for name, picks in algorithms.items()}
         compared = picked | given
         variants = {label: quantize(network, cache) for label, cache in compared.items()}
         scales = {label: cache.scales for label, cache in compared.items()}
@@ -232,10 +235,9 @@ class _Measurement:
         threads: int | None,
     ) -> None:
         self._network, self._scales = network, scales
-        self._anonymous, self._samples_of = feed.anonymous, feed.samples_of
-        skipped = {*feed.skipped}
-        self._paths = [path for path in getattr(feed, "paths", []) if path not in skipped]  # an ImageFeed's
-        self._samples: int | None = len(self._paths) or getattr(feed, "samples", None)
+        self._samples_of = feed.samples_of
+        self._paths = feed.sample_names or []
+        self._samples = feed.samples
         with ExitStack() as stack:
             self._float = stack.enter_context(PartedRunner(network, threads))
             self._int8 = {
@@ -258,7 +260,7 @@ class _Measurement:
         Raises:
             FastcalError: The batch does not fit the network, or ONNX Runtime fails on it.
         """
-        arrays = match_batch(self._network.inputs, str(self._network.path), batch, self._anonymous)
+        arrays = match_batch(self._network.inputs, str(self._network.path), batch)
         exact: dict[str, npt.NDArray[Any]] = {}
         for values in self._float.run(arrays):
             rounding = [
@@ -439,7 +441,7 @@ def _doubt(network: Model, cache: CalibrationCache, record: Record | None, obser
     theirs, ours = (made.entries.get("preprocess") if made else None for made in (cache.record, record))
     if theirs and ours and theirs != ours:
         return f"its record has other preprocessing: {theirs}"
-    needed = observed.scales(cache.algorithm, cache.quantile or 1.0)
+    needed = cache.algorithm.scales(observed)
     for value in network.inputs:
         if needed.get(value.name) and value.name in cache.scales:
             factor = cache.scales[value.name] / needed[value.name]

@@ -38,7 +38,7 @@ def caches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("caches")
     for name, preprocess in (("right", IMAGENET), ("swapped", SWAPPED), ("not_normalized", NOT_NORMALIZED)):
         with digits(preprocess) as feed:
-            fastcal.calibrate(MODEL, feed, engine="onnxruntime", tensorrt_version="10.3.0").save(folder / name)
+            fastcal.calibrate(MODEL, feed, backend="onnxruntime", tensorrt_version="10.3.0").save(folder / name)
     return folder
 
 
@@ -100,7 +100,7 @@ def test_the_ratios_are_those_of_onnxruntimes_rounding(network, onnx_file):
     session = onnxruntime.InferenceSession(rounding)
     activations = {name: outputs_of(onnx.load(network), name, values).astype(np.float32) for name in ("c", "r")}
     for algorithm, quality in result.qualities.items():
-        cache = fastcal.calibrate(network, values, algorithm=algorithm, quantile=0.98, engine="onnxruntime")
+        cache = fastcal.calibrate(network, values, algorithm=algorithm, quantile=0.98, backend="onnxruntime")
         assert {name: tensor.scale for name, tensor in quality.tensors.items()} == cache.scales
         for name, activation in activations.items():
             scale = np.float32(cache.scales[name])
@@ -119,7 +119,7 @@ def test_the_ratios_are_those_of_onnxruntimes_rounding(network, onnx_file):
 
 def test_the_worst_and_the_best_are_named(network):
     values = batches()
-    coarse = fastcal.calibrate(network, values, engine="onnxruntime")
+    coarse = fastcal.calibrate(network, values, backend="onnxruntime")
     coarse.scales = {name: scale * 40 for name, scale in coarse.scales.items()}
     result = fastcal.compare(network, values, caches={"coarse": coarse})
     by_output = {label: quality.sqnr for label, quality in result.qualities.items()}
@@ -297,7 +297,7 @@ def test_the_verdict_on_an_exact_output(onnx_file):
         "f (float[N, 2] x) => (float[N, 2] y) { y = MatMul(x, w) }", {"w": np.diag(np.float32([127, 127]))}
     )
     x = np.float32([[127, -127], [1, 3]])
-    right = fastcal.calibrate(path, [x], engine="onnxruntime", algorithm="minmax")
+    right = fastcal.calibrate(path, [x], backend="onnxruntime", algorithm="minmax")
     coarse = fastcal.CalibrationCache({name: 40 * scale for name, scale in right.scales.items()})
     result = fastcal.compare(path, [x], caches={"coarse": coarse, "right": right})
     assert result.qualities["minmax"].sqnr == result.qualities["right"].sqnr == math.inf
@@ -310,7 +310,7 @@ def test_the_verdict_on_an_exact_output(onnx_file):
 
 @pytest.mark.parametrize(("factor", "is_doubted"), [(1.4, False), (1.6, True), (1 / 1.4, False), (1 / 1.6, True)])
 def test_from_when_on_a_scale_of_the_input_is_another(network, factor, is_doubted):
-    cache = fastcal.calibrate(network, batches(), engine="onnxruntime")
+    cache = fastcal.calibrate(network, batches(), backend="onnxruntime")
     cache.scales["x"] *= factor
     cache.record = None
     verdict = fastcal.compare(network, batches(), caches={"other": cache}).verdict

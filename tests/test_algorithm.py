@@ -3,16 +3,16 @@
 import json
 import struct
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from conftest import DATA
+from fastcal.algorithm import Algorithm, divergences, entropy_scales
 from fastcal.errors import FastcalError
 from fastcal.observe.histogram import Histogram
-from fastcal.observe.scales import divergences, entropy_scales, pick_scales
 
-CASES = json.loads((Path(__file__).parent.parent / "data" / "tensorrt_scales.json").read_text())["cases"]
+CASES = json.loads((DATA / "tensorrt_scales.json").read_text())["cases"]
 SHAPE = (4, 1, 256, 256)
 
 
@@ -33,7 +33,7 @@ def batch_of(case, number):
 def test_scales_are_tensorrts_to_the_last_bit(case):
     histogram = Histogram()
     histogram.update(batch_of(case, 0))
-    picked = {"entropy2_1batch": pick_scales({"x": histogram}, "entropy2")["x"]}
+    picked = {"entropy2_1batch": Algorithm.of("entropy2").pick_all({"x": histogram})["x"]}
     for number in (1, 2, 3):
         histogram.update(batch_of(case, number))
     for setting, algorithm in (
@@ -42,12 +42,12 @@ def test_scales_are_tensorrts_to_the_last_bit(case):
         ("minmax", "minmax"),
         ("legacy_q.9999_c1", "percentile"),
     ):
-        picked[setting] = pick_scales({"x": histogram}, algorithm, quantile=0.9999)["x"]
+        picked[setting] = Algorithm.of(algorithm, 0.9999).pick_all({"x": histogram})["x"]
     as_written = {setting: struct.pack(">f", scale).hex().lstrip("0") or "0" for setting, scale in picked.items()}
     assert as_written == {setting: case["scale"][setting] for setting in picked}
 
 
-SMALL = json.loads((Path(__file__).parent.parent / "data" / "tensorrt_small_tensors.json").read_text())
+SMALL = json.loads((DATA / "tensorrt_small_tensors.json").read_text())
 
 
 @pytest.mark.parametrize("case", SMALL["cases"], ids=lambda case: f"{case['algorithm']}-{case['batches']}")
@@ -63,7 +63,7 @@ def test_scales_of_tensors_of_few_elements(case):
                 "b": number,
             }
             histogram.update(np.float32(eval(SMALL["kinds"][tensor // 16], names)))
-    scales = pick_scales(histograms, case["algorithm"], quantile=0.9999)
+    scales = Algorithm.of(case["algorithm"], 0.9999).pick_all(histograms)
     as_written = [struct.pack(">f", scale).hex().lstrip("0") or "0" for scale in scales.values()]
     differ = [tensor for tensor, scale in enumerate(case["scale"].split()) if as_written[tensor] != scale]
     # Of tensor 15's four candidates of equal divergence TensorRT takes the last but one: what it sees is its rounding.
@@ -74,7 +74,7 @@ def test_a_quantile_of_1_clips_nothing():
     histogram = Histogram()
     histogram.update(np.float32([0.25, 1, 8]))
     histogram.update(np.float32([0.5]))
-    assert pick_scales({"x": histogram}, "percentile", quantile=1) == {"x": float(np.float32(8) / np.float32(127))}
+    assert Algorithm.of("percentile", 1).pick_all({"x": histogram}) == {"x": float(np.float32(8) / np.float32(127))}
 
 
 def divergence_by_definition(counts, i):
@@ -129,15 +129,15 @@ def test_all_elements_in_bin_0_leave_the_range_as_it_is():
 def test_a_tensor_that_is_always_0_has_scale_0(algorithm):
     histogram = Histogram()
     histogram.update(np.zeros(10, np.float32))
-    assert pick_scales({"x": histogram}, algorithm) == {"x": 0.0}
+    assert Algorithm.of(algorithm).pick_all({"x": histogram}) == {"x": 0.0}
 
 
 def test_an_unknown_algorithm_is_named():
     with pytest.raises(FastcalError, match=r"no algorithm 'entropy3'.*entropy2, entropy, minmax, percentile"):
-        pick_scales({}, "entropy3")
+        Algorithm.of("entropy3").pick_all({})
 
 
 @pytest.mark.parametrize("quantile", [0.0, -0.1, 1.1, float("nan")])
 def test_a_quantile_outside_its_range_is_named(quantile):
     with pytest.raises(FastcalError, match="quantile"):
-        pick_scales({}, "percentile", quantile)
+        Algorithm.of("percentile", quantile).pick_all({})

@@ -2,17 +2,15 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
 import fastcal
-from conftest import DIGITS, SQUEEZENET, needs_squeezenet
-from fastcal.record import Record
+from conftest import DATA, DIGITS, SQUEEZENET, needs_squeezenet
+from fastcal.cache.record import Record
 
-DATA = Path(__file__).parent / "data"
 NETWORKS = json.loads((DATA / "tensorrt_networks.json").read_text())["networks"]
 MODEL = DIGITS / "digits.onnx"
 
@@ -41,7 +39,7 @@ def feed():
 @pytest.fixture(scope="module")
 def cache(feed):
     with feed:
-        return fastcal.calibrate(MODEL, feed, engine="onnxruntime", tensorrt_version="10.3.0")
+        return fastcal.calibrate(MODEL, feed, backend="onnxruntime", tensorrt_version="10.3.0")
 
 
 def test_our_own_is_in_order(cache, feed):

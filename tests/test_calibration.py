@@ -5,7 +5,6 @@ import logging
 import signal
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,16 +12,14 @@ import onnx
 import pytest
 
 import fastcal
-from conftest import SQUEEZENET, needs_squeezenet, squeezenet_batches
+from conftest import DATA, SQUEEZENET, needs_squeezenet, squeezenet_batches
+from fastcal.algorithm import Algorithm, divergences
 from fastcal.model import Model
 from fastcal.observe.histogram import Histograms
-from fastcal.observe.scales import divergences, pick_scales
 from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner
 
 #: What is tested here, also where TensorRT and a GPU are.
-calibrate = functools.partial(fastcal.calibrate, engine="onnxruntime")
-
-DATA = Path(__file__).parent.parent / "data"
+calibrate = functools.partial(fastcal.calibrate, backend="onnxruntime")
 
 
 @needs_squeezenet
@@ -58,14 +55,14 @@ def test_minmax_of_a_known_network(onnx_file):
     feed = fastcal.ArrayFeed([{"x": np.array([[1, -3]], "f4")}, {"x": np.array([[2, 0]], "f4")}])
     cache = calibrate(onnx_file(SCALED), feed, algorithm="minmax", tensorrt_version="8.6.1")
     assert cache.scales == {"x": float(np.float32(3) / np.float32(127)), "y": float(np.float32(6) / np.float32(127))}
-    assert (cache.algorithm, cache.tensorrt_version) == ("minmax", "8.6.1")
+    assert (cache.algorithm.name, cache.tensorrt_version) == ("minmax", "8.6.1")
 
 
 def test_percentile_writes_legacy_calibrations_header(onnx_file):
     feed = fastcal.ArrayFeed([{"x": np.ones((1, 2), "f4")}])
     cache = calibrate(onnx_file(SCALED), feed, algorithm="percentile", quantile=0.99)
     again = fastcal.CalibrationCache.from_bytes(cache.to_bytes())
-    assert (again.algorithm, again.quantile, again.cutoff) == ("percentile", 0.99, 1.0)
+    assert again.algorithm == Algorithm("percentile", 0.99, 1.0)
 
 
 def test_a_max_pool_takes_its_inputs_scale(onnx_file):
@@ -213,10 +210,10 @@ def test_no_percentage(onnx_file, percent):
 
 
 def test_what_is_no_file_is_no_model():
-    for engine in ("auto", "onnxruntime", "tensorrt"):
+    for backend in ("auto", "onnxruntime", "tensorrt"):
         with pytest.raises(fastcal.FastcalError, match="the model is a ModelProto; name an ONNX file"):
-            fastcal.calibrate(onnx.ModelProto(), [{"x": np.ones((1, 2), "f4")}], engine=engine)
-    with pytest.raises(fastcal.FastcalError, match="engine onnxruntime runs ONNX files, not a SimpleNamespace"):
+            fastcal.calibrate(onnx.ModelProto(), [{"x": np.ones((1, 2), "f4")}], backend=backend)
+    with pytest.raises(fastcal.FastcalError, match="backend onnxruntime runs ONNX files, not a SimpleNamespace"):
         calibrate(SimpleNamespace(num_inputs=0), [{"x": np.ones((1, 2), "f4")}])
 
 
@@ -259,7 +256,7 @@ def test_scales_are_those_of_the_histograms(onnx_file):
             histograms.update_all({"x": batch["x"], "y": 2 * batch["x"]})
     for algorithm in ("entropy2", "entropy", "minmax", "percentile"):
         cache = calibrate(onnx_file(SCALED), fastcal.ArrayFeed(batches), algorithm=algorithm)
-        assert cache.scales == pick_scales(histograms, algorithm)
+        assert cache.scales == Algorithm.of(algorithm).pick_all(histograms)
 
 
 def test_what_was_seen_is_kept(onnx_file, tmp_path):
@@ -271,7 +268,7 @@ def test_what_was_seen_is_kept(onnx_file, tmp_path):
     seen = []
     cache = calibrate(network, feed, algorithm="minmax", progress=lambda state: seen.append(state.seconds))
     observed = cache.observed
-    assert (observed.network, observed.engine, observed.sources) == (str(network), "onnxruntime", {"y": "r"})
+    assert (observed.network, observed.backend, observed.shared_scales) == (str(network), "onnxruntime", {"y": "r"})
     assert [(state.batches, state.images) for state in observed.progress] == [(n, 8 * n) for n in range(1, 6)]
     assert [state.seconds for state in observed.progress] == seen
     assert {name: histogram.counts.sum() for name, histogram in observed.histograms.items()} == {
@@ -298,7 +295,7 @@ class Begun(fastcal.Feed):
         return iter([{"x": np.ones((1, 2), np.float32)}])
 
 
-def test_the_feed_starts_before_the_engine(onnx_file, monkeypatch):
+def test_the_feed_starts_before_the_backend(onnx_file, monkeypatch):
     from fastcal.observe import with_onnxruntime
 
     feed, begun = Begun(), []
@@ -314,7 +311,7 @@ def test_the_feed_starts_before_the_engine(onnx_file, monkeypatch):
     assert begun == [True]
 
 
-def test_a_pass_ends_where_the_engine_does_not_start(onnx_file):
+def test_a_pass_ends_if_the_backend_does_not_start(onnx_file):
     path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = NoSuchOperator(x) }")
     with pytest.raises(fastcal.FastcalError, match="NoSuchOperator") as raised:
         calibrate(path, ({"x": np.ones((1, 2), np.float32)} for _ in range(9)))
@@ -324,7 +321,7 @@ def test_a_pass_ends_where_the_engine_does_not_start(onnx_file):
 
 def test_a_network_that_computes_nothing_in_float(onnx_file):
     path = onnx_file("g (float[N, 4] x) => (int64[N, 1] y) { y = ArgMax<axis = 1>(x) }")
-    cache = fastcal.calibrate(path, [np.full((2, 4), 3, "f4")], engine="onnxruntime", algorithm="minmax")
+    cache = fastcal.calibrate(path, [np.full((2, 4), 3, "f4")], backend="onnxruntime", algorithm="minmax")
     assert cache.scales == {"x": pytest.approx(3 / 127)}
 
 
@@ -338,8 +335,8 @@ def test_values_that_an_input_cannot_hold(onnx_file, tmp_path, kind, values, hel
     np.save(tmp_path / "x.npy", values)
     for feed in ([values], fastcal.NumpyFeed(tmp_path / "x.npy", model=path, device="cpu")):
         with pytest.raises(fastcal.FastcalError, match=f"input 'x' as {kind}, which cannot hold {held}; give values"):
-            fastcal.calibrate(path, feed, engine="onnxruntime")
-    cache = fastcal.calibrate(path, [np.full_like(values, 7)], engine="onnxruntime", algorithm="minmax")
+            fastcal.calibrate(path, feed, backend="onnxruntime")
+    cache = fastcal.calibrate(path, [np.full_like(values, 7)], backend="onnxruntime", algorithm="minmax")
     assert cache.scales["y"] == pytest.approx(7 / 127)
 
 

@@ -101,7 +101,7 @@ class Page:
 def sample(browser, tmp_path_factory):
     """The report of the digits sample, and the cache it is of."""
     with fastcal.ImageFeed(DIGITS / "images", model=MODEL, batch_size=8, device="cpu") as feed:
-        cache = fastcal.calibrate(MODEL, feed, engine="onnxruntime", algorithm="percentile", quantile=0.99)
+        cache = fastcal.calibrate(MODEL, feed, backend="onnxruntime", algorithm="percentile", quantile=0.99)
     path = tmp_path_factory.mktemp("report") / "report.html"
     fastcal.write_report(cache, path, about={"images": "<b>a & b</b>"})
     return SimpleNamespace(page=Page(browser, path), cache=cache)
@@ -138,7 +138,7 @@ def large(browser, tmp_path_factory):
     large_network(folder / "large.onnx")
     random = np.random.default_rng(0)
     batches = [{"x": random.standard_normal((8, 4, 16, 16), dtype=np.float32)} for _ in range(4)]
-    cache = fastcal.calibrate(folder / "large.onnx", batches, engine="onnxruntime", algorithm="percentile")
+    cache = fastcal.calibrate(folder / "large.onnx", batches, backend="onnxruntime", algorithm="percentile")
     fastcal.write_report(cache, folder / "report.html")
     return SimpleNamespace(page=Page(browser, folder / "report.html"), cache=cache, batches=batches)
 
@@ -308,7 +308,7 @@ def test_what_no_report_can_be_made_of(tmp_path):
     cache = fastcal.CalibrationCache({"x": 1.0})
     with pytest.raises(fastcal.FastcalError, match="has no histograms: a report is made of what fastcal"):
         fastcal.write_report(cache, tmp_path / "report.html")
-    cache = fastcal.calibrate(MODEL, [{"image": np.ones((1, 3, 32, 32), np.float32)}], engine="onnxruntime")
+    cache = fastcal.calibrate(MODEL, [{"image": np.ones((1, 3, 32, 32), np.float32)}], backend="onnxruntime")
     with pytest.raises(fastcal.FastcalError, match=r"cannot write .*nowhere/report.html: there is no folder"):
         fastcal.write_report(cache, tmp_path / "nowhere" / "report.html")
     fastcal.write_report(cache, tmp_path / "report.html")  # of a single batch

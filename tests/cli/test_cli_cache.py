@@ -6,15 +6,14 @@ import re
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from conftest import DIGITS
+from conftest import DATA, DIGITS
 from fastcal import CalibrationCache
 
 MODEL = DIGITS / "digits.onnx"
-SQUEEZENET = Path(__file__).parent / "data" / "squeezenet1_1.entropy2.cache"
+SQUEEZENET = DATA / "squeezenet1_1.entropy2.cache"
 CACHE_COMMANDS = ("show", "diff", "convert", "check")
 
 
@@ -220,7 +219,7 @@ def test_quiet_leaves_only_what_is_wrong(run_fastcal, tmp_path, work):
 
 
 def test_a_fault_of_our_own_is_not_taken_for_a_difference(run_fastcal, tmp_path, work):
-    (tmp_path / "sitecustomize.py").write_text("import fastcal.cache_diff as d\nd.diff_caches = None\n")
+    (tmp_path / "sitecustomize.py").write_text("import fastcal.cache.diff as d\nd.diff_caches = None\n")
     done = run_fastcal("cache", "diff", "a.cache", "b.cache", cwd=work, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 70
     assert "TypeError" in done.stderr

@@ -9,13 +9,13 @@ from datetime import datetime, timezone
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fastcal.cache import CalibrationCache
-from fastcal.doctor import installed
+from fastcal.cache.cache import CalibrationCache
 from fastcal.errors import FastcalError
 from fastcal.files import write_atomically
 from fastcal.observe.histogram import Histogram
 from fastcal.observe.observations import Observations
-from fastcal.plots import draw_histogram, draw_speed, draw_waiting
+from fastcal.report.plots import draw_histogram, draw_speed, draw_waiting
+from fastcal.versions import installed
 
 #: Worth a look: a share of clipped values from here on, and a scale at least so many times that of each of its
 #: neighbours, or that part of it.
@@ -26,7 +26,7 @@ _FAR = 16
 _NEIGHBOURS = 2
 _LISTED = 8
 
-#: The packages that a calibration may depend on, as `fastcal.doctor.installed` takes them.
+#: The packages that a calibration may depend on, as `fastcal.versions.installed` takes them.
 _PACKAGES = r"fastcal|numpy|onnx|onnxruntime(-gpu)?|nvidia-dali-cuda\d+|tensorrt(-cu\d+)?|cupy-cuda\d+x"
 
 
@@ -87,7 +87,7 @@ def write_report(
             "the cache has no histograms: a report is made of what fastcal.calibrate returns, not of a file"
         )
     environment = Environment(
-        loader=PackageLoader("fastcal", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("fastcal.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     tensors = list(_tensors(cache.scales, cache.observed))
@@ -123,7 +123,7 @@ def _tensors(scales: Mapping[str, float], observed: Observations) -> Iterator[_T
             clipped,
             [text for _, text in remarks],
             min((rank for rank, _ in remarks), default=()),
-            observed.sources.get(name),
+            observed.shared_scales.get(name),
             Markup(draw_histogram(histogram, threshold)),
         )
 
@@ -158,14 +158,15 @@ def _about(cache: CalibrationCache, observed: Observations, more: Mapping[str, s
     prepared = made_from.get("preprocess")
     if isinstance(prepared, dict):  # by input
         prepared = "; ".join(f"{name}: {preprocess}" for name, preprocess in prepared.items())
-    percentile = f", quantile {cache.quantile:g}" if cache.quantile else ""
+    algorithm = cache.algorithm
+    percentile = f", quantile {algorithm.quantile:g}" if algorithm.quantile else ""
     said = {
         "network": observed.network,
         **more,
         "samples": f"{_samples(cache, observed)} in {observed.progress[-1].batches} batches",
         "prepared": prepared,
-        "scales by": f"{cache.algorithm}{percentile}",
-        "run by": f"{observed.engine}, {made_from.get('precision')}",
+        "scales by": f"{algorithm.name}{percentile}",
+        "run by": f"{observed.backend}, {observed.precision}",
         "cache": cache.header,
         "model's SHA-256": made_from.get("model"),
         "samples' SHA-256": made_from.get("samples"),

@@ -1,13 +1,12 @@
 import os
 import struct
-from pathlib import Path
 
 import pytest
 
+from conftest import DATA
 from fastcal import CalibrationCache, FastcalError
-from fastcal.cache import check_tensorrt_version
-
-DATA = Path(__file__).parent / "data"
+from fastcal.algorithm import Algorithm
+from fastcal.versions import check_tensorrt_version
 
 
 @pytest.mark.parametrize(
@@ -15,7 +14,7 @@ DATA = Path(__file__).parent / "data"
 )
 def test_what_tensorrt_wrote_is_read_and_written_back(name, algorithm, tmp_path):
     cache = CalibrationCache.load(DATA / name)
-    assert (cache.algorithm, cache.tensorrt_version) == (algorithm, "8.6.0")
+    assert (cache.algorithm.name, cache.tensorrt_version) == (algorithm, "8.6.0")
     assert len(cache.scales) == 91
     assert cache.scales["features.12.squeeze.bias"] == 0
     cache.save(tmp_path / "again.cache")
@@ -55,7 +54,7 @@ def test_versions_without_calibration(version):
 
 
 def test_legacy_header():
-    cache = CalibrationCache({"x": 1.0}, "percentile", None, quantile=0.9999, cutoff=1.0)
+    cache = CalibrationCache({"x": 1.0}, Algorithm("percentile", 0.9999, 1.0), None)
     assert cache.header == "0 3ff0000000000000 3fefff2e48e8a71e"
     assert CalibrationCache.from_bytes(cache.to_bytes()) == cache
 
@@ -71,7 +70,7 @@ def test_names_with_colons_spaces_and_brackets():
         (b"", "its first line is ''"),
         (b"hello\nx: 0\n", "its first line is 'hello'"),
         (b"TRT-8600-NoSuchCalibration\n", "its first line is"),
-        (b"\x80\x00\xff", "neither a calibration cache nor ONNX Runtime.s table of one"),
+        (b"\x80\x00\xff", "is not a TensorRT calibration cache: its first line is"),
         (b"TRT-8600-EntropyCalibration2\nx: 3c010a14\ny 3c010a14\n", "line 3: 'y 3c010a14'"),
         (b"TRT-8600-EntropyCalibration2\nx: 3c010a14f\n", "line 2"),
         (b"TRT-8600-EntropyCalibration2\nx: zz\n", "line 2"),

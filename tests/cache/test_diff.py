@@ -1,13 +1,13 @@
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from conftest import DATA
 from fastcal import CalibrationCache, FastcalError, diff_caches
 
-SQUEEZENET = CalibrationCache.load(Path(__file__).parent / "data" / "squeezenet1_1.entropy2.cache")
+SQUEEZENET = CalibrationCache.load(DATA / "squeezenet1_1.entropy2.cache")
 
 
 def test_a_cache_does_not_differ_from_itself():

@@ -1,0 +1,134 @@
+"""A batch held against a network's inputs: names, shapes, types, values."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastcal.device import type_of
+from fastcal.errors import DataError, quoted
+
+#: A size as a network has it; None stands for a dynamic one.
+Shape = tuple[int | None, ...]
+
+
+class _Unnamed(str):
+    """The type of `UNNAMED`: equal to the str of that value, and yet not taken for an input of that name."""
+
+    __slots__ = ()
+
+
+#: The key of an array that was given no name: such an array goes to the one input that a network has.
+UNNAMED = _Unnamed("input")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a network.
+
+    Attributes:
+        name: Its name.
+        shape: Its dimensions; None stands for a dynamic one.
+        dtype: Its element type.
+    """
+
+    name: str
+    shape: Shape
+    dtype: np.dtype[Any]
+
+    def __str__(self) -> str:
+        return f"{self.name!r} {format_shape(self.shape)}"
+
+
+def format_shape(shape: Shape) -> str:
+    """Return a shape as error texts show it, e.g. (?, 3, 224, 224); a question mark stands for a dynamic dimension."""
+    return "(" + ", ".join("?" if size is None else str(size) for size in shape) + ")"
+
+
+def known_sizes(shape: Iterable[int]) -> Shape:
+    """Return a shape of TensorRT's with None for the sizes that are not known, which TensorRT gives as -1."""
+    return tuple(None if size == -1 else size for size in shape)
+
+
+def shape_fits(wanted: Shape, shape: tuple[int, ...]) -> bool:
+    """Return whether an array of `shape` can be given where `wanted` is asked for; None accepts any size."""
+    return len(shape) == len(wanted) and all(want in (None, have) for want, have in zip(wanted, shape, strict=True))
+
+
+def match_batch(inputs: Sequence[Input], label: str, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch's arrays by a network's input names, after checking names, shapes, types and values.
+
+    Args:
+        inputs: The network's inputs.
+        label: The network's name in error texts.
+        batch: Arrays by input name, or one array by `UNNAMED`.
+
+    Raises:
+        DataError: An input is missing or unknown, or an array has another shape, a type that cannot be converted, or
+            values that the input's type cannot hold. The text shows both sides.
+    """
+    arrays = match_names([value.name for value in inputs], label, batch)
+    for value in inputs:
+        _check_shape(value, label, tuple(arrays[value.name].shape))
+        dtype = type_of(arrays[value.name])
+        if not np.can_cast(dtype, value.dtype, "same_kind"):  # a float would be cut off to an integer
+            raise DataError(
+                f"{label} takes input {value.name!r} as {value.dtype}, the batches are {dtype}; convert them"
+            )
+        if not hasattr(arrays[value.name], "__cuda_array_interface__"):
+            check_values(arrays[value.name], value, label)
+    return arrays
+
+
+def match_names(names: Sequence[str], label: str, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch's arrays by a network's input names, in the network's order.
+
+    Args:
+        names: The network's inputs.
+        label: The network's name in error texts.
+        batch: Arrays by input name, or one array by `UNNAMED`.
+
+    Raises:
+        DataError: An input is missing or unknown. The text shows both sides.
+    """
+    if len(names) == len(batch) == 1 and isinstance(next(iter(batch)), _Unnamed):
+        return {names[0]: next(iter(batch.values()))}
+    if set(names) != set(batch):
+        remedy = "name the batches' arrays after the inputs"
+        if set(batch) < set(names):
+            remedy = f"give {quoted(name for name in names if name not in batch)} too"
+        raise DataError(
+            f"{label} takes the inputs {quoted(names)}, the batches have {quoted(batch) or 'none'}; {remedy}"
+        )
+    return {name: batch[name] for name in names}
+
+
+def check_values(array: Any, value: Input, label: str) -> None:
+    """Raise DataError if an array, NumPy's or CuPy's, has values that its input's type cannot hold."""
+    array = array if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
+    if np.can_cast(array.dtype, value.dtype, "safe"):
+        return
+    with np.errstate(over="ignore"):
+        held = array.astype(value.dtype)
+    beyond = held != array if value.dtype.kind in "iu" else np.isinf(held) & np.isfinite(array)
+    if beyond.any():
+        raise DataError(
+            f"{label} takes input {value.name!r} as {value.dtype}, which cannot hold {array[beyond][0]}; give "
+            "values that fit"
+        )
+
+
+def _check_shape(value: Input, label: str, shape: tuple[int, ...]) -> None:
+    if shape_fits(value.shape, shape):
+        return
+    differ = [
+        axis for axis, (want, have) in enumerate(zip(value.shape, shape, strict=False)) if want not in (None, have)
+    ]
+    if len(value.shape) != len(shape):
+        remedy = f"give arrays of {len(value.shape)} dimensions"
+    elif differ == [0]:
+        remedy = f"use batch size {value.shape[0]}"
+    else:
+        remedy = "choose the preprocessing (size, layout, channels) that the network was trained with"
+    raise DataError(f"{label} takes input {value}, the batches are {format_shape(shape)}; {remedy}")

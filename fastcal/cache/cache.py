@@ -1,0 +1,205 @@
+"""`CalibrationCache`: the scales of a network's tensors, as TensorRT reads and writes them."""
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastcal.algorithm import Algorithm
+from fastcal.cache.record import Record, read_record
+from fastcal.errors import CacheError, FastcalError
+from fastcal.files import write_atomically
+from fastcal.observe.observations import Observations
+from fastcal.packing import from_hex, packed, to_hex
+from fastcal.versions import DEFAULT_TENSORRT_VERSION
+
+#: The forms in which `CalibrationCache.save` writes a cache.
+FORMS = ("tensorrt", "json")
+
+#: The settings of a cache, by attribute, with their keys in JSON.
+_SETTINGS = {"name": "algorithm", "tensorrt_version": "tensorrt_version", "quantile": "quantile", "cutoff": "cutoff"}
+
+
+@dataclass
+class CalibrationCache:
+    """The scales of a network's tensors, as TensorRT reads and writes them.
+
+    Attributes:
+        scales: Tensor name to scale, in the order of the file. A scale is the real value of one INT8 step, so a tensor
+            is clipped at 127 scales; every scale is exactly a float32. A tensor that is always 0 has scale 0.
+        algorithm: The algorithm that picked the scales; a name is taken too.
+        tensorrt_version: "major.minor.patch" in the header. TensorRT 8.6.0 takes a cache of 8.6.1 and calibrates again
+            if it is given one of 10.16. The header of Legacy calibration ("percentile") has no version: None.
+        record: The record of what the cache was made from; None if it is not known.
+        observed: The histograms and more, if the cache is a calibration's result; not written to the file.
+    """
+
+    scales: dict[str, float] = field(default_factory=dict)
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    tensorrt_version: str | None = DEFAULT_TENSORRT_VERSION
+    record: Record | None = field(default=None, compare=False)
+    observed: Observations | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.algorithm = Algorithm.of(self.algorithm)
+
+    @property
+    def header(self) -> str:
+        """The first line of the file, without its line end.
+
+        Raises:
+            FastcalError: There is no such version of TensorRT, or none is given; or the quantile or the cutoff is not a
+                number that a float64 holds.
+        """
+        return self.algorithm.header(self.tensorrt_version)
+
+    def to_bytes(self) -> bytes:
+        """Return the file's contents.
+
+        Raises:
+            CacheError: A tensor's name has a line end, which TensorRT's form cannot hold, or its scale is not a number
+                that a float32 holds.
+            FastcalError: As `header`.
+        """
+        for name in self.scales:
+            if "\n" in name:
+                raise CacheError(f"tensor {name!r} has a line end in its name: rename it, or save the cache as JSON")
+        scales = (f"{name}: {to_hex(scale, '>f', f'the scale of {name!r}')}" for name, scale in self.scales.items())
+        return ("\n".join([self.header, *scales]) + "\n").encode(errors="surrogateescape")
+
+    @classmethod
+    def from_bytes(cls, data: bytes, origin: str = "calibration cache") -> "CalibrationCache":
+        """Read `data`, a file's contents in TensorRT's own form; `origin` names them in error texts.
+
+        Raises:
+            CacheError: The text is not a calibration cache.
+        """
+        header, *lines = data.decode(errors="surrogateescape").split("\n")
+        found = Algorithm.of_header(header)
+        if found is None:
+            raise CacheError(f"{origin} is not a TensorRT calibration cache: its first line is {header[:80]!r}")
+        cache = cls({}, *found)
+        for number, line in enumerate(lines, start=2):
+            if line.strip():
+                name, separator, digits = line.rpartition(": ")
+                if not separator or not re.fullmatch(r"[0-9a-fA-F]{1,8}\s*", digits):
+                    raise CacheError(f"{origin}, line {number}: {line[:80]!r} is not 'tensor name: hex scale'")
+                cache.scales[name] = from_hex(digits, ">f")
+        return cache
+
+    def to_json(self) -> bytes:
+        """Return the cache as a JSON object: algorithm, TensorRT version, scales by tensor, and the record's entries.
+
+        Raises:
+            CacheError: A scale is not a finite float32 from 0 on.
+            FastcalError: As `header`.
+        """
+        read_back = Algorithm.of_header(self.header)  # the settings as the numbers of a header
+        assert read_back is not None
+        algorithm, version = read_back
+        settings = {**vars(algorithm), "tensorrt_version": version}
+        content: dict[str, Any] = {key: settings[name] for name, key in _SETTINGS.items() if settings[name] is not None}
+        content["scales"] = {name: _float32(scale, f"the scale of {name!r}") for name, scale in self.scales.items()}
+        if self.record is not None:
+            content["made_from"] = dict(self.record.entries)
+        return json.dumps(content, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, origin: str) -> "CalibrationCache":
+        """Read the JSON object that `to_json` returns; scales are rounded to float32.
+
+        Raises:
+            CacheError: The text is not such an object; `origin` names it.
+        """
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise CacheError(f"{origin} is neither a calibration cache nor JSON: {error}") from error
+        scales = content.get("scales")
+        if not isinstance(scales, dict):
+            raise CacheError(f'{origin} is no calibration cache in JSON: it has no "scales", an object')
+        unknown = content.keys() - {*_SETTINGS.values(), "scales", "made_from"}
+        if unknown:
+            raise CacheError(f"{origin} is no calibration cache in JSON: it has {min(unknown)!r}; a cache has not")
+        cache = cls(record=_record_of(content, origin))
+        settings = {name: content[key] for name, key in _SETTINGS.items() if key in content}
+        version = settings.pop("tensorrt_version", cache.tensorrt_version)
+        try:
+            if settings.get("name") == "percentile" and not {"quantile", "cutoff"} <= settings.keys():
+                raise CacheError("a cache of algorithm percentile needs its quantile and its cutoff, two numbers")
+            algorithm = Algorithm(**settings)
+            cache = replace(cache, algorithm=algorithm, tensorrt_version=version if algorithm.has_version else None)
+            _ = cache.header
+        except FastcalError as error:
+            raise CacheError(f"{origin}: {error}") from error
+        cache.scales = {name: _float32(value, f"{origin}, scale of {name!r}") for name, value in scales.items()}
+        return cache
+
+    @classmethod
+    def from_any(cls, data: bytes, origin: str) -> "CalibrationCache":
+        """Read `data`, a file's contents in any form that `save` writes; `origin` names them in error texts.
+
+        Raises:
+            CacheError: The contents are not a calibration cache.
+        """
+        return cls.from_json(data, origin) if data.lstrip()[:1] == b"{" else cls.from_bytes(data, origin)
+
+    def save(self, path: str | os.PathLike[str], *, form: str = "tensorrt") -> None:
+        """Write the cache to `path`, whole or not at all.
+
+        Args:
+            path: The file.
+            form: "tensorrt": TensorRT's own form, with the record of what the cache was made from in `path`.json;
+                "json": one object with the cache's settings, scales and record.
+
+        Raises:
+            CacheError: The form cannot hold the scales.
+            FastcalError: There is no such form or version of TensorRT, or the file cannot be written. The older file is
+                unchanged then.
+        """
+        if form not in FORMS:
+            raise FastcalError(f"there is no form {form!r} of a cache; choose one of {', '.join(FORMS)}")
+        if form == "json":
+            write_atomically(path, self.to_json())
+        elif self.record is None:
+            write_atomically(path, self.to_bytes())
+        else:
+            self.record.save(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "CalibrationCache":
+        """Read the cache at `path`, in any form that `save` writes, and its record.
+
+        Raises:
+            CacheError: There is no such file, or it is not a calibration cache.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise CacheError(f"cannot read calibration cache {path}: {error.strerror}; check the path") from error
+        cache = cls.from_any(data, str(path))
+        if cache.record is None:
+            cache.record = read_record(path, data)
+        return cache
+
+
+def _record_of(content: Mapping[str, Any], origin: str) -> Record | None:
+    """Return the record in a cache's JSON object; None if there is none."""
+    if "made_from" not in content:
+        return None
+    if not isinstance(content["made_from"], dict):
+        raise CacheError(f'{origin} is no calibration cache in JSON: its "made_from" is no object')
+    return Record(content["made_from"])
+
+
+def _float32(value: Any, label: str) -> float:
+    """Return the float32 that a scale stands for, as a Python number."""
+    scale: float = struct.unpack(">f", packed(value, ">f", label))[0]
+    if not 0 <= float(value) < math.inf:
+        raise CacheError(f"{label} is {float(value):g}; it must be a finite number from 0 on")
+    return scale

@@ -1,0 +1,262 @@
+"""`calibrate`: batches through a network, histograms of its tensors, scales, a cache."""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm
+from fastcal.cache.cache import CalibrationCache
+from fastcal.cache.record import Record
+from fastcal.cache.reuse import reuse
+from fastcal.definition import Network, as_network
+from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, missing
+from fastcal.feed.arrays import as_feed
+from fastcal.feed.feed import Feed
+from fastcal.model import Model
+from fastcal.observe.backends import (
+    Backend,
+    LocalBackend,
+    Observer,
+    OnnxRuntimeBackend,
+    TensorRTBackend,
+    choose_backend,
+)
+from fastcal.observe.histogram import Histogram
+from fastcal.progress import Progress
+from fastcal.versions import DEFAULT_TENSORRT_VERSION, check_tensorrt_version, installed_tensorrt_version
+
+_log = logging.getLogger("fastcal")
+
+
+def calibrate(
+    model: Any,
+    feed: Any,
+    *,
+    algorithm: str | Algorithm = "entropy2",
+    quantile: float = DEFAULT_QUANTILE,
+    backend: str = "auto",
+    tf32: bool = False,
+    optimization_level: int | None = None,
+    tactic_sources: int | Iterable[str] | None = None,
+    tensorrt_version: str | None = None,
+    threads: int | None = None,
+    until_stable: float | None = None,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> CalibrationCache:
+    """Pick the INT8 scales of a network's tensors, those that TensorRT's own calibration would pick.
+
+    The network runs in float32 with every tensor visible, with TensorRT on a GPU or with ONNX Runtime on the CPU. One
+    batch is in memory at a time; if a batch's tensors do not fit the memory together, the network runs several times
+    over the batch. The scales equal TensorRT's to the last bit if the tensors' values do. With TensorRT the cache holds
+    every tensor that TensorRT asks for; with ONNX Runtime it lacks those that TensorRT's parser adds under names of its
+    own (constants, the parts of a Gemm).
+
+    Args:
+        model: The ONNX file; for TensorRT also a `tensorrt.INetworkDefinition`.
+        feed: The batches: a `Feed`, for instance an `ImageFeed`; or anything that `ArrayFeed` takes, named after the
+            network's inputs, in batches of any size.
+        algorithm: "entropy2" (which TensorRT recommends for convolutional networks), "entropy", "minmax", "percentile",
+            or an `Algorithm`.
+        quantile: For "percentile", the share of values that is not clipped.
+        backend: What runs the network: "tensorrt", "onnxruntime", or "auto": TensorRT if it, CuPy and a GPU are
+            present, else ONNX Runtime.
+        tf32: For TensorRT: allow it to round factors to TF32, which is faster. An amax then differs by about 1e-3.
+        optimization_level: For TensorRT: 0 (the engine is built fastest) to 5 (the engine runs fastest). By default 0,
+            or 1 for feeds of 100,000 samples or more. From 1 on TensorRT picks kernels by timing them, for each worker
+            anew, so the workers' activations may differ in the last bits.
+        tactic_sources: For TensorRT: names of `tensorrt.TacticSource`, or their bits; by default TensorRT's own.
+        tensorrt_version: The TensorRT that will read the cache, e.g. "10.3.0". By default the installed one, else
+            10.16.1.
+        threads: For ONNX Runtime: the number of threads that run the network and count; by default one per core that
+            this process may use. Workers share the CPUs of their machines.
+        until_stable: Stop when no scale has moved by more than this percentage at three checks in a row; each check
+            comes after a tenth more images than the one before. By default all batches are used.
+        workers: The number of Ray actors that share the batches (`pip install 'fastcal[ray]'`), with a GPU each for
+            TensorRT; by default this process does everything. The cache is the same, to the last bit if the workers'
+            machines compute the same activations. The feed must be divisible, an `ImageFeed` for instance, and every
+            worker must find the model and the images at their paths.
+        ray_address: The Ray cluster to connect to: "auto" for one that runs on this machine, or "host:port"; by default
+            the environment variable RAY_ADDRESS, else Ray is started on this machine for the time of the calibration.
+            Ignored if the program is connected to Ray already.
+        progress: Called after every batch; with workers after every few seconds' work of a worker.
+
+    Returns:
+        The cache; `cache.save(path)` writes it. `cache.observed` has the histograms that the scales were picked from.
+
+    Raises:
+        ModelError: The model cannot be loaded or run.
+        DataError: The batches do not fit the model.
+        UnavailableError: The backend needs a package or a GPU that is missing.
+        FastcalError: A setting is out of range.
+        Exception: As the feed.
+    """
+    picked = Algorithm.of(algorithm, quantile)
+    check_range("threads", threads, 1, MOST_THREADS)
+    if until_stable is not None and not until_stable > 0:
+        raise FastcalError(f"until_stable is {until_stable}; it is a percentage above 0, 1 for instance")
+    if until_stable is not None and workers is not None:
+        raise FastcalError("until_stable looks at the batches one after another; leave it or workers out")
+    if ray_address is not None and workers is None:
+        raise FastcalError(f"ray_address is {ray_address}, and without workers there is nothing to do there; set both")
+    version = _tensorrt_version(tensorrt_version)
+    network = as_network(model)
+    sources = tuple(tactic_sources) if isinstance(tactic_sources, Iterable) else tactic_sources
+    local: Mapping[str, LocalBackend] = {
+        "onnxruntime": OnnxRuntimeBackend(threads),
+        "tensorrt": TensorRTBackend(tf32, optimization_level, sources),
+    }
+    chosen = choose_backend(backend, isinstance(network, Model))
+    runner: Backend = local[chosen]
+    if workers is not None:
+        runner = _ray_backend()(workers, ray_address, backend, local, threads)
+    with as_feed(feed, network.input_names or None, runner.device) as batches:
+        return Calibration(batches, picked, network, runner, version, until_stable).run(progress)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration: what it is made from, what it will write, and its run.
+
+    Attributes:
+        feed: The batches.
+        algorithm: The algorithm that picks the scales.
+        network: The network; None if only TensorRT knows it.
+        backend: What runs the network.
+        tensorrt_version: The version in the cache's header.
+        until_stable: The percentage of `fastcal.calibrate`; None uses all batches.
+    """
+
+    feed: Feed
+    algorithm: Algorithm
+    network: Network | None
+    backend: Backend
+    tensorrt_version: str
+    until_stable: float | None = None
+
+    @property
+    def header(self) -> str:
+        """The first line of the cache."""
+        return self.algorithm.header(self.tensorrt_version)
+
+    @cached_property
+    def record(self) -> Record:
+        """The record of the cache, known before the calibration runs."""
+        digest = None if self.network is None else self.network.digest
+        settings = {**self.algorithm.settings, "until_stable": self.until_stable, "precision": self.backend.precision}
+        return Record.of(self.feed.describe(), digest, **settings)
+
+    def reuse(self, path: str | os.PathLike[str]) -> tuple[bytes | None, str]:
+        """Return the contents of the cache at `path` and "" if it is up to date, else None and the reason."""
+        return reuse(path, self.header, self.record)
+
+    def cache(self, scales: dict[str, float]) -> CalibrationCache:
+        """Return a cache of these scales with the calibration's header and record."""
+        version = self.tensorrt_version if self.algorithm.has_version else None
+        return CalibrationCache(scales, self.algorithm, version, self.record.skipping(self.feed.skipped))
+
+    def run(self, progress: Callable[[Progress], None] | None = None) -> CalibrationCache:
+        """Run the network over the batches, and pick its tensors' scales.
+
+        Args:
+            progress: Called as `fastcal.calibrate` describes.
+
+        Raises:
+            FastcalError: As `fastcal.calibrate`.
+        """
+        network = self.network
+        assert network is not None
+        if network.has_pairs:
+            _log.warning(
+                "%s has QuantizeLinear or DequantizeLinear already, and TensorRT takes the scales of those, not a "
+                "cache's; calibrate the float model it was made from",
+                network.label,
+            )
+        enough = None if self.until_stable is None else _StabilityCheck(self.algorithm, self.until_stable)
+        _ = self.record  # describes the batches as they are before the run
+        observed = self.backend.observe(network, self.feed, progress or (lambda state: None), enough)
+        if not observed.progress:
+            raise DataError("the feed gave no batches; a calibration needs at least one")
+        if not observed.histograms:
+            raise ModelError(
+                f"{network.label} has no float tensor: there is nothing to calibrate; export the network in float"
+            )
+        _warn_of_nonfinite(observed.histograms)
+        cache = self.cache(self.algorithm.scales(observed))
+        assert cache.record is not None
+        # Workers decide on the backend, and so on the precision, when they run.
+        record = Record({**cache.record.entries, "precision": observed.precision})
+        return replace(cache, record=record, observed=observed)
+
+
+class _StabilityCheck:
+    """Checks the scales on the way, at ever larger intervals, and tells when they no longer move.
+
+    Args:
+        algorithm: The algorithm that picks the scales.
+        percent: The percentage by which a scale may move from check to check.
+    """
+
+    #: The number of checks in a row without movement.
+    _in_a_row = 3
+
+    def __init__(self, algorithm: Algorithm, percent: float) -> None:
+        self._algorithm = algorithm
+        self._percent = percent
+        self._next = 0
+        self._scales: Mapping[str, float] = {}
+        self._still = 0
+
+    def __call__(self, observer: Observer, images: int) -> bool:
+        """Return whether to stop after this number of images, which `observer` has counted."""
+        if images < self._next:
+            return False
+        self._next = images + images // 10
+        before, self._scales = self._scales, self._algorithm.pick_all(observer.histograms())
+        moved = max((_percent_moved(before.get(name, 0.0), scale) for name, scale in self._scales.items()), default=0)
+        self._still = self._still + 1 if moved <= self._percent else 0
+        if self._still < self._in_a_row:
+            return False
+        _log.info(
+            "stable after %d images: no scale moved by more than %g %% at the last %d checks",
+            images, self._percent, self._in_a_row,
+        )  # fmt: skip
+        return True
+
+
+def _percent_moved(before: float, now: float) -> float:
+    if before == now:
+        return 0.0
+    return math.inf if before == 0 else 100 * abs(now / before - 1)
+
+
+def _ray_backend() -> Any:
+    """Return the class `RayBackend`; Ray may not be installed."""
+    try:
+        from fastcal.observe.with_ray import RayBackend
+    except ModuleNotFoundError as error:
+        raise missing("a calibration with workers", error) from error
+    return RayBackend
+
+
+def _tensorrt_version(asked: str | None) -> str:
+    if asked is not None:
+        return check_tensorrt_version(asked)
+    installed = installed_tensorrt_version()
+    if installed is not None:
+        return check_tensorrt_version(installed)
+    _log.info("TensorRT is not installed here: the cache is written for TensorRT %s", DEFAULT_TENSORRT_VERSION)
+    return DEFAULT_TENSORRT_VERSION
+
+
+def _warn_of_nonfinite(histograms: Mapping[str, Histogram]) -> None:
+    bad = {name: histogram for name, histogram in histograms.items() if histogram.nan or histogram.inf}
+    if bad:
+        shown = [f"{name} ({histogram.nan} NaN, {histogram.inf} Inf)" for name, histogram in list(bad.items())[:5]]
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        _log.warning("left NaN and Inf out of the histograms of %s%s", ", ".join(shown), more)

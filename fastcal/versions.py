@@ -1,0 +1,57 @@
+"""Versions: of the TensorRT that reads a cache, and of the packages that are installed."""
+
+import re
+from importlib.metadata import distributions
+
+from fastcal.errors import FastcalError
+
+#: The TensorRT version of a cache if none is installed and none is given: the last 10.x release.
+DEFAULT_TENSORRT_VERSION = "10.16.1"
+
+
+def installed_tensorrt_version() -> str | None:
+    """Return the version of the TensorRT that Python can import, as "major.minor.patch"; None if there is none."""
+    try:
+        import tensorrt
+    except (ImportError, OSError):  # OSError: the bindings are installed, TensorRT's libraries are not
+        return None
+    version = re.match(r"\d+\.\d+\.\d+", str(tensorrt.__version__))
+    return version.group() if version else None
+
+
+def check_tensorrt_version(version: str) -> str:
+    """Return `version` as "major.minor.patch".
+
+    Raises:
+        FastcalError: It is not a TensorRT version that reads calibration caches (8.x to 10.x).
+    """
+    version_number(version)
+    return ".".join([*version.split("."), "0"][:3])
+
+
+def version_number(version: str) -> int:
+    """Return NV_TENSORRT_VERSION as TensorRT's header defines it: 8600 for 8.6.0, with two more digits from 10.0 on.
+
+    Raises:
+        FastcalError: As `check_tensorrt_version`.
+    """
+    form = r"(\d{1,2})\.(\d{1,2})(?:\.(\d{1,2}))?(?:\.\w+)*"
+    match = re.fullmatch(form, version) if isinstance(version, str) else None  # the number 10.10 would be 10.1
+    if match is None:
+        raise FastcalError(f"{version!r} is not a TensorRT version; write it like 10.16.1")
+    major, minor, patch = (int(part or 0) for part in match.groups())
+    if not 8 <= major <= 10:
+        raise FastcalError(f"TensorRT {version} takes no calibration cache; only 8.x to 10.x do")
+    return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
+
+
+def version_of_number(number: str) -> str:
+    """Return "major.minor.patch" for the digits of an NV_TENSORRT_VERSION: "8.6.0" for "8600"."""
+    major, rest = divmod(int(number), 10000 if len(number) == 6 else 1000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
+def installed(wheels: str) -> list[str]:
+    """Return the installed packages whose names match the regular expression `wheels`, each with its version."""
+    found = {(dist.name or "").lower().replace("_", "-"): dist.version for dist in distributions()}
+    return sorted(f"{name} {found[name]}" for name in found if wheels and re.fullmatch(wheels, name))
