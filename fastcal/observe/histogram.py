@@ -111,8 +111,8 @@ class Histogram:
             self.counts = _paired(self.counts, doublings)
             self.range = math.ldexp(self.range, doublings)
 
-    def fits(self, later: "Histogram") -> bool:
-        """Whether `append` takes `later`: it began with a range like ours, 0 as well, or has seen nothing but 0."""
+    def can_append(self, later: "Histogram") -> bool:
+        """Return whether `append` takes `later`: it began with a range like ours, 0 too, or has counted only zeros."""
         return not later.amax or math.frexp(self.range)[0] == math.frexp(later.start)[0]
 
     def append(self, later: "Histogram") -> None:
