@@ -186,8 +186,8 @@ def percentile_scales(counts: Any, widths: Any, quantile: float) -> Any:
 def entropy_scales(counts: Any, widths: Any) -> Any:
     """Return scales whose INT8 histogram diverges least from the float one: TensorRT's Entropy and Entropy2.
 
-    A candidate i, from 128 to 2048, is the number of bins below the threshold. The smallest divergence wins; among equal
-    divergences, the largest candidate. scale = float32(float32(i + 0.5) * width) / 127.
+    A candidate i, from 128 to 2048, is the number of bins below the threshold. The smallest divergence wins; among
+    equal divergences, the largest candidate. scale = float32(float32(i + 0.5) * width) / 127.
 
     Args:
         counts: int64 array of shape (tensors, 2048).
@@ -211,8 +211,8 @@ def divergences(counts: Any) -> Any:
     - Q cuts bins 0 to i-1, without the added counts, into 128 groups with edges ceil(j * i / 128), and gives each
       non-empty bin the mean of its group's non-empty bins; over its sum.
 
-    Within a group log Q is one constant. So the group's part of the divergence needs only the group's sum and its number
-    of non-empty bins, which are differences of prefix sums: no loop over bins.
+    Within a group log Q is one constant. So the group's part of the divergence needs only the group's sum and its
+    number of non-empty bins, which are differences of prefix sums: no loop over bins.
 
     Args:
         counts: int64 array of shape (tensors, 2048).

@@ -14,7 +14,7 @@ _BLOCK = 2048
 def _add(values, width, counts):  # type: ignore[no-untyped-def]
     """Count a vector of finite float32 `values` into int64 `counts`: bins `width` > 0 wide, the last for all above."""
     # Each block takes two steps: divisions run in vectors, then values are counted into four tables in turn, so that
-    # equal values in a row (a ReLU's zeros) do not wait for each other. Unsigned indices spare a test for negative ones.
+    # equal values in a row (a ReLU's zeros) do not wait for each other. Unsigned indices spare a test of their sign.
     # Together this is 2.4 times faster.
     one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
     last = np.int32(counts.size - 1)
