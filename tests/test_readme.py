@@ -7,6 +7,7 @@ cache of it, the examples, and a `.venv`. Packages are installed already: `pip` 
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,9 @@ for option; do
   esac
 done
 """
+
+#: A line of the shell that starts `fastcal` and uses no other feature of the shell.
+FASTCAL = re.compile(r"fastcal [^#$&;<>|\\]*")
 
 #: Packages that a block may show fastcal together with, and that the tests do without.
 OTHERS = ("modelopt", "polygraphy", "torch")
@@ -136,7 +140,7 @@ def run(top, command, folder):
 
 
 @pytest.mark.parametrize(("folder", "language", "code"), list(blocks()))
-def test_block(tmp_path, monkeypatch, sample, folder, language, code):
+def test_block(tmp_path, monkeypatch, run_fastcal, sample, folder, language, code):
     top = tmp_path / "top"
     shutil.copytree(sample, top, symlinks=True)
     if language == "python":
@@ -145,6 +149,10 @@ def test_block(tmp_path, monkeypatch, sample, folder, language, code):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as a user may
             exec(compile(given + code, "block", "exec"), {})
+    elif all(map(FASTCAL.fullmatch, code.splitlines())):
+        for line in code.splitlines():
+            done = run_fastcal(*shlex.split(line)[1:], cwd=top / folder)
+            assert done.returncode == 0, done.stdout + done.stderr
     else:
         assert language == "sh", f"say in this test what becomes of {language!r}"
         run(top, ["bash", "-euo", "pipefail", "-c", code], top / folder)
