@@ -158,7 +158,9 @@ def test_block(tmp_path, monkeypatch, run_fastcal, sample, folder, language, cod
         run(top, ["bash", "-euo", "pipefail", "-c", code], top / folder)
 
 
-@pytest.mark.parametrize("path", [*READMES, ROOT / "benchmarks" / "README.md"], ids=lambda path: str(path.parent.name))
+@pytest.mark.parametrize(
+    "path", [*READMES, ROOT / "benchmarks" / "README.md"], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_links_lead_somewhere(path):
     links = [link for link in LINK.findall(path.read_text()) if "://" not in link]
     assert [link for link in links if not (path.parent / link).exists()] == []
