@@ -6,7 +6,7 @@ import os
 import textwrap
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,23 +20,17 @@ from fastcal.observe.histogram import Histogram
 from fastcal.observe.ray_worker import Counted, Worker
 from fastcal.progress import Progress
 
-#: Seconds of work that a worker is given at once: enough to outweigh a feed's start and the result's transfer, and
+#: The most batches that a worker is given at once: enough to outweigh a feed's start and the result's transfer, and
 #: little enough to be done again.
-_SECONDS = 5.0
+_MOST = 64
 
-#: The largest growth from one share to the next: the first batches may take longer than later ones.
-_GROWTH = 4
-
-#: Shares per worker that may be under way, or wait for one before them; this bounds the driver's memory.
-_SHARES = 4
-
-#: The number of attempts at a share whose workers die.
-_ATTEMPTS = 3
+#: How often Ray restarts a worker that died, and repeats the share at hand.
+_RESTARTS = 2
 
 #: Seconds to wait for the first worker before the log says so.
 _PATIENCE_SECONDS = 10.0
 
-#: The exceptions of Ray for a result that is lost though the work itself is sound.
+#: Ray's exceptions for a result that is lost though the work itself is sound.
 _LOST = (RayActorError, ObjectLostError, NodeDiedError, OutOfMemoryError)
 
 #: The numbers of the batches that every worker begins with: their ranges, and whether all workers count the same.
@@ -71,19 +65,6 @@ class Job:
         return self.feed.part(batches, gpu=gpu, threads=self.threads)
 
 
-@dataclass(frozen=True)
-class _Share:
-    """Batches that a worker is to count.
-
-    Attributes:
-        batches: Their numbers.
-        attempt: The attempt number.
-    """
-
-    batches: range
-    attempt: int = 1
-
-
 class Tally:
     """The counts of all shares, put together in the batches' order.
 
@@ -101,17 +82,14 @@ class Tally:
         self._first: Mapping[str, float] | None = None  # the first batch's maxima, by tensor name
         self._started = 0.0
 
-    @property
-    def waiting(self) -> int:
-        """The number of shares that wait for one before them."""
-        return len(self._waiting)
+    def keep(self, batches: range, counted: Counted | FastcalError) -> None:
+        """Keep the result of a share; an error is raised when the share is added up.
 
-    def keep(self, start: int, counted: Counted | FastcalError) -> None:
-        """Keep the result of the share that begins with a batch; raised when it is added up if it is an error."""
-        self._waiting[start] = counted
-
-    def keep_first(self, counted: Counted) -> None:
-        """Keep a worker's result of the first batch, or compare it with another worker's."""
+        Every worker counts the first batch; the others' results are compared with the one that came first.
+        """
+        if batches != FIRST or isinstance(counted, FastcalError):
+            self._waiting[batches.start] = counted
+            return
         maxima = {name: histogram.amax for name, histogram in counted.histograms.items()}
         if self._first is None:
             self._first, self.shared_scales = maxima, counted.shared_scales
@@ -165,9 +143,8 @@ class Crew:
         self._tally = Tally(len(job.feed))
         self._actors: list[Any] = []
         self._idle: list[Any] = []
-        self._paces: dict[Any, Progress] = {}  # the last share of each worker
-        self._running: dict[Any, tuple[Any, _Share]] = {}  # by the reference to the result
-        self._again: list[_Share] = []
+        self._running: dict[Any, tuple[Any, range]] = {}  # the worker and its batches, by the reference to the result
+        self._again: list[range] = []
         self._next = FIRST.stop
         self._notes: set[tuple[str, int, str]] = set()
 
@@ -179,24 +156,16 @@ class Crew:
             FastcalError: The error of a worker, of the first batch in order that goes wrong.
         """
         for _ in range(self._job.workers):
-            self._start_worker(_Share(FIRST))
+            self._give(self._start_worker(), FIRST, {})
+        self._wait_for_first()
         while self._tally.state.batches < len(self._job.feed):
-            reference = self._wait()
-            actor, share = self._running.pop(reference)
-            try:
-                self._take(actor, share, ray.get(reference))
-            except _LOST as error:
-                self._replace(actor, share, error)
-            except RayTaskError as error:
-                if not isinstance(error.cause, FastcalError):
-                    raise
-                if share.batches == FIRST:
-                    raise error.cause.with_traceback(None) from None
-                self._tally.keep(share.batches.start, error.cause)
-                self._idle.append(actor)
+            (reference,), _ = ray.wait(list(self._running))
+            actor, batches = self._running.pop(reference)
+            self._idle.append(actor)
+            self._tally.keep(batches, self._result(reference, batches))
             again = self._tally.add_up(self._job.workers, self._report)
             if again is not None:
-                self._again.append(_Share(again))
+                self._again.append(again)
             self._give_out()
         return self._tally
 
@@ -205,87 +174,58 @@ class Crew:
         for actor in self._actors:
             ray.kill(actor)
 
-    def _start_worker(self, share: _Share) -> None:
-        resources = {"num_cpus": self._job.threads} | ({"num_gpus": 1} if self._job.on_gpus else {})
+    def _start_worker(self) -> Any:
+        options: dict[str, Any] = {"max_restarts": _RESTARTS, "max_task_retries": _RESTARTS}
+        options |= {"num_cpus": self._job.threads, "num_gpus": int(self._job.on_gpus)}
         # Spread, so that nodes share the reading too.
-        actor = ray.remote(Worker).options(scheduling_strategy="SPREAD", **resources).remote(os.getcwd())
-        self._actors.append(actor)
-        model = str(self._job.model.path), self._job.model.digest
-        reference = actor.start.remote(*model, self._job.backend, self._job.part(share.batches))
-        self._running[reference] = actor, share
+        worker = ray.remote(Worker).options(scheduling_strategy="SPREAD", **options)
+        model = self._job.model
+        self._actors.append(worker.remote(os.getcwd(), str(model.path), model.digest, self._job.backend))
+        return self._actors[-1]
 
-    def _wait(self) -> Any:
-        """Return the next reference whose result is present, or lost."""
-        running = list(self._running)
-        if not self._paces:
-            ready, _ = ray.wait(running, timeout=_PATIENCE_SECONDS)
-            if ready:
-                return ready[0]
+    def _wait_for_first(self) -> None:
+        ready, _ = ray.wait(list(self._running), timeout=_PATIENCE_SECONDS)
+        if not ready:
             _log.info("waiting for Ray to start a worker with %s CPUs", self._job.threads)
-        return ray.wait(running)[0][0]
 
-    def _take(self, actor: Any, share: _Share, counted: Counted) -> None:
-        """Keep a worker's result."""
-        self._idle.append(actor)
-        self._paces[actor] = counted.progress
+    def _result(self, reference: Any, batches: range) -> Counted | FastcalError:
+        """Return a worker's result of these batches, or its error."""
+        try:
+            counted: Counted = ray.get(reference)
+        except _LOST as error:
+            raise UnavailableError(
+                f"{_RESTARTS + 1} workers died over batches {batches.start} to {batches.stop - 1}: {last_line(error)}; "
+                "Ray's logs tell more"
+            ) from error
+        except RayTaskError as error:
+            if not isinstance(error.cause, FastcalError):
+                raise
+            return error.cause
         for note in counted.notes:
             if note not in self._notes:  # several workers say the same
                 self._notes.add(note)
                 name, level, text = note
                 logging.getLogger(name).log(level, "%s", text)
-        if share.batches == FIRST:
-            self._tally.keep_first(counted)
-        else:
-            self._tally.keep(share.batches.start, counted)
-
-    def _replace(self, actor: Any, share: _Share, error: Exception) -> None:
-        """Have a dead worker's batches counted by another worker."""
-        ray.kill(actor)
-        self._actors.remove(actor)
-        self._paces.pop(actor, None)
-        batches = f"batches {share.batches.start} to {share.batches.stop - 1}"
-        if share.attempt == _ATTEMPTS:
-            raise UnavailableError(
-                f"{_ATTEMPTS} workers died over {batches}: {last_line(error)}; Ray's logs tell more"
-            ) from error
-        _log.warning("a worker died over %s, which are counted again: %s", batches, last_line(error))
-        share = replace(share, attempt=share.attempt + 1)
-        if share.batches == FIRST:
-            self._start_worker(share)
-        else:
-            self._again.append(share)
-            self._start_worker(_Share(FIRST))
+        return counted
 
     def _give_out(self) -> None:
         """Give the idle workers shares, once the first batch has set the ranges."""
         if not self._tally.state.batches:
             return
         starts = {name: histogram.range for name, histogram in self._tally.total.items()}
-        self._again.sort(key=lambda share: -share.batches.start)
-        while self._idle:
-            if self._again:
-                share = self._again.pop()
-            elif self._next < len(self._job.feed) and self._under_way < _SHARES * self._job.workers:
-                share = _Share(range(self._next, self._next + self._size(self._paces[self._idle[-1]])))
-                self._next = share.batches.stop
-            else:
-                return
-            actor = self._idle.pop()
-            self._running[actor.count.remote(self._job.part(share.batches), starts)] = actor, share
+        self._again.sort(key=lambda batches: -batches.start)
+        while self._idle and (self._again or self._next < len(self._job.feed)):
+            self._give(self._idle.pop(), self._again.pop() if self._again else self._next_share(), starts)
 
-    @property
-    def _under_way(self) -> int:
-        return len(self._running) + self._tally.waiting
+    def _give(self, actor: Any, batches: range, starts: Mapping[str, float]) -> None:
+        self._running[actor.count.remote(self._job.part(batches), starts)] = actor, batches
 
-    def _size(self, last: Progress) -> int:
-        """Return the number of batches of the next share of a worker that did `last` before.
-
-        The share takes the worker some seconds, but is no larger than lets all workers end at about the same time.
-        """
+    def _next_share(self) -> range:
+        """Return the next batches that nobody has counted; few at the end, so that all workers end about together."""
         left = len(self._job.feed) - self._next
-        pace = last.batches / max(last.seconds, 1e-9)
-        even = math.ceil(left / (2 * self._job.workers - 1))
-        return max(1, min(_GROWTH * last.batches, round(pace * _SECONDS), even))
+        size = max(1, min(_MOST, math.ceil(left / (2 * self._job.workers))))
+        self._next += size
+        return range(self._next - size, self._next)
 
 
 def last_line(error: Exception) -> str:

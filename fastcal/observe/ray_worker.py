@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -11,7 +11,7 @@ import ray
 from fastcal.errors import DataError, FastcalError, ModelError
 from fastcal.feed.feed import Feed
 from fastcal.model import Model
-from fastcal.observe.backends import LocalBackend, timed
+from fastcal.observe.backends import LocalBackend, Observer, timed
 from fastcal.observe.histogram import Histogram
 from fastcal.progress import Progress
 
@@ -36,57 +36,58 @@ class Counted:
 class Worker:
     """A Ray actor that observes a network.
 
+    Ray may restart it on another node, and then repeats the call at hand; so nothing is started before the first call.
+
     Args:
         folder: The driver's working folder, which relative paths are relative to.
+        path: The model's path.
+        digest: The model's digest.
+        backend: What runs the model.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, path: str, digest: str, backend: LocalBackend) -> None:
         with contextlib.suppress(OSError):  # relative paths are then reported as missing
             os.chdir(folder)
         names = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"]}
         node = names[ray.get_runtime_context().get_node_id()]
         self._where = f"on node {node}: " if len(names) > 1 else ""
+        self._path, self._digest, self._backend = path, digest, backend
+        self._observer: Observer | None = None
         self._notes = _Notes()
         logger = logging.getLogger("fastcal")
         logger.addHandler(self._notes)
         logger.setLevel(logging.INFO)
 
-    def start(self, path: str, digest: str, backend: LocalBackend, first: Feed) -> Counted:
-        """Start the backend, and observe the first batches."""
-        with self._named_errors():
-            model = Model(path)
-            if model.digest != digest:
-                raise ModelError(f"{path} is another model than where the calibration was started; copy it anew")
-            self._observing = backend.observer(model, first.gpu)
-            self._observer = self._observing.__enter__()  # never left: the process ends with the worker
-            return self._observe(first)
-
     def count(self, part: Feed, starts: Mapping[str, float]) -> Counted:
-        """Observe the batches of `part` from these ranges on."""
-        with self._named_errors():
-            self._observer.begin(starts)
-            return self._observe(part)
+        """Observe the batches of `part` from these ranges on; the first call starts the backend."""
+        try:
+            if self._observer is None:
+                self._observer = self._start(part.gpu)
+            if starts:
+                self._observer.begin(starts)
+            return self._observe(self._observer, part)
+        except FastcalError as error:
+            error.args = (f"{self._where}{error}", *error.args[1:])
+            raise
 
-    def _observe(self, part: Feed) -> Counted:
+    def _start(self, gpu: int | None) -> Observer:
+        model = Model(self._path)
+        if model.digest != self._digest:
+            raise ModelError(f"{self._path} is another model than where the calibration was started; copy it anew")
+        self._observing = self._backend.observer(model, gpu)
+        return self._observing.__enter__()  # never left: the process ends with the worker
+
+    def _observe(self, observer: Observer, part: Feed) -> Counted:
         states = [Progress()]
         with part:
             with timed(part, states.append) as batches:
                 for batch in batches:
-                    self._observer.observe(batch)
-            histograms = dict(self._observer.histograms())  # before the feed's buffers, which may be in use, are gone
+                    observer.observe(batch)
+            histograms = dict(observer.histograms())  # before the feed's buffers, which may be in use, are gone
         state = states[-1]
         if state.batches != len(part):
             raise DataError(f"the feed gave {state.batches} of {len(part)} batches; leave workers out")
-        return Counted(histograms, self._observer.shared_scales, state, self._notes.take())
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Put the node's name before an error's text if there are several nodes."""
-        try:
-            yield
-        except FastcalError as error:
-            error.args = (f"{self._where}{error}", *error.args[1:])
-            raise
+        return Counted(histograms, observer.shared_scales, state, self._notes.take())
 
 
 class _Notes(logging.Handler):
