@@ -89,17 +89,17 @@ for severity, message in said:
 def test_dynamic_sizes_are_those_of_the_batches(run_on_bindings):
     program = f"""
 import numpy as np, fastcal
-from fastcal.build import _sized
+from fastcal.build import fill_sizes
 preprocess = fastcal.Preprocess(size=(24, 40))
 images = fastcal.ImageFeed({str(DIGITS / "images")!r}, preprocess=preprocess, batch_size=4)
-assert _sized({{"image": (-1, 3, -1, -1), }}, images) == {{"image": (-1, 3, 24, 40)}}
+assert fill_sizes({{"image": (-1, 3, -1, -1), }}, images) == {{"image": (-1, 3, 24, 40)}}
 assert len(list(images)) == 64
 arrays = fastcal.ArrayFeed(iter([{{"x": np.ones((2, 3, 5), "f4"), "n": np.ones(2, "f4")}}] * 3))
-assert _sized({{"x": (2, -1, 5), "n": (-1,)}}, arrays) == {{"x": (2, 3, 5), "n": (-1,)}}
-assert _sized({{"x": (-1, 3, 5), "n": (-1,)}}, None) == {{"x": (-1, 3, 5), "n": (-1,)}}
+assert fill_sizes({{"x": (2, -1, 5), "n": (-1,)}}, arrays) == {{"x": (2, 3, 5), "n": (-1,)}}
+assert fill_sizes({{"x": (-1, 3, 5), "n": (-1,)}}, None) == {{"x": (-1, 3, 5), "n": (-1,)}}
 for shape in (-1, -1, 6), (-1, -1):
     try:
-        _sized({{"x": shape, "n": (-1,)}}, arrays)
+        fill_sizes({{"x": shape, "n": (-1,)}}, arrays)
     except fastcal.FastcalError as error:
         print(error)
 assert len(list(arrays)) == 3
