@@ -13,6 +13,7 @@ from onnx import numpy_helper
 import fastcal
 from conftest import DIGITS, SQUEEZENET, needs_squeezenet, squeezenet_batches
 from fastcal.errors import CacheError, FastcalError, ModelError
+from fastcal.model import Model
 from fastcal.qdq import count_quantized
 
 #: Two blocks as ResNet has them, the first with a convolution in its shortcut; Inception's pooling; a classifier.
@@ -176,6 +177,15 @@ def test_pairs_of_a_residual_network(residual):
     batches = list(residual_batches())
     assert sqnr(run(residual, batches), run(model, batches)) > 25
     assert count_quantized(model) == (10, 10)
+    assert model.ir_version == onnx.load(residual).ir_version
+    pairs.nodes["last"].input[1] = "w_last"
+    assert count_quantized(model) == (9, 10)
+
+
+def test_the_model_that_is_read_stays_as_it_is(residual):
+    model, cache = Model(residual), calibrate(residual, residual_batches())
+    assert fastcal.quantize(model, cache) == fastcal.quantize(model, cache)
+    assert model.proto == onnx.load(residual)
 
 
 @needs_squeezenet
@@ -265,10 +275,11 @@ def test_weights_that_are_computed_or_in_other_types(onnx_file, caplog):
         "f (float[N, 2, 4, 4] x, float[2, 2, 1, 1] k) => (float[N, 2, 4, 4] z, float16[N, 2, 4, 4] h) {"
         "  one = Identity(w) [kept] y = Conv(x, one) [computed] z = Conv(y, k)"
         "  x16 = Cast<to = 10>(x) [half] h = Conv(x16, w16) }",
-        {"w": np.ones((2, 2, 1, 1), "f4"), "w16": np.ones((2, 2, 1, 1), "f2")},
+        {"w": np.float32([127, 254, 381, 508]).reshape(2, 2, 1, 1), "w16": np.ones((2, 2, 1, 1), "f2")},
     )
     cache = fastcal.CalibrationCache({"x": 0.5, "y": 0.5, "x16": 0.5})
     pairs = Pairs(fastcal.quantize(path, cache))
+    assert pairs.all["one_DequantizeLinear_Output"][1].tolist() == [2, 4]
     assert {name: pairs.read_by(pairs.nodes[name]) for name in ("kept", "computed", "half")} == {
         "kept": ["x", "one"],
         "computed": [],
@@ -298,12 +309,13 @@ def test_a_transposed_weight_a_dead_channel_and_both_sides_of_a_product(onnx_fil
     assert q == pytest.approx(x @ weights @ weights.T, abs=2)
 
 
-def test_what_is_fused_is_all_that_reads_a_convolution_and_every_pair_is_made_once(onnx_file):
+def test_what_is_fused_is_all_that_reads_a_convolution_and_every_pair_is_made_once(onnx_file, caplog):
     path = onnx_file(
         "f (float[N, 2, 8, 8] x) => (float[N, 2, 6, 6] z, float[N, 2, 8, 8] s, float[N, 2, 8, 8] t) {"
         "  [first] c = Conv(x, w) [twice] s = Add(c, x) r = Relu(c) [second] d = Conv(r, w) [plus] t = Add(d, one)"
         "  n = Neg(x) [pool1] p = AveragePool<kernel_shape = [2, 2]>(n)"
-        "  [pool2] q = AveragePool<kernel_shape = [2, 2]>(p) [third] z = Conv(q, w) }",
+        "  [pool2] q = AveragePool<kernel_shape = [2, 2]>(p) [third] z = Conv(q, w)"
+        "  [unread] u = GlobalAveragePool(z) }",
         {"w": np.ones((2, 2, 1, 1), "f4"), "one": np.ones(1, "f4"), "w_scale": np.ones(1, "f4")},
     )
     cache = fastcal.CalibrationCache(dict.fromkeys(["x", "n", "c", "r", "d", "p", "q"], 0.5))
@@ -315,6 +327,7 @@ def test_what_is_fused_is_all_that_reads_a_convolution_and_every_pair_is_made_on
         "first": ["x", "w"], "second": ["r", "w"], "third": ["q", "w"], "pool1": ["n"], "pool2": ["p"],
     }  # fmt: skip
     assert sorted(name for name, *_ in pairs.all.values()) == ["n", "p", "q", "r", "w", "x"]
+    assert caplog.text == ""
     assert pairs.values["w_scale"].shape == (1,)
 
 
@@ -352,7 +365,9 @@ def test_models_that_cannot_be_quantized(residual, onnx_file, tmp_path):
 def test_a_model_of_float16(onnx_file):
     graph = "f (float16[N, 2] x) => (float16[N, 2] y) { y = MatMul(x, w) }"
     path = onnx_file(graph, {"w": np.ones((2, 2), np.float16)})
-    with pytest.raises(ModelError, match=r"quantize: y \(x is float16\); fastcal quantizes a Conv, .* with float32 inp"):
+    with pytest.raises(
+        ModelError, match=r"quantize: y \(x is float16\); fastcal quantizes a Conv, .* with float32 inp"
+    ):
         fastcal.quantize(path, fastcal.CalibrationCache({"x": 1.0}))
 
 
@@ -363,8 +378,8 @@ def test_what_to_exclude_is_a_list(residual):
 
 def test_caches_of_another_model(residual, tmp_path):
     cache = calibrate(residual, residual_batches())
-    names = dict.fromkeys(["image", "conv1", "conv2"], 0.1)
-    with pytest.raises(CacheError, match=r"scales for 1 of the 9 tensors .*residual.onnx read: the cache belongs to"):
+    names = dict.fromkeys(["image", "p0", "r1", "x1", "conv1"], 0.1)
+    with pytest.raises(CacheError, match=r"scales for 4 of the 9 tensors .*residual.onnx read: the cache belongs to"):
         fastcal.quantize(residual, fastcal.CalibrationCache(names))
     cache.save(tmp_path / "x.cache")
     other = onnx.load(residual)
@@ -408,7 +423,10 @@ def test_the_command_takes_a_cache_or_images(run_fastcal, tmp_path):
         (["m.onnx", "x.cache", "-o", "x.cache"], "x.cache is the calibration cache; name another file"),
         (["m.onnx", "x.cache", "-o", "nowhere/y.onnx"], "cannot write nowhere/y.onnx"),
         (["m.onnx", "x.cache", "-o", "y.onnx", "--batch-size", "8"], "is a calibration cache, and --batch-size is for"),
-        (["m.onnx", "x.cache", "-o", "y.onnx", "--backend", "tensorrt"], "is a calibration cache, and --backend is for"),
+        (
+            ["m.onnx", "x.cache", "-o", "y.onnx", "--backend", "tensorrt"],
+            "is a calibration cache, and --backend is for",
+        ),
         (["m.onnx", "x.cache", "-o", "y.onnx", "--exclude", "Gem"], "no layer type 'Gem' to exclude; similar: Gemm"),
         (["m.onnx", "images", "-o", "y.onnx", "--exclude", "Gem"], "no layer type 'Gem' to exclude; similar: Gemm"),
         (["m.onnx", "x.cache", "-o", "y.onnx"], "the cache has scales for 0 of the"),
@@ -434,6 +452,7 @@ def test_what_is_wrong_is_one_line_and_no_model(run_fastcal, tmp_path, arguments
         "g (float[N, 4] x) => (float[N, 6] y) { t = MatMul(x, w) y = Add(t, x_zero_point) }",
         "g (float[N, 4] x, float[N, 6] x_QuantizeLinear_Output) => (float[N, 6] y)"
         "{ t = MatMul(x, w) y = Add(t, x_QuantizeLinear_Output) }",
+        "g (float[N, 4] x) => (float[N, 6] y) { [x_QuantizeLinear] t = MatMul(x, w) y = Relu(t) }",
         "g (float[N, 4] x, float[1] x_scale) => (float[N, 6] y) { y = MatMul(x, w) }",
         """g (float[N, 4] x, bool b) => (float[N, 6] y) {
             t = MatMul(x, w)
@@ -449,6 +468,57 @@ def test_names_that_are_taken(onnx_file, graph):
     onnx.checker.check_model(model)
     onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert count_quantized(model) == (1, 1)
+    names = [node.name for node in model.graph.node if node.name]
+    assert len(names) == len(set(names))
+
+
+def test_weights_that_two_layers_read_along_different_axes(onnx_file):
+    path = onnx_file(
+        "f (float[N, 2] x) => (float[N, 2] y) { [left] t = MatMul(x, w) [right] y = Gemm<transB = 1>(t, w) }",
+        {"w": np.float32([[127, 254], [381, 508]])},
+    )
+    model = fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5, "t": 0.5}))
+    onnx.checker.check_model(model, full_check=True)
+    pairs = Pairs(model)
+    scales = {name: pairs.all[pairs.nodes[name].input[1]][1].tolist() for name in ("left", "right")}
+    assert scales == {"left": [3, 4], "right": [2, 4]}
+
+
+def test_an_average_that_is_an_output_stays_in_float(onnx_file):
+    path = onnx_file(
+        "f (float[N, 2, 4, 4] x) => (float[N, 2, 4, 4] c, float[N, 2, 3, 3] p, float[N, 2, 3, 3] y) {"
+        "  c = Conv(x, w) n = Neg(c) [pool] p = AveragePool<kernel_shape = [2, 2]>(n) y = Conv(p, w) }",
+        {"w": np.ones((2, 2, 1, 1), "f4")},
+    )
+    pairs = Pairs(fastcal.quantize(path, fastcal.CalibrationCache(dict.fromkeys("xcnp", 0.5))))
+    assert pairs.read_by(pairs.nodes["pool"]) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "end"), [(5, "n4 (the scale of z is 0)"), (6, "n4 (the scale of z is 0) and 1 more")]
+)
+def test_five_layers_in_float_are_named(onnx_file, caplog, count, end):
+    layers = " ".join(f"n{number} = MatMul(z, w)" for number in range(count))
+    path = onnx_file(
+        f"f (float[N, 2] x, float[N, 2] z) => (float[N, 2] y) {{ y = MatMul(x, w) {layers} }}",
+        {"w": np.ones((2, 2), "f4")},
+    )
+    assert count_quantized(fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5, "z": 0.0}))) == (1, 1 + count)
+    assert caplog.messages[0].startswith("layers that stay in float: n0 (the scale of z is 0), n1 (")
+    assert caplog.messages[0].endswith(end)
+
+
+def test_a_tensor_of_unknown_type_and_a_node_without_outputs(onnx_file):
+    path = onnx_file(
+        """f (float[N, 2] x) => (float[N, 2] y) { t = custom.Op(x) y = MatMul(t, w) }""", {"w": np.ones((2, 2), "f4")}
+    )
+    proto = onnx.load(path)
+    proto.opset_import.append(onnx.helper.make_opsetid("custom", 1))
+    proto.graph.value_info.append(onnx.ValueInfoProto(name="t", type=onnx.TypeProto(tensor_type={})))
+    proto.graph.node.append(onnx.helper.make_node("Probe", ["x"], [], domain="custom"))
+    onnx.save(proto, path)
+    cache = fastcal.CalibrationCache({"t": 0.5})
+    assert count_quantized(fastcal.quantize(path, cache, exclude=["Probe"])) == (1, 1)
 
 
 @pytest.mark.parametrize(
