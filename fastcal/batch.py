@@ -1,4 +1,4 @@
-"""A batch held against a network's inputs: names, shapes, types, values."""
+"""Checks of a batch against the inputs of a network: names, shapes, types and values."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ import numpy as np
 from fastcal.device import type_of
 from fastcal.errors import DataError, quoted
 
-#: A size as a network has it; None stands for a dynamic one.
+#: The dimensions of an input; None stands for a dynamic one.
 Shape = tuple[int | None, ...]
 
 
 class _Unnamed(str):
-    """The type of `UNNAMED`: equal to the str of that value, and yet not taken for an input of that name."""
+    """The type of `UNNAMED`, by which it differs from the name of an input that is also called "input"."""
 
     __slots__ = ()
 
 
-#: The key of an array that was given no name: such an array goes to the one input that a network has.
+#: The key of an array without a name: such an array goes to the only input of a network.
 UNNAMED = _Unnamed("input")
 
 
@@ -28,9 +28,9 @@ class Input:
     """One input of a network.
 
     Attributes:
-        name: Its name.
-        shape: Its dimensions; None stands for a dynamic one.
-        dtype: Its element type.
+        name: The name.
+        shape: The dimensions; None stands for a dynamic one.
+        dtype: The element type.
     """
 
     name: str
@@ -42,17 +42,17 @@ class Input:
 
 
 def format_shape(shape: Shape) -> str:
-    """Return a shape as error texts show it, e.g. (?, 3, 224, 224); a question mark stands for a dynamic dimension."""
+    """Return a shape as messages show it, e.g. (?, 3, 224, 224); a question mark stands for a dynamic dimension."""
     return "(" + ", ".join("?" if size is None else str(size) for size in shape) + ")"
 
 
 def known_sizes(shape: Iterable[int]) -> Shape:
-    """Return a shape of TensorRT's with None for the sizes that are not known, which TensorRT gives as -1."""
+    """Return a shape of TensorRT's with None in place of -1, which stands for a dynamic dimension."""
     return tuple(None if size == -1 else size for size in shape)
 
 
 def shape_fits(wanted: Shape, shape: tuple[int, ...]) -> bool:
-    """Return whether an array of `shape` can be given where `wanted` is asked for; None accepts any size."""
+    """Return True if an array of `shape` fits an input of shape `wanted`; None in `wanted` accepts any size."""
     return len(shape) == len(wanted) and all(want in (None, have) for want, have in zip(wanted, shape, strict=True))
 
 
@@ -61,7 +61,7 @@ def match_batch(inputs: Sequence[Input], label: str, batch: Mapping[str, Any]) -
 
     Args:
         inputs: The network's inputs.
-        label: The network's name in error texts.
+        label: The network's name in messages.
         batch: Arrays by input name, or one array by `UNNAMED`.
 
     Raises:
@@ -72,7 +72,7 @@ def match_batch(inputs: Sequence[Input], label: str, batch: Mapping[str, Any]) -
     for value in inputs:
         _check_shape(value, label, tuple(arrays[value.name].shape))
         dtype = type_of(arrays[value.name])
-        if not np.can_cast(dtype, value.dtype, "same_kind"):  # a float would be cut off to an integer
+        if not np.can_cast(dtype, value.dtype, "same_kind"):  # otherwise a float would be truncated to an integer
             raise DataError(
                 f"{label} takes input {value.name!r} as {value.dtype}, the batches are {dtype}; convert them"
             )
@@ -85,8 +85,8 @@ def match_names(names: Sequence[str], label: str, batch: Mapping[str, Any]) -> d
     """Return a batch's arrays by a network's input names, in the network's order.
 
     Args:
-        names: The network's inputs.
-        label: The network's name in error texts.
+        names: The names of the network's inputs.
+        label: The network's name in messages.
         batch: Arrays by input name, or one array by `UNNAMED`.
 
     Raises:
@@ -105,7 +105,7 @@ def match_names(names: Sequence[str], label: str, batch: Mapping[str, Any]) -> d
 
 
 def check_values(array: Any, value: Input, label: str) -> None:
-    """Raise DataError if an array, NumPy's or CuPy's, has values that its input's type cannot hold."""
+    """Raise DataError if a NumPy or CuPy array has values that the type of the input `value` cannot hold."""
     array = array if hasattr(array, "__cuda_array_interface__") else np.asarray(array)
     if np.can_cast(array.dtype, value.dtype, "safe"):
         return

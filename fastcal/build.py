@@ -1,4 +1,4 @@
-"""`build_engine`: an ONNX model and calibration images to an INT8 engine."""
+"""`build_engine`: an INT8 engine from an ONNX model and calibration images."""
 
 import logging
 import os
@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from fastcal.batch import format_shape, known_sizes, match_names, shape_fits
-from fastcal.calibrators import EntropyCalibrator2
+from fastcal.calibrators import (
+    EntropyCalibrator2,
+    FeedCalibrator,  # first: it reports unsuitable versions of TensorRT
+)
 from fastcal.device import resolve
-from fastcal.errors import FastcalError, check_range
+from fastcal.errors import DataError, FastcalError, ModelError, check_range
 from fastcal.feed.feed import Feed
 from fastcal.feed_calibrator import FeedCalibrator
 from fastcal.files import check_writable, write_atomically
 from fastcal.model import Model
 from fastcal.network import Logger, parse, start_builder, tactic_bits, trt
 
-#: Who can calibrate.
+#: The values of `calibration`: fastcal calibrates, or TensorRT's builder does.
 CALIBRATIONS = ("fastcal", "tensorrt")
 
 _log = logging.getLogger("fastcal")
@@ -39,31 +42,35 @@ def build_engine(
 ) -> bytes:
     """Build an INT8 engine with TensorRT from a model and calibration images.
 
-    Where the model's inputs are dynamic beyond their batch, the engine takes the sizes of the first calibration batch.
+    If an input is dynamic in more than its batch, the engine takes the other sizes from the first calibration batch.
     TensorRT's messages go to the logger "fastcal.tensorrt".
 
     Args:
         model: The ONNX file.
-        calibrator: One of fastcal's calibrators; or a feed, or what `ArrayFeed` takes, for an `EntropyCalibrator2`.
-        calibration: Who calibrates: "fastcal", at the speed of the data, or "tensorrt", in its builder on one CPU core.
-            The scales are the same.
+        calibrator: One of fastcal's calibrators; or the batches for an `EntropyCalibrator2`: a `Feed`, or anything that
+            `ArrayFeed` takes.
+        calibration: "fastcal" calibrates at the speed of the data; "tensorrt" lets TensorRT's builder calibrate, on one
+            CPU core. The scales are the same.
         tf32: Whether fastcal's calibration may use TF32: see `fastcal.calibrate`.
-        fp16: Whether TensorRT may also run layers in FP16 where that is faster.
-        min_batch: Where the model's batch is dynamic: the smallest batch the engine runs, by default 1.
-        opt_batch: The batch the engine is tuned for, by default the calibrator's as far as the others allow it.
-        max_batch: The largest batch the engine runs, by default the largest of the others and the calibrator's.
-        workspace: How many bytes of GPU memory TensorRT may use for scratch, by default all.
-        timing_cache: A file of TensorRT's timings, used and extended, which makes a second build faster.
-        optimization_level: 0 (fastest build) to 5 (fastest engine); by default TensorRT's own, 3.
+        fp16: Whether TensorRT may run layers in FP16 if that is faster.
+        min_batch: The smallest batch that the engine runs, if the model's batch is dynamic; by default 1.
+        opt_batch: The batch that the engine is tuned for; by default the calibrator's, limited by the other two.
+        max_batch: The largest batch that the engine runs; by default the largest of the other two and the calibrator's.
+        workspace: The bytes of GPU memory that TensorRT may use for scratch; by default all.
+        timing_cache: A file with TensorRT's timings, which makes a second build faster. It is read if it exists, and
+            the new timings are added.
+        optimization_level: 0 (the engine is built fastest) to 5 (the engine runs fastest); by default TensorRT's 3.
         tactic_sources: Names of `tensorrt.TacticSource`, or their bits; by default TensorRT's own.
 
     Returns:
         The serialized engine.
 
     Raises:
-        FastcalError: An option is out of its range, the model cannot be parsed, the batches do not fit it, or TensorRT
-            finds no GPU or builds no engine.
-        Exception: What the feed raised during the calibration.
+        ModelError: TensorRT cannot parse the model or builds no engine from it.
+        DataError: The batches do not fit the model.
+        UnavailableError: TensorRT cannot start, for instance because there is no GPU.
+        FastcalError: A setting is out of range.
+        Exception: As the feed.
     """
     model = Model.of(model)
     if not isinstance(calibrator, FeedCalibrator):
@@ -90,31 +97,32 @@ def build_engine(
             calibrator.calibrate(network, tf32=tf32, tactic_sources=tactics)
         engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise FastcalError(f"TensorRT builds no engine from {model.path}: {logger.reasons()}")
+        raise ModelError(f"TensorRT builds no engine from {model.label}: {logger.reasons()}")
     if timings is not None:
         timings.save()
     return bytes(engine)
 
 
 def _check_gpu(feed: Feed) -> None:
-    """Raise FastcalError if the batches lie on another GPU than CUDA's current one, which TensorRT builds on."""
+    """Raise FastcalError if the batches are on another GPU than CUDA's current one, on which TensorRT builds."""
     current = None if feed.gpu is None else resolve("cuda")
     if current != feed.gpu:
         raise FastcalError(
-            f"the batches lie on GPU {feed.gpu}, and TensorRT builds on GPU {current}, which is current; make the feed "
-            f"with device='cuda:{current}', or make the other current"
+            f"the batches are on GPU {feed.gpu}, but TensorRT builds on the current GPU, {current}; make the feed with "
+            f"device='cuda:{current}', or make GPU {feed.gpu} current"
         )
 
 
 def _batch_range(
     model: Model, least: int | None, opt: int | None, most: int | None, calibrated: int
 ) -> tuple[int, int, int]:
-    """The smallest batch the engine runs, the one it is tuned for, the largest."""
+    """Return the smallest batch that the engine runs, the one that it is tuned for, and the largest."""
     asked = {"min_batch": least, "opt_batch": opt, "max_batch": most}
     given = [name for name, value in asked.items() if value is not None]
     if given and all(value.shape[:1] != (None,) for value in model.inputs):
-        raise FastcalError(f"{model.path} has a fixed batch; leave out {' and '.join(given)}, or export it with a "
-                           "dynamic one")  # fmt: skip
+        raise FastcalError(
+            f"{model.label} has a fixed batch; leave out {' and '.join(given)}, or export it with a dynamic one"
+        )
     least = 1 if least is None else least
     if opt is None:
         opt = max(least, calibrated if most is None else min(most, calibrated))
@@ -128,7 +136,7 @@ def _batch_range(
 
 
 def _configure(
-    builder: Any, fp16: bool, workspace: int | None, optimization_level: int | None, tactic_sources: int | None
+    builder: Any, fp16: bool, workspace: int | None, optimization_level: int | None, tactics: int | None
 ) -> Any:
     config = builder.create_builder_config()
     config.set_flag(trt.BuilderFlag.INT8)
@@ -138,17 +146,17 @@ def _configure(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     if optimization_level is not None:
         config.builder_optimization_level = optimization_level
-    if tactic_sources is not None:
-        config.set_tactic_sources(tactic_sources)
+    if tactics is not None:
+        config.set_tactic_sources(tactics)
     return config
 
 
 def _add_profiles(builder: Any, network: Any, config: Any, batches: tuple[int, int, int], feed: Feed) -> None:
-    """Profiles for dynamic inputs: one that the engine runs with, one that TensorRT calibrates with."""
+    """Give dynamic inputs two profiles: one that the engine runs with, and one that TensorRT calibrates with."""
     shapes = {value.name: tuple(value.shape) for value in map(network.get_input, range(network.num_inputs))}
     if not any(-1 in shape for shape in shapes.values()):
         return
-    shapes = _sized(shapes, feed)
+    shapes = fill_sizes(shapes, feed)
     run, calibrate = builder.create_optimization_profile(), builder.create_optimization_profile()
     for name, shape in shapes.items():
         for profile, sizes in ((run, batches), (calibrate, [feed.batch_size] * 3)):
@@ -157,21 +165,29 @@ def _add_profiles(builder: Any, network: Any, config: Any, batches: tuple[int, i
     config.set_calibration_profile(calibrate)
 
 
-def _sized(shapes: dict[str, tuple[int, ...]], feed: Feed) -> dict[str, tuple[int, ...]]:
-    """Inputs' shapes, -1 for what is dynamic, with the sizes of the feed's batches where more than the batch is."""
+def fill_sizes(shapes: dict[str, tuple[int, ...]], feed: Feed) -> dict[str, tuple[int, ...]]:
+    """Return inputs' shapes with the sizes of the feed's batches for all dynamic dimensions but the batch.
+
+    Args:
+        shapes: The shapes by input name; -1 stands for a dynamic dimension.
+        feed: The batches. The feed is asked only if a dimension other than a batch is dynamic.
+
+    Raises:
+        DataError: The batches do not fit these inputs.
+    """
     if not any(-1 in shape[1:] for shape in shapes.values()):
         return shapes
     given = match_names(list(shapes), "the network", feed.shapes())
-    sized = {}
+    filled = {}
     for name, shape in shapes.items():
         wanted = known_sizes(shape[1:])
         if not shape_fits(wanted, given[name][1:]):
-            raise FastcalError(
+            raise DataError(
                 f"the network takes input {name!r} as {format_shape((None, *wanted))}, the batches are "
                 f"{format_shape(given[name])}; give batches of that shape"
             )
-        sized[name] = (*shape[:1], *given[name][1:])
-    return sized
+        filled[name] = (*shape[:1], *given[name][1:])
+    return filled
 
 
 class _Timings:
@@ -180,9 +196,12 @@ class _Timings:
     TensorRT needs this object until the build has ended.
 
     Args:
-        path: The file; it need not be there yet.
+        path: The file; it may be missing.
         config: The configuration of the build.
-        logger: That of the builder.
+        logger: The logger of the builder.
+
+    Raises:
+        FastcalError: The file cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: Any, logger: Logger) -> None:
@@ -192,8 +211,8 @@ class _Timings:
             raise FastcalError(f"cannot read timing cache {path}: {error.strerror}; name another file") from error
         self._path, self._config, self._logger = path, config, logger
         self._timings = config.create_timing_cache(known)
-        self._is_refused = not self._set()
-        if self._is_refused:
+        self._is_rejected = not self._set()
+        if self._is_rejected:
             self._timings = config.create_timing_cache(b"")
             self._set()
 
@@ -201,12 +220,12 @@ class _Timings:
         return self._timings is not None and bool(self._config.set_timing_cache(self._timings, ignore_mismatch=False))
 
     def save(self) -> None:
-        """Write them to the file, with what the build has added; says where those that were there were of no use."""
-        said = self._logger.errors + self._logger.warnings
-        # TensorRT 8.6 takes what is no timing cache, and complains only.
-        if self._is_refused or any("timing cache will not be used" in message for message in said):
-            _log.info("%s was not used: it is of another TensorRT or GPU, or no timing cache", self._path)
+        """Write the timings and those that the build has added to the file; log if the old ones were rejected."""
+        messages = self._logger.errors + self._logger.warnings
+        # TensorRT 8.6 accepts a file that is not a timing cache, and only logs a message.
+        if self._is_rejected or any("timing cache will not be used" in message for message in messages):
+            _log.info("%s was rejected: it is of another TensorRT or GPU, or is not a timing cache", self._path)
         try:
             write_atomically(self._path, bytes(self._config.get_timing_cache().serialize()))
-        except FastcalError as error:  # the engine took longer to make, and is not to be lost for this
-            _log.warning("the timings are not kept: %s", error)
+        except FastcalError as error:  # the engine took longer to build, and must not be lost for this
+            _log.warning("the timings are not saved: %s", error)

@@ -1,4 +1,4 @@
-"""`Definition`: a TensorRT `INetworkDefinition` with the face of a `Model`."""
+"""`Definition`: a TensorRT `INetworkDefinition` with the interface of a `Model`."""
 
 import os
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ from fastcal.model import Model
 
 @dataclass(frozen=True)
 class Definition:
-    """A network that an application has defined with TensorRT, or parsed from an ONNX file.
+    """A network that an application has defined with TensorRT's API, or has parsed from an ONNX file.
 
     Attributes:
         raw: The `tensorrt.INetworkDefinition`.
-        digest: The digest of the ONNX file that it was parsed from; None if it is not known.
+        digest: The digest of the ONNX file that the network was parsed from; None if the file is not known.
     """
 
     raw: Any
     digest: str | None = None
 
-    #: Whether the network has Q/DQ pairs; those of an `INetworkDefinition` are not looked for.
+    #: False, since fastcal does not look for Q/DQ pairs in an `INetworkDefinition`.
     has_pairs: ClassVar[bool] = False
 
-    #: The names of the tensors that its layers compute, if they are known.
+    #: Empty, since fastcal does not list the tensors of an `INetworkDefinition`.
     activations: ClassVar[tuple[str, ...]] = ()
 
     @property
     def label(self) -> str:
-        """The network's name in texts."""
+        """The network's name in messages."""
         return f"network {self.raw.name!r}"
 
     @property
@@ -49,7 +49,7 @@ class Definition:
         return tuple(Input(value.name, known_sizes(value.shape), np.dtype(nptype(value.dtype))) for value in values)
 
 
-#: A network in either form: both have `label`, `inputs`, `input_names`, `activations`, `digest` and `has_pairs`.
+#: A network in either form. Both forms have `label`, `inputs`, `input_names`, `activations`, `digest` and `has_pairs`.
 Network = Model | Definition
 
 
@@ -57,13 +57,13 @@ def as_network(model: Any) -> Network:
     """Return an ONNX file or a `Model` as a `Model`, and an `INetworkDefinition` as a `Definition`.
 
     Raises:
-        ModelError: It is none of these, or the file cannot be read.
+        ModelError: `model` is none of these, or the file cannot be read.
     """
     if isinstance(model, str | os.PathLike | Model):
         return Model.of(model)
     if not hasattr(model, "num_inputs"):
         raise ModelError(
             f"the model is a {type(model).__name__}; name an ONNX file (onnx.save writes one), or give an "
-            "INetworkDefinition of TensorRT's"
+            "INetworkDefinition of TensorRT"
         )
     return Definition(model)

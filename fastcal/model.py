@@ -1,4 +1,4 @@
-"""What has to be known of an ONNX model: its inputs, its activations, and which tensors TensorRT gives one scale."""
+"""`Model`: an ONNX file, its inputs, its tensors, and the tensors that share a scale."""
 
 import hashlib
 import math
@@ -15,10 +15,10 @@ from fastcal.errors import ModelError
 #: The element types that count as float.
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
-#: The names of the domain of ONNX's own operators.
+#: The names of the domain of ONNX's standard operators.
 _STANDARD = ("", "ai.onnx")
 
-#: From so many elements on a constant is no shape, and its values are not looked at.
+#: A constant with more elements than this is not a shape, so type inference does not need its values.
 _LARGE = 1024
 
 
@@ -28,8 +28,12 @@ class Model:
     Args:
         path: The file.
 
+    Attributes:
+        path: The file.
+        proto: The content of the file, an `onnx.ModelProto` without external data.
+
     Raises:
-        ModelError: There is no such file, or it is not an ONNX model, or a node lacks an input or output.
+        ModelError: The file is missing or is not an ONNX model, or a node has too few inputs or outputs.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -40,45 +44,47 @@ class Model:
             self.proto = onnx.load(self.path, load_external_data=False)
         except OSError as error:
             raise ModelError(f"cannot read model {path}: {error.strerror}; check the path") from error
-        except Exception as error:  # of protobuf, or of the parser of one of ONNX's text forms
+        except Exception as error:  # from protobuf, or from the parser of one of ONNX's text formats
             raise ModelError(f"{path} is not an ONNX model; export the network to ONNX first") from error
         if not self.proto.graph.node:
-            raise ModelError(f"{path} is not an ONNX model, or one without a layer; export the network to ONNX first")
+            raise ModelError(f"{path} is not an ONNX model, or has no nodes; export the network to ONNX first")
         self._check_nodes()
 
     @classmethod
     def of(cls, model: "str | os.PathLike[str] | Model") -> "Model":
-        """The model itself, or the one in a file."""
+        """Return the model itself, or read it from a file."""
         return model if isinstance(model, Model) else cls(model)
 
+    def invalid(self, reason: str) -> ModelError:
+        """Return the error to raise if the graph breaks a rule of ONNX."""
+        return ModelError(f"{self.label} is not a valid ONNX model: {reason}; export the network again")
+
     def _check_nodes(self) -> None:
-        """Fail if a node has fewer inputs or outputs than its operator: what reads the graph relies on them."""
+        """Raise ModelError if a node has too few inputs or outputs: code that reads the graph relies on them."""
         for node in self.proto.graph.node:
             if node.domain not in _STANDARD:
                 continue
             try:
                 schema = onnx.defs.get_schema(node.op_type, self.opset, "")
-            except onnx.defs.SchemaError:  # what runs the model may know it
+            except onnx.defs.SchemaError:  # the backend may know the operator
                 continue
-            for what, names, least in (
+            for kind, names, least in (
                 ("inputs", node.input, schema.min_input),
                 ("outputs", node.output, schema.min_output),
             ):
                 if len(names) < least:
-                    label = node.name or next(iter(node.output), "")
-                    raise ModelError(
-                        f"{self.path} is no valid ONNX model: node {label!r} has {len(names)} of at least {least} "
-                        f"{what} of {node.op_type}; export it again"
+                    raise self.invalid(
+                        f"node {node_label(node)!r} has {len(names)} {kind}, and {node.op_type} needs at least {least}"
                     )
 
     @property
     def label(self) -> str:
-        """The model's name in texts: its path."""
+        """The model's name in messages: its path."""
         return str(self.path)
 
     @property
     def input_names(self) -> list[str]:
-        """The names of the inputs that a batch must give, in the graph's order.
+        """The names of `inputs`, in the same order.
 
         Raises:
             ModelError: As `inputs`.
@@ -87,41 +93,43 @@ class Model:
 
     @property
     def opset(self) -> int:
-        """The version of ONNX's own operators; 0 where it is not said."""
+        """The version of ONNX's standard operators; 0 if the model does not name it."""
         return next((entry.version for entry in self.proto.opset_import if entry.domain in _STANDARD), 0)
 
     @property
     def has_pairs(self) -> bool:
-        """Whether it is quantized already: it has Q/DQ pairs, or halves of them."""
+        """True if the model has QuantizeLinear or DequantizeLinear nodes, and so is quantized already."""
         return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in self.proto.graph.node)
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
-        """The inputs that a batch must give, in the graph's order.
+        """The inputs that a batch must have, in the graph's order; inputs with a constant value are left out.
 
         Raises:
-            ModelError: There is none, or one that is no tensor, or whose number of dimensions is not known.
+            ModelError: The model has no inputs, or an input is not a tensor or has an unknown rank.
         """
         constants = {tensor.name for tensor in self.proto.graph.initializer}
         constants |= {tensor.values.name for tensor in self.proto.graph.sparse_initializer}
         values = [value for value in self.proto.graph.input if value.name not in constants]
         if not values:
-            raise ModelError(f"{self.path} has no inputs: what it computes is constant, and needs no calibration")
+            raise ModelError(f"{self.label} has no inputs: its outputs are constant and need no calibration")
         return tuple(map(self._input, values))
 
     def _input(self, value: onnx.ValueInfoProto) -> Input:
         tensor = value.type.tensor_type
         if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
-            what = "is no tensor" if not value.type.HasField("tensor_type") else "has no shape"
-            raise ModelError(f"{self.path}: input {value.name!r} {what}; export the network with tensors of known rank")
+            fault = "has no shape" if value.type.HasField("tensor_type") else "is not a tensor"
+            raise ModelError(
+                f"{self.label}: input {value.name!r} {fault}; export the network with tensors of known rank"
+            )
         shape = tuple(size.dim_value if size.dim_value > 0 else None for size in tensor.shape.dim)
         return Input(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
 
     @cached_property
     def activations(self) -> tuple[str, ...]:
-        """Names of the tensors that the graph's nodes compute, in its order, whatever their type.
+        """The names of the tensors that the nodes compute, in the graph's order, of any type.
 
-        Constants are not among them: which names they get is the business of TensorRT's parser.
+        Constants are left out: TensorRT's parser gives constants names of its own.
         """
         return tuple(
             name for node in self.proto.graph.node if node.op_type != "Constant" for name in node.output if name
@@ -129,7 +137,7 @@ class Model:
 
     @cached_property
     def tensors(self) -> frozenset[str]:
-        """Names of all tensors of the graph: inputs, constants, and what its nodes give."""
+        """The names of all tensors of the graph: inputs, constants and the outputs of nodes."""
         graph = self.proto.graph
         values = [*graph.input, *graph.initializer, *(tensor.values for tensor in graph.sparse_initializer)]
         return frozenset(
@@ -138,9 +146,9 @@ class Model:
 
     @cached_property
     def calibrated(self) -> tuple[str, ...]:
-        """Names of the tensors that a calibration picks scales for: of float type, and not the same for every input.
+        """The names of the tensors that a calibration picks scales for: the float tensors that depend on the inputs.
 
-        In the graph's order, its inputs first. What has no type that ONNX can infer is not among them.
+        The names are in the graph's order, inputs first. A tensor whose type ONNX cannot infer is left out.
 
         Raises:
             ModelError: As `types`.
@@ -148,35 +156,34 @@ class Model:
         floats = {name for name, kind in self.types.items() if kind in FLOATS}
         varying = dict.fromkeys(value.name for value in self.inputs)
         for node in self.proto.graph.node:
-            # A node of a subgraph reads from outside what is not among its inputs.
+            # A subgraph may read tensors of this graph that are not among the node's inputs.
             if not varying.keys().isdisjoint(node.input) or any(value.HasField("g") for value in node.attribute):
                 varying |= dict.fromkeys(name for name in node.output if name)
         return tuple(name for name in varying if name in floats)
 
     @cached_property
     def types(self) -> Mapping[str, int]:
-        """The element types of the tensors, as far as ONNX can infer them: numbers of `onnx.TensorProto.DataType`.
+        """The element types of the tensors by name, as far as ONNX can infer them: `onnx.TensorProto.DataType`.
 
         Raises:
-            ModelError: ONNX cannot make sense of the graph.
+            ModelError: The graph contradicts itself, or has an operator of an unknown domain.
         """
         try:
             inferred = self._infer({})
         except onnx.shape_inference.InferenceError as error:
-            text = " ".join(str(error).split())
-            raise ModelError(f"{self.path} is no valid ONNX model: {text}; export it again") from error
+            raise self.invalid(" ".join(str(error).split())) from error
         known = [*inferred.input, *inferred.value_info, *inferred.output]
         return {value.name: value.type.tensor_type.elem_type for value in known}
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """The bytes of the tensors that the graph's nodes compute, by name, as far as ONNX can infer their shapes.
+        """Return the bytes that the outputs of the nodes take, by name, as far as ONNX can infer their shapes.
 
         Args:
-            shapes: Those of the inputs, by name.
+            shapes: The shapes of the inputs, by name.
         """
         try:
             inferred = self._infer(shapes)
-        except onnx.shape_inference.InferenceError:  # what runs the model says what is wrong with it
+        except onnx.shape_inference.InferenceError:  # the backend reports the error
             return {}
         sizes = {}
         for value in (*inferred.value_info, *inferred.output):
@@ -188,9 +195,9 @@ class Model:
         return sizes
 
     def _infer(self, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
-        """The graph with the types and shapes that ONNX infers for inputs of these shapes, and without large constants.
+        """Return the graph with the types and shapes that ONNX infers for inputs of these shapes.
 
-        ONNX reads none but shapes and the like from constants, and hundreds of megabytes take their time.
+        The values of large constants are left out: they are not needed, and copying them takes long.
         """
         proto = onnx.ModelProto(ir_version=self.proto.ir_version, opset_import=self.proto.opset_import)
         proto.functions.extend(self.proto.functions)
@@ -203,7 +210,7 @@ class Model:
             proto.graph.initializer.append(tensor)
         for value in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
             for dim in value.type.tensor_type.shape.dim:
-                if dim.dim_value < 0:  # dynamic, which ONNX takes for the size
+                if dim.dim_value < 0:  # dynamic; ONNX would use the number as a size
                     dim.Clear()
         for value in proto.graph.input:
             for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
@@ -212,13 +219,14 @@ class Model:
 
     @cached_property
     def shared_scales(self) -> Mapping[str, str]:
-        """Tensors that take another tensor's scale, by name, each with the tensor it takes it from.
+        """The tensors that take the scale of another tensor: the name of each and the name of that other tensor.
 
-        TensorRT 8.6.0 gives the output of a pooling layer its input's scale, and every other tensor its own. Seen in
-        the caches it wrote for 118 small networks: MaxPool and AveragePool over two or three dimensions share, one
-        after another too; over one dimension, where TensorRT's parser puts reshapes around the pooling, they do not.
-        Nor do GlobalAveragePool, GlobalMaxPool, LpPool, Concat, Slice, Split, Reshape, Transpose, Flatten, Squeeze,
-        Resize, Pad, Add, Gather, Tile, Expand, Identity, Dropout, Clip, Cast, the reductions or the chains of these.
+        TensorRT 8.6.0 gives the output of a pooling layer the scale of the layer's input, and every other tensor a
+        scale of its own. Seen in the caches that TensorRT wrote for 118 small networks: the output of MaxPool and
+        AveragePool over two or three dimensions shares the scale, also in a chain of these; over one dimension, where
+        TensorRT's parser puts reshapes around the pooling, it does not. Nor does the output of GlobalAveragePool,
+        GlobalMaxPool, LpPool, Concat, Slice, Split, Reshape, Transpose, Flatten, Squeeze, Resize, Pad, Add, Gather,
+        Tile, Expand, Identity, Dropout, Clip, Cast, a reduction or a chain of these.
         """
         pools: dict[str, str] = {}
         for node in self.proto.graph.node:
@@ -229,7 +237,7 @@ class Model:
 
     @property
     def external_files(self) -> list[Path]:
-        """The files of external data."""
+        """The paths of the files with external data."""
         return [self.path.parent / name for name in self._external]
 
     @property
@@ -239,10 +247,10 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 of the file, and of the size and time of each file of external data.
+        """The SHA-256 of the file and of the name, size and modification time of each file with external data.
 
         Raises:
-            ModelError: A file of external data is missing.
+            ModelError: A file with external data is missing.
         """
         digest = hashlib.sha256(self.path.read_bytes())
         for name in self._external:
@@ -250,13 +258,18 @@ class Model:
                 status = (self.path.parent / name).stat()
             except OSError as error:
                 raise ModelError(
-                    f"cannot load {self.path}: its external data {name}: {error.strerror}; keep it beside the model"
+                    f"cannot load {self.label}: its external data {name}: {error.strerror}; keep it beside the model"
                 ) from error
             digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         return digest.hexdigest()
 
     @property
     def batch_size(self) -> int | None:
-        """The batch size that the model fixes; None where it is dynamic."""
+        """The batch size that the model fixes; None if the batch is dynamic or the inputs disagree."""
         sizes = {value.shape[0] for value in self.inputs if value.shape}
         return sizes.pop() if len(sizes) == 1 else None
+
+
+def node_label(node: onnx.NodeProto) -> str:
+    """Return a node's name, or the name of its first output if the node has no name."""
+    return str(node.name or next(iter(node.output), ""))

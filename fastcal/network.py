@@ -1,4 +1,4 @@
-"""TensorRT's builder and parser: starting them, what they say, and an ONNX file as a network."""
+"""TensorRT's builder, its parser and its messages."""
 
 import logging
 from collections.abc import Iterable
@@ -8,18 +8,23 @@ from fastcal.errors import GPU_EXTRAS, FastcalError, ModelError, UnavailableErro
 from fastcal.model import Model
 
 try:
-    import tensorrt as trt  # for those who need TensorRT: `from fastcal.network import trt`
+    import tensorrt as trt  # other modules use `from fastcal.network import trt`, so that one place reports a failure
 except (ImportError, OSError) as error:
     raise UnavailableError(f"TensorRT cannot be imported ({error}): {GPU_EXTRAS}", "TensorRT") from error
 
 __all__ = ["Logger", "parse", "start_builder", "tactic_bits", "trt"]
 
-#: What TensorRT says goes to a logger of its own, so that an application can show or hide it.
+#: TensorRT's messages go to a logger of their own, so that an application can show or hide them.
 _log = logging.getLogger("fastcal.tensorrt")
 
 
 class Logger(trt.ILogger):  # type: ignore[misc]
-    """Hands TensorRT's messages to `logging`, and keeps its errors for ours."""
+    """Passes TensorRT's messages on to `logging`, and keeps its errors and warnings for fastcal's own errors.
+
+    Attributes:
+        errors: The texts of TensorRT's errors so far.
+        warnings: The texts of TensorRT's warnings so far.
+    """
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
@@ -27,7 +32,7 @@ class Logger(trt.ILogger):  # type: ignore[misc]
         self.warnings: list[str] = []
 
     def log(self, severity: Any, message: str) -> None:
-        """Called by TensorRT."""
+        """Take a message; TensorRT calls this method."""
         levels = {trt.ILogger.VERBOSE: 5, trt.ILogger.INFO: logging.DEBUG, trt.ILogger.WARNING: logging.WARNING}
         if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
             self.errors.append(message)
@@ -36,20 +41,20 @@ class Logger(trt.ILogger):  # type: ignore[misc]
         _log.log(levels.get(severity, logging.ERROR), "TensorRT: %s", message)
 
     def reasons(self) -> str:
-        """TensorRT's last errors, or else its last warning, in one line."""
-        said = self.errors[-2:] or self.warnings[-1:]  # that it finds no driver is a warning to 8.6
+        """Return TensorRT's last two errors in one line; if there are none, its last warning."""
+        said = self.errors[-2:] or self.warnings[-1:]  # TensorRT 8.6 reports a missing driver as a warning
         return " ".join("; ".join(said).split()) or "no reason given"
 
 
 def start_builder(logger: Logger) -> Any:
-    """A TensorRT builder.
+    """Return a `tensorrt.Builder`.
 
     Raises:
-        FastcalError: TensorRT cannot start, for want of a GPU, say.
+        UnavailableError: TensorRT cannot start, for instance because there is no GPU.
     """
     try:
         return trt.Builder(logger)
-    except TypeError as error:  # how the bindings say that TensorRT made none
+    except TypeError as error:  # raised by the bindings if TensorRT returns no builder
         raise UnavailableError(
             f"TensorRT cannot start here ({logger.reasons()}): it needs an NVIDIA GPU and a driver that fits; fastcal "
             "calibrate needs neither"
@@ -57,25 +62,27 @@ def start_builder(logger: Logger) -> Any:
 
 
 def parse(builder: Any, model: Model, logger: Logger) -> Any:
-    """The network of an ONNX file.
+    """Return the `tensorrt.INetworkDefinition` of an ONNX file.
 
     Raises:
-        FastcalError: TensorRT's parser does not take the file.
+        ModelError: TensorRT's parser rejects the file.
     """
-    explicit_batch = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)  # TensorRT 10 knows no other
+    explicit_batch = getattr(
+        trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None
+    )  # TensorRT 10 has no other kind and no flag
     network = builder.create_network(0 if explicit_batch is None else 1 << int(explicit_batch))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(model.path)):
         errors = [_describe(parser.get_error(index), model) for index in range(parser.num_errors)]
-        raise ModelError(f"TensorRT cannot parse {model.path}: {'; '.join(errors)}".replace("\n", " "))
+        raise ModelError(f"TensorRT cannot parse {model.label}: {'; '.join(errors)}".replace("\n", " "))
     return network
 
 
 def tactic_bits(sources: int | Iterable[str] | None) -> int | None:
-    """The bits of tactic sources given by name (`tensorrt.TacticSource`), or as bits.
+    """Return the bits of tactic sources, which are given as bits or by their names in `tensorrt.TacticSource`.
 
     Raises:
-        FastcalError: There is no source of that name.
+        FastcalError: TensorRT has no tactic source of a given name.
     """
     if sources is None or isinstance(sources, int):
         return sources
@@ -91,7 +98,7 @@ def tactic_bits(sources: int | Iterable[str] | None) -> int | None:
 
 
 def _describe(error: Any, model: Model) -> str:
-    """A parser's error, with the node it is about."""
+    """Return the text of a parser error, with the node that the error is about."""
     nodes = model.proto.graph.node
     if not 0 <= error.node() < len(nodes):
         return str(error.desc())

@@ -11,7 +11,7 @@ MODEL = DIGITS / "digits.onnx"
 
 @pytest.fixture
 def error_of(run_on_bindings):
-    """A function that builds an engine with options, and returns the error."""
+    """A function that builds an engine with options, and returns the type and text of the error."""
 
     def error_of(options, model=MODEL, shape=(4, 3, 32, 32)):
         program = f"""
@@ -19,7 +19,7 @@ import numpy as np, fastcal
 try:
     fastcal.build_engine({str(model)!r}, [{{"image": np.zeros({shape}, "f4")}}], {options})
 except fastcal.FastcalError as error:
-    print(error)
+    print(f"{{type(error).__name__}}: {{error}}")
 """
         done = run_on_bindings(program)
         assert done.returncode == 0, done.stderr
@@ -52,6 +52,7 @@ except fastcal.FastcalError as error:
             "opt_batch=9, max_batch=8",
             "batches are min_batch 1, opt_batch 9, max_batch 8; they must be at least 1 and in",
         ),
+        ("calibration='mine'", "FastcalError: there is no calibration 'mine'; choose fastcal or tensorrt"),
         ("timing_cache='nowhere/x'", "cannot write nowhere/x: there is no folder"),
     ],
 )
@@ -60,12 +61,20 @@ def test_an_option_out_of_its_range_is_named(error_of, options, message):
 
 
 @pytest.mark.parametrize(
-    "options", ["", "workspace=1, optimization_level=5", "min_batch=2", "max_batch=2", "tactic_sources=['CUDNN']"]
+    "options",
+    [
+        "",
+        "workspace=1, optimization_level=5",
+        "min_batch=2",
+        "max_batch=2",
+        "tactic_sources=['CUDNN']",
+        "tactic_sources=3",
+    ],
 )
 def test_without_a_gpu_tensorrt_does_not_start(error_of, options):
     assert error_of(options) == (
-        "TensorRT cannot start here (no reason given): it needs an NVIDIA GPU and a driver that fits; "
-        "fastcal calibrate needs neither"
+        "UnavailableError: TensorRT cannot start here (no reason given): it needs an NVIDIA GPU and a driver that "
+        "fits; fastcal calibrate needs neither"
     )
 
 
@@ -89,25 +98,25 @@ for severity, message in said:
 def test_dynamic_sizes_are_those_of_the_batches(run_on_bindings):
     program = f"""
 import numpy as np, fastcal
-from fastcal.build import _sized
+from fastcal.build import fill_sizes
 preprocess = fastcal.Preprocess(size=(24, 40))
 images = fastcal.ImageFeed({str(DIGITS / "images")!r}, preprocess=preprocess, batch_size=4)
-assert _sized({{"image": (-1, 3, -1, -1), }}, images) == {{"image": (-1, 3, 24, 40)}}
+assert fill_sizes({{"image": (-1, 3, -1, -1), }}, images) == {{"image": (-1, 3, 24, 40)}}
 assert len(list(images)) == 64
 arrays = fastcal.ArrayFeed(iter([{{"x": np.ones((2, 3, 5), "f4"), "n": np.ones(2, "f4")}}] * 3))
-assert _sized({{"x": (2, -1, 5), "n": (-1,)}}, arrays) == {{"x": (2, 3, 5), "n": (-1,)}}
-assert _sized({{"x": (-1, 3, 5), "n": (-1,)}}, None) == {{"x": (-1, 3, 5), "n": (-1,)}}
+assert fill_sizes({{"x": (2, -1, 5), "n": (-1,)}}, arrays) == {{"x": (2, 3, 5), "n": (-1,)}}
+assert fill_sizes({{"x": (-1, 3, 5), "n": (-1,)}}, None) == {{"x": (-1, 3, 5), "n": (-1,)}}
 for shape in (-1, -1, 6), (-1, -1):
     try:
-        _sized({{"x": shape, "n": (-1,)}}, arrays)
+        fill_sizes({{"x": shape, "n": (-1,)}}, arrays)
     except fastcal.FastcalError as error:
-        print(error)
+        print(f"{{type(error).__name__}}: {{error}}")
 assert len(list(arrays)) == 3
 """
     done = run_on_bindings(program)
     assert (done.stderr, done.returncode) == ("", 0)
     assert done.stdout.splitlines() == [
-        f"the network takes input 'x' as {shape}, the batches are (2, 3, 5); give batches of that shape"
+        f"DataError: the network takes input 'x' as {shape}, the batches are (2, 3, 5); give batches of that shape"
         for shape in ("(?, ?, 6)", "(?, ?)")
     ]
 
@@ -118,3 +127,16 @@ def test_a_batch_range_for_a_fixed_batch(error_of, onnx_file):
     message = error_of("min_batch=1, max_batch=8", fixed, shape)
     assert re.search(r"has a fixed batch; leave out min_batch and max_batch, or export it with a dynamic one$", message)
     assert "cannot start" in error_of("", fixed, shape)
+
+
+def test_a_batch_range_if_one_of_two_inputs_has_a_dynamic_batch(run_on_bindings, onnx_file):
+    path = onnx_file("f (float[N, 2] x, float[4, 2] z) => (float[4, 2] y) { y = Add(x, z) }")
+    program = f"""
+import numpy as np, fastcal
+arrays = np.zeros((4, 2), "f4")
+try:
+    fastcal.build_engine({str(path)!r}, [{{"x": arrays, "z": arrays}}], max_batch=8)
+except fastcal.FastcalError as error:
+    print(error)
+"""
+    assert run_on_bindings(program).stdout.startswith("TensorRT cannot start here")

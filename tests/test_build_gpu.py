@@ -100,7 +100,7 @@ def test_batches_on_another_gpu_than_tensorrt_builds_on():
         pytest.skip("needs two GPUs")
     with fastcal.ImageFeed(IMAGES, model=MODEL, batch_size=64, device="cuda:1") as feed:
         message = (
-            r"the batches lie on GPU 1, and TensorRT builds on GPU 0, which is current; make the feed with device="
+            r"the batches are on GPU 1, but TensorRT builds on the current GPU, 0; make the feed with device='cuda:0'"
         )
         with pytest.raises(fastcal.FastcalError, match=message):
             fastcal.build_engine(MODEL, feed)
@@ -147,7 +147,7 @@ def test_a_timing_cache_that_is_none_is_replaced(run_fastcal, tmp_path):
     words = ("-o", tmp_path / "x.engine", "--timing-cache", tmp_path / "timings")
     done = run_fastcal("build", MODEL, IMAGES, *words, *FAST)
     assert done.returncode == 0, done.stderr
-    assert "timings was not used: it is of another TensorRT or GPU, or no timing cache" in done.stderr
+    assert "timings was rejected: it is of another TensorRT or GPU, or is not a timing cache" in done.stderr
     assert len((tmp_path / "timings").read_bytes()) > len(b"garbage")
 
 

@@ -12,6 +12,8 @@ from onnx import numpy_helper
 
 import fastcal
 from conftest import DIGITS, SQUEEZENET, needs_squeezenet, squeezenet_batches
+from fastcal.errors import CacheError, FastcalError, ModelError
+from fastcal.model import Model
 from fastcal.qdq import count_quantized
 
 #: Two blocks as ResNet has them, the first with a convolution in its shortcut; Inception's pooling; a classifier.
@@ -175,6 +177,15 @@ def test_pairs_of_a_residual_network(residual):
     batches = list(residual_batches())
     assert sqnr(run(residual, batches), run(model, batches)) > 25
     assert count_quantized(model) == (10, 10)
+    assert model.ir_version == onnx.load(residual).ir_version
+    pairs.nodes["last"].input[1] = "w_last"
+    assert count_quantized(model) == (9, 10)
+
+
+def test_the_model_that_is_read_stays_as_it_is(residual):
+    model, cache = Model(residual), calibrate(residual, residual_batches())
+    assert fastcal.quantize(model, cache) == fastcal.quantize(model, cache)
+    assert model.proto == onnx.load(residual)
 
 
 @needs_squeezenet
@@ -256,7 +267,7 @@ def test_a_layer_without_a_scale_stays_in_float(residual, caplog, scale, reason)
     assert pairs.read_by(pairs.nodes["add1"]) == ["n2"]  # the Add goes into the convolution that is quantized
     assert pairs.read_by(pairs.nodes["b1"]) == ["x1", "w1"]
     assert count_quantized(model) == (9, 10)
-    assert caplog.record_tuples == [("fastcal", logging.WARNING, f"1 layers stay in float: a2 ({reason})")]
+    assert caplog.record_tuples == [("fastcal", logging.WARNING, f"layers that stay in float: a2 ({reason})")]
 
 
 def test_weights_that_are_computed_or_in_other_types(onnx_file, caplog):
@@ -264,10 +275,11 @@ def test_weights_that_are_computed_or_in_other_types(onnx_file, caplog):
         "f (float[N, 2, 4, 4] x, float[2, 2, 1, 1] k) => (float[N, 2, 4, 4] z, float16[N, 2, 4, 4] h) {"
         "  one = Identity(w) [kept] y = Conv(x, one) [computed] z = Conv(y, k)"
         "  x16 = Cast<to = 10>(x) [half] h = Conv(x16, w16) }",
-        {"w": np.ones((2, 2, 1, 1), "f4"), "w16": np.ones((2, 2, 1, 1), "f2")},
+        {"w": np.float32([127, 254, 381, 508]).reshape(2, 2, 1, 1), "w16": np.ones((2, 2, 1, 1), "f2")},
     )
     cache = fastcal.CalibrationCache({"x": 0.5, "y": 0.5, "x16": 0.5})
     pairs = Pairs(fastcal.quantize(path, cache))
+    assert pairs.all["one_DequantizeLinear_Output"][1].tolist() == [2, 4]
     assert {name: pairs.read_by(pairs.nodes[name]) for name in ("kept", "computed", "half")} == {
         "kept": ["x", "one"],
         "computed": [],
@@ -297,12 +309,13 @@ def test_a_transposed_weight_a_dead_channel_and_both_sides_of_a_product(onnx_fil
     assert q == pytest.approx(x @ weights @ weights.T, abs=2)
 
 
-def test_what_is_fused_is_all_that_reads_a_convolution_and_every_pair_is_made_once(onnx_file):
+def test_what_is_fused_is_all_that_reads_a_convolution_and_every_pair_is_made_once(onnx_file, caplog):
     path = onnx_file(
         "f (float[N, 2, 8, 8] x) => (float[N, 2, 6, 6] z, float[N, 2, 8, 8] s, float[N, 2, 8, 8] t) {"
         "  [first] c = Conv(x, w) [twice] s = Add(c, x) r = Relu(c) [second] d = Conv(r, w) [plus] t = Add(d, one)"
         "  n = Neg(x) [pool1] p = AveragePool<kernel_shape = [2, 2]>(n)"
-        "  [pool2] q = AveragePool<kernel_shape = [2, 2]>(p) [third] z = Conv(q, w) }",
+        "  [pool2] q = AveragePool<kernel_shape = [2, 2]>(p) [third] z = Conv(q, w)"
+        "  [unread] u = GlobalAveragePool(z) }",
         {"w": np.ones((2, 2, 1, 1), "f4"), "one": np.ones(1, "f4"), "w_scale": np.ones(1, "f4")},
     )
     cache = fastcal.CalibrationCache(dict.fromkeys(["x", "n", "c", "r", "d", "p", "q"], 0.5))
@@ -314,6 +327,7 @@ def test_what_is_fused_is_all_that_reads_a_convolution_and_every_pair_is_made_on
         "first": ["x", "w"], "second": ["r", "w"], "third": ["q", "w"], "pool1": ["n"], "pool2": ["p"],
     }  # fmt: skip
     assert sorted(name for name, *_ in pairs.all.values()) == ["n", "p", "q", "r", "w", "x"]
+    assert caplog.text == ""
     assert pairs.values["w_scale"].shape == (1,)
 
 
@@ -325,7 +339,7 @@ def test_external_weights_come_with_the_model(residual):
     batches = list(residual_batches())
     assert run(got, batches).tobytes() == run(want, batches).tobytes()
     (residual.parent / "weights.bin").unlink()
-    with pytest.raises(fastcal.FastcalError, match=r"cannot load .*residual.onnx: .*weights.bin.*; keep its external"):
+    with pytest.raises(ModelError, match=r"cannot load .*residual.onnx: .*weights.bin.*; keep its external"):
         fastcal.quantize(residual, fastcal.CalibrationCache(cache.scales))
 
 
@@ -338,41 +352,43 @@ def test_models_that_cannot_be_quantized(residual, onnx_file, tmp_path):
     lone = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
     for path, message in (
         (tmp_path / "twice.onnx", r"twice.onnx has QuantizeLinear or DequantizeLinear already; quantize the float"),
-        (tmp_path / "old.onnx", r"old.onnx is of opset 12, a scale per channel needs 13; export the network with ops"),
-        (lone, r"model.onnx has no layer to quantize: none is a Conv, ConvTranspose, Gemm or MatMul$"),
+        (tmp_path / "old.onnx", r"old.onnx has opset 12, and a scale per channel needs opset 13; export the network"),
+        (lone, r"model.onnx has no layer to quantize: no node is a Conv, ConvTranspose, Gemm or MatMul$"),
     ):
-        with pytest.raises(fastcal.FastcalError, match=message):
+        with pytest.raises(ModelError, match=message):
             fastcal.quantize(path, fastcal.CalibrationCache(cache.scales))
     for name, near in (("stm", "stem"), ("Gem", "Gemm"), ("Softmax", "Conv")):
-        with pytest.raises(fastcal.FastcalError, match=rf"no layer and no type of layer '{name}' to exclude; .*{near}"):
+        with pytest.raises(FastcalError, match=rf"no layer and no layer type '{name}' to exclude; similar: .*{near}"):
             fastcal.quantize(residual, cache, exclude=["Relu", name])
 
 
 def test_a_model_of_float16(onnx_file):
     graph = "f (float16[N, 2] x) => (float16[N, 2] y) { y = MatMul(x, w) }"
     path = onnx_file(graph, {"w": np.ones((2, 2), np.float16)})
-    with pytest.raises(fastcal.FastcalError, match=r"y \(x is float16\); that is a Conv, .* of float32 inp"):
+    with pytest.raises(
+        ModelError, match=r"quantize: y \(x is float16\); fastcal quantizes a Conv, .* with float32 inp"
+    ):
         fastcal.quantize(path, fastcal.CalibrationCache({"x": 1.0}))
 
 
 def test_what_to_exclude_is_a_list(residual):
-    with pytest.raises(fastcal.FastcalError, match="exclude is 'Gemm'; give a list of names or types"):
+    with pytest.raises(FastcalError, match="exclude is 'Gemm'; give a list of names or types"):
         fastcal.quantize(residual, fastcal.CalibrationCache(), exclude="Gemm")
 
 
 def test_caches_of_another_model(residual, tmp_path):
     cache = calibrate(residual, residual_batches())
-    names = dict.fromkeys(["image", "conv1", "conv2"], 0.1)
-    with pytest.raises(fastcal.FastcalError, match=r"scales for 1 of the 9 tensors .*residual.onnx read: it is anoth"):
+    names = dict.fromkeys(["image", "p0", "r1", "x1", "conv1"], 0.1)
+    with pytest.raises(CacheError, match=r"scales for 4 of the 9 tensors .*residual.onnx read: the cache belongs to"):
         fastcal.quantize(residual, fastcal.CalibrationCache(names))
     cache.save(tmp_path / "x.cache")
     other = onnx.load(residual)
     other.doc_string = "trained anew"
     onnx.save(other, tmp_path / "other.onnx")
     assert fastcal.quantize(residual, tmp_path / "x.cache") == fastcal.quantize(residual, cache)
-    with pytest.raises(fastcal.FastcalError, match=r"^the cache was calibrated with another model than .*; calibrate"):
+    with pytest.raises(CacheError, match=r"^the cache was calibrated with another model than .*; calibrate"):
         fastcal.quantize(tmp_path / "other.onnx", cache)
-    with pytest.raises(fastcal.FastcalError, match=r"x.cache was calibrated with .* or remove .*x.cache.json if"):
+    with pytest.raises(CacheError, match=r"x.cache was calibrated with .* or remove .*x.cache.json if"):
         fastcal.quantize(tmp_path / "other.onnx", tmp_path / "x.cache")
     (tmp_path / "x.cache.json").unlink()
     fastcal.quantize(tmp_path / "other.onnx", tmp_path / "x.cache")
@@ -407,9 +423,12 @@ def test_the_command_takes_a_cache_or_images(run_fastcal, tmp_path):
         (["m.onnx", "x.cache", "-o", "x.cache"], "x.cache is the calibration cache; name another file"),
         (["m.onnx", "x.cache", "-o", "nowhere/y.onnx"], "cannot write nowhere/y.onnx"),
         (["m.onnx", "x.cache", "-o", "y.onnx", "--batch-size", "8"], "is a calibration cache, and --batch-size is for"),
-        (["m.onnx", "x.cache", "-o", "y.onnx", "--backend", "tensorrt"], "is a calibration cache, and --engine is for"),
-        (["m.onnx", "x.cache", "-o", "y.onnx", "--exclude", "Gem"], "no type of layer 'Gem' to exclude; near are Gemm"),
-        (["m.onnx", "images", "-o", "y.onnx", "--exclude", "Gem"], "no type of layer 'Gem' to exclude; near are Gemm"),
+        (
+            ["m.onnx", "x.cache", "-o", "y.onnx", "--backend", "tensorrt"],
+            "is a calibration cache, and --backend is for",
+        ),
+        (["m.onnx", "x.cache", "-o", "y.onnx", "--exclude", "Gem"], "no layer type 'Gem' to exclude; similar: Gemm"),
+        (["m.onnx", "images", "-o", "y.onnx", "--exclude", "Gem"], "no layer type 'Gem' to exclude; similar: Gemm"),
         (["m.onnx", "x.cache", "-o", "y.onnx"], "the cache has scales for 0 of the"),
     ],
 )
@@ -433,6 +452,7 @@ def test_what_is_wrong_is_one_line_and_no_model(run_fastcal, tmp_path, arguments
         "g (float[N, 4] x) => (float[N, 6] y) { t = MatMul(x, w) y = Add(t, x_zero_point) }",
         "g (float[N, 4] x, float[N, 6] x_QuantizeLinear_Output) => (float[N, 6] y)"
         "{ t = MatMul(x, w) y = Add(t, x_QuantizeLinear_Output) }",
+        "g (float[N, 4] x) => (float[N, 6] y) { [x_QuantizeLinear] t = MatMul(x, w) y = Relu(t) }",
         "g (float[N, 4] x, float[1] x_scale) => (float[N, 6] y) { y = MatMul(x, w) }",
         """g (float[N, 4] x, bool b) => (float[N, 6] y) {
             t = MatMul(x, w)
@@ -448,6 +468,57 @@ def test_names_that_are_taken(onnx_file, graph):
     onnx.checker.check_model(model)
     onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert count_quantized(model) == (1, 1)
+    names = [node.name for node in model.graph.node if node.name]
+    assert len(names) == len(set(names))
+
+
+def test_weights_that_two_layers_read_along_different_axes(onnx_file):
+    path = onnx_file(
+        "f (float[N, 2] x) => (float[N, 2] y) { [left] t = MatMul(x, w) [right] y = Gemm<transB = 1>(t, w) }",
+        {"w": np.float32([[127, 254], [381, 508]])},
+    )
+    model = fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5, "t": 0.5}))
+    onnx.checker.check_model(model, full_check=True)
+    pairs = Pairs(model)
+    scales = {name: pairs.all[pairs.nodes[name].input[1]][1].tolist() for name in ("left", "right")}
+    assert scales == {"left": [3, 4], "right": [2, 4]}
+
+
+def test_an_average_that_is_an_output_stays_in_float(onnx_file):
+    path = onnx_file(
+        "f (float[N, 2, 4, 4] x) => (float[N, 2, 4, 4] c, float[N, 2, 3, 3] p, float[N, 2, 3, 3] y) {"
+        "  c = Conv(x, w) n = Neg(c) [pool] p = AveragePool<kernel_shape = [2, 2]>(n) y = Conv(p, w) }",
+        {"w": np.ones((2, 2, 1, 1), "f4")},
+    )
+    pairs = Pairs(fastcal.quantize(path, fastcal.CalibrationCache(dict.fromkeys("xcnp", 0.5))))
+    assert pairs.read_by(pairs.nodes["pool"]) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "end"), [(5, "n4 (the scale of z is 0)"), (6, "n4 (the scale of z is 0) and 1 more")]
+)
+def test_five_layers_in_float_are_named(onnx_file, caplog, count, end):
+    layers = " ".join(f"n{number} = MatMul(z, w)" for number in range(count))
+    path = onnx_file(
+        f"f (float[N, 2] x, float[N, 2] z) => (float[N, 2] y) {{ y = MatMul(x, w) {layers} }}",
+        {"w": np.ones((2, 2), "f4")},
+    )
+    assert count_quantized(fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5, "z": 0.0}))) == (1, 1 + count)
+    assert caplog.messages[0].startswith("layers that stay in float: n0 (the scale of z is 0), n1 (")
+    assert caplog.messages[0].endswith(end)
+
+
+def test_a_tensor_of_unknown_type_and_a_node_without_outputs(onnx_file):
+    path = onnx_file(
+        """f (float[N, 2] x) => (float[N, 2] y) { t = custom.Op(x) y = MatMul(t, w) }""", {"w": np.ones((2, 2), "f4")}
+    )
+    proto = onnx.load(path)
+    proto.opset_import.append(onnx.helper.make_opsetid("custom", 1))
+    proto.graph.value_info.append(onnx.ValueInfoProto(name="t", type=onnx.TypeProto(tensor_type={})))
+    proto.graph.node.append(onnx.helper.make_node("Probe", ["x"], [], domain="custom"))
+    onnx.save(proto, path)
+    cache = fastcal.CalibrationCache({"t": 0.5})
+    assert count_quantized(fastcal.quantize(path, cache, exclude=["Probe"])) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -481,7 +552,7 @@ def test_weights_that_are_not_finite(onnx_file, caplog):
         {"w": np.ones((2, 2), "f4"), "v": np.float32([[1, np.inf], [1, 1]])},
     )
     assert count_quantized(fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5, "t": 0.5}))) == (1, 2)
-    assert "1 layers stay in float: broken (its weights v are not all finite)" in caplog.text
+    assert "layers that stay in float: broken (its weights v are not all finite)" in caplog.text
 
 
 def test_a_convolution_that_is_an_output_is_not_fused(onnx_file):
@@ -497,7 +568,7 @@ def test_a_model_whose_nodes_go_round_in_circles(onnx_file):
     for loop, label in (("[loop] w = Identity(w)", "loop"), ("w = Identity(v) v = Transpose(w)", "[vw]")):
         path = onnx_file(f"f (float[N, 2] x) => (float[N, 2] y) {{ {loop} y = MatMul(x, w) }}")
         with pytest.raises(
-            fastcal.FastcalError, match=rf"model.onnx is no valid .*: node '{label}' reads what is comp"
+            ModelError, match=rf"model.onnx is not a valid .*: node '{label}' depends on its own output; export"
         ):
             fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5}))
 
@@ -508,7 +579,7 @@ def test_a_model_whose_nodes_go_round_in_circles(onnx_file):
         ("v = Constant()", r"has no layer to quantize: y \(no scale for v\)"),
         (
             "[turned] v = Transpose<perm = [0, 0]>(w)",
-            "is no valid ONNX model: node 'turned': repeated axis in transpose",
+            "is not a valid ONNX model: node 'turned': repeated axis in transpose",
         ),
     ],
 )
@@ -516,7 +587,7 @@ def test_constants_that_are_none(onnx_file, node, message):
     path = onnx_file(
         f"f (float[N, 2] x) => (float[N, 2] y) {{ {node} y = MatMul(x, v) }}", {"w": np.ones((2, 2), "f4")}
     )
-    with pytest.raises(fastcal.FastcalError, match=f"model.onnx {message}"):
+    with pytest.raises(ModelError, match=f"model.onnx {message}"):
         fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5}))
 
 

@@ -1,0 +1,184 @@
+"""`Graph`: the connections and constants of an ONNX graph, and the insertion of Q/DQ pairs."""
+
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+from fastcal.errors import ModelError
+from fastcal.model import Model, node_label
+
+#: One input of one node: the number of the node in the graph's order, and the index of the input.
+Edge = tuple[int, int]
+
+#: The first version of ONNX's file format in which constants, here the scales, need not be inputs of the graph.
+_FIRST_IR = 4
+
+
+class Graph:
+    """A copy of a model with all its weights, and the connections between its nodes.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        model: The model.
+        proto: The copy.
+        nodes: The nodes of the copy, in the graph's order.
+        outputs: The names of the graph's outputs.
+        producers: The number of the node that computes a tensor, by the tensor's name.
+        readers: The edges that read a tensor, by the tensor's name.
+
+    Raises:
+        ModelError: The external data cannot be loaded, or a node depends on its own output.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.proto = _with_weights(model)
+        self.nodes = list(self.proto.graph.node)
+        self.outputs = {value.name for value in self.proto.graph.output}
+        self.producers = {name: number for number, node in enumerate(self.nodes) for name in node.output if name}
+        self.readers: dict[str, list[Edge]] = {}
+        for number, node in enumerate(self.nodes):
+            for index, name in enumerate(node.input):
+                self.readers.setdefault(name, []).append((number, index))
+        self._initializers = {tensor.name: tensor for tensor in self.proto.graph.initializer}
+        self._constants: dict[str, npt.NDArray[Any] | None] = {}
+        self._check_for_cycles()
+
+    def constant(self, name: str) -> npt.NDArray[Any] | None:
+        """Return the value of a weight or another constant, also of a transposed one; None for other tensors.
+
+        Raises:
+            ModelError: A Transpose of a constant is invalid.
+        """
+        if name not in self._constants:
+            self._constants[name] = self._read_constant(name)
+        return self._constants[name]
+
+    def _read_constant(self, name: str) -> npt.NDArray[Any] | None:
+        if name in self._initializers:
+            return numpy_helper.to_array(self._initializers[name])
+        if name not in self.producers:
+            return None
+        node = self.nodes[self.producers[name]]
+        if node.op_type == "Constant":
+            tensor = attribute(node, "value", None)
+            return None if tensor is None else numpy_helper.to_array(tensor)
+        if node.op_type not in ("Identity", "Transpose"):
+            return None
+        value = self.constant(node.input[0])
+        if value is None or node.op_type == "Identity":
+            return value
+        try:
+            return np.transpose(value, attribute(node, "perm", None))
+        except ValueError as error:
+            raise self.model.invalid(f"node {node_label(node)!r}: {error}") from error
+
+    def _check_for_cycles(self) -> None:
+        read = {
+            number: [self.producers[name] for name in node.input if name in self.producers]
+            for number, node in enumerate(self.nodes)
+        }
+        try:
+            TopologicalSorter(read).prepare()
+        except CycleError as error:
+            label = node_label(self.nodes[error.args[1][0]])
+            raise self.model.invalid(f"node {label!r} depends on its own output") from error
+
+    def insert_pairs(self, axes: Mapping[Edge, int | None], scales: Mapping[str, float]) -> None:
+        """Insert Q/DQ pairs into the copy, each before the first node that reads through it.
+
+        Args:
+            axes: The edges that get a pair, with the axis along which a constant's scales lie; None for one scale.
+            scales: The scales of the tensors that are not constant, by name.
+        """
+        taken = set(_names(self.proto.graph))
+        dequantized: dict[tuple[str, int | None], str] = {}
+        nodes: list[onnx.NodeProto] = []
+        for number, node in enumerate(self.nodes):
+            for index, name in enumerate(node.input):
+                if (number, index) not in axes:
+                    continue
+                axis = axes[number, index]
+                if (name, axis) not in dequantized:
+                    weights = self.constant(name)
+                    scale = np.asarray(scales[name], "f4") if weights is None else _weight_scales(weights, axis)
+                    pair, parameters = _pair(name, taken, scale, axis)
+                    nodes += pair
+                    self.proto.graph.initializer.extend(parameters)
+                    dequantized[name, axis] = pair[-1].output[0]
+                node.input[index] = dequantized[name, axis]
+            nodes.append(node)
+        self.proto.ir_version = max(self.proto.ir_version, _FIRST_IR)
+        self.proto.graph.ClearField("node")
+        self.proto.graph.node.extend(nodes)
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """Return the value of a node's attribute, or `default` if the node does not have the attribute."""
+    return next((helper.get_attribute_value(value) for value in node.attribute if value.name == name), default)
+
+
+def _with_weights(model: Model) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    try:
+        onnx.load_external_data_for_model(proto, str(model.path.parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        text = str(error).splitlines()[0]
+        raise ModelError(f"cannot load {model.label}: {text}; keep its external data beside it") from error
+    return proto
+
+
+def _pair(
+    name: str, taken: set[str], scale: npt.NDArray[np.float32], axis: int | None
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Return the two nodes of a pair, and its scale and zero point; add their names to `taken`."""
+    prefix, number = name, 1
+    while not taken.isdisjoint(names := _pair_names(prefix)):
+        number += 1
+        prefix = f"{name}_{number}"
+    taken.update(names)
+    *parameters, quantize, dequantize, quantized, dequantized = names
+    tensors = [
+        numpy_helper.from_array(scale, parameters[0]),
+        numpy_helper.from_array(np.zeros(scale.shape, np.int8), parameters[1]),
+    ]
+    options: dict[str, Any] = {} if axis is None else {"axis": axis}
+    return [
+        helper.make_node("QuantizeLinear", [name, *parameters], [quantized], quantize, **options),
+        helper.make_node("DequantizeLinear", [quantized, *parameters], [dequantized], dequantize, **options),
+    ], tensors
+
+
+def _pair_names(prefix: str) -> tuple[str, ...]:
+    """Return the names of a pair's scale and zero point, of its two nodes, and of the outputs of the nodes."""
+    nodes = (f"{prefix}_QuantizeLinear", f"{prefix}_DequantizeLinear")
+    return f"{prefix}_scale", f"{prefix}_zero_point", *nodes, *(f"{node}_Output" for node in nodes)
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
+    """Yield all names of tensors and nodes in a graph and in its subgraphs."""
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        yield value.name
+    for node in graph.node:
+        yield from (node.name, *node.input, *node.output)
+        for value in node.attribute:
+            for subgraph in (value.g, *value.graphs):
+                yield from _names(subgraph)
+
+
+def _weight_scales(weights: npt.NDArray[np.float32], axis: int | None) -> npt.NDArray[np.float32]:
+    """Return a scale, amax / 127, for each index of an axis, or one scale for all weights.
+
+    A scale must not be 0, so the scale is 1 if all its weights are 0.
+    """
+    others = None if axis is None else tuple(other for other in range(weights.ndim) if other != axis)
+    scales = np.asarray(np.abs(weights).max(axis=others) / np.float32(127), np.float32)
+    return np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales)
