@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcal.batch import format_shape, known_sizes, match_names, shape_fits
-from fastcal.calibrators import (
-    EntropyCalibrator2,
-    FeedCalibrator,  # first: it reports unsuitable versions of TensorRT
-)
+from fastcal.calibrators import EntropyCalibrator2
 from fastcal.device import resolve
 from fastcal.errors import DataError, FastcalError, ModelError, check_range
 from fastcal.feed.feed import Feed
