@@ -82,12 +82,7 @@ class LocalBackend(Backend):
 
     @abstractmethod
     def observer(self, network: Network, gpu: int | None) -> AbstractContextManager[Observer]:
-        """Return the observer of a network whose batches lie on `gpu`, None for host memory.
-
-        Raises:
-            UnavailableError: A package or a GPU is missing.
-            ModelError: The backend does not take the network.
-        """
+        """Return the observer of a network whose batches lie on `gpu`, None for host memory."""
 
     def observe(
         self, network: Network, feed: Feed, progress: Callable[[Progress], None], enough: Enough | None = None
@@ -191,15 +186,7 @@ class TensorRTBackend(LocalBackend):
 
 
 def choose_backend(name: str, is_file: bool) -> str:
-    """Return the name of the backend to use on this machine; "auto" takes what is present.
-
-    Args:
-        name: One of `BACKENDS`.
-        is_file: Whether the network is an ONNX file, which any backend runs.
-
-    Raises:
-        FastcalError: There is no such backend.
-    """
+    """Return the name of the backend to use on this machine; any backend runs a network that is a file."""
     if name not in BACKENDS:
         raise FastcalError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if name != "auto":

@@ -202,16 +202,7 @@ extern "C" __global__ void __launch_bounds__(BINS / 2) settle(
 
 
 class _Totals(NamedTuple):
-    """The histograms of all tensors on the GPU, a row per tensor.
-
-    Attributes:
-        ranges: float64.
-        amaxes: uint32, the bits of floats as in the kernels.
-        nans: uint64.
-        infs: uint64.
-        counts: uint64, of shape (tensors, 2048).
-        clamped: uint64, of shape (tensors, exponents of a range).
-    """
+    """The histograms of all tensors on the GPU, a row per tensor; amaxes are the bits of floats, as in the kernels."""
 
     ranges: Any
     amaxes: Any
@@ -222,14 +213,7 @@ class _Totals(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """The counts of one batch before they are added to the totals, a row per tensor.
-
-    Attributes:
-        amaxes: As in `_Totals`.
-        counts: As in `_Totals`.
-        clamped: uint64.
-        again: int32, whether the batch exceeded the range and is to be counted again.
-    """
+    """The counts of one batch before they are added, a row per tensor; `again` tells which exceed the range."""
 
     amaxes: Any
     counts: Any

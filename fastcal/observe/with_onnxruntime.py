@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ _REMEDIES = {
 _FLOAT = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
-class OnnxRuntimeObserver:
+class OnnxRuntimeObserver(AbstractContextManager["OnnxRuntimeObserver"]):
     """Runs batches through a model on the CPU and keeps the histograms of its activations; a context manager.
 
     Args:
@@ -47,9 +47,6 @@ class OnnxRuntimeObserver:
 
     Attributes:
         shared_scales: Tensors that take the scale of another one: name to the other tensor's name.
-
-    Raises:
-        ModelError: ONNX Runtime does not take the model.
     """
 
     def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
@@ -64,16 +61,7 @@ class OnnxRuntimeObserver:
         self._histograms.update({name: Histogram(start) for name, start in starts.items()})
 
     def observe(self, batch: Mapping[str, Any]) -> None:
-        """Run one batch and count its activations.
-
-        Args:
-            batch: Arrays by input name.
-
-        Raises:
-            DataError: The batch does not fit the model.
-            FastcalError: The batch does not fit the memory.
-            ModelError: ONNX Runtime fails on the batch.
-        """
+        """Run one batch, arrays by input name, and count its activations."""
         arrays = match_batch(self._model.inputs, self._model.label, batch)
         for values in self._runner.run(arrays):
             self._histograms.update_all(values)
@@ -83,17 +71,12 @@ class OnnxRuntimeObserver:
         """Return the histograms since the beginning, by tensor name."""
         return self._histograms
 
-    def __enter__(self) -> "OnnxRuntimeObserver":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._runner, self._histograms:
             pass
 
 
-class PartedRunner:
+class PartedRunner(AbstractContextManager["PartedRunner"]):
     """Runs batches through a model and shows all activations, as many at a time as fit the memory.
 
     If they do not fit the memory together, the network runs several times over each batch. A context manager.
@@ -106,9 +89,6 @@ class PartedRunner:
 
     Attributes:
         tensors: Names of the float inputs and activations, in the graph's order.
-
-    Raises:
-        ModelError: ONNX Runtime does not take the model.
     """
 
     def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
@@ -122,17 +102,10 @@ class PartedRunner:
         self._shapes: Mapping[str, tuple[int, ...]] = {}  # of the inputs that the runners are for
 
     def run(self, batch: Mapping[str, npt.NDArray[Any]]) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        """Run one batch.
-
-        Args:
-            batch: Arrays by input name.
+        """Run one batch, arrays by input name.
 
         Yields:
             The values of some of `tensors`, by name, each tensor once. Drop them before asking for the next ones.
-
-        Raises:
-            FastcalError: The batch does not fit the memory.
-            ModelError: ONNX Runtime fails on the batch.
         """
         shapes = {name: tuple(array.shape) for name, array in batch.items()}
         if shapes != self._shapes:
@@ -157,23 +130,15 @@ class PartedRunner:
             return
         shown = groups(sizes, memory, "the memory")
         if shown != [list(runner.activations) for runner in self._runners]:
-            self._close()
+            self.__exit__()
             self._runners = [OnnxRuntimeRunner(self._model, self._threads, activations=group) for group in shown]
 
-    def _close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         for runner in self._runners:
-            runner.close()
-
-    def __enter__(self) -> "PartedRunner":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._close()
+            runner.__exit__()
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
     """Runs batches through a model as it stands: no graph optimization, so no activation is fused away.
 
     A context manager that ends its thread.
@@ -188,9 +153,6 @@ class OnnxRuntimeRunner:
     Attributes:
         inputs: Names of the float inputs.
         activations: Names of the float activations (or outputs) that are shown, in the graph's order.
-
-    Raises:
-        ModelError: ONNX Runtime does not take the model.
     """
 
     def __init__(
@@ -223,17 +185,7 @@ class OnnxRuntimeRunner:
         self._thread = ThreadPoolExecutor(1, "fastcal-runner")
 
     def run(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Run one batch.
-
-        Args:
-            batch: Arrays by input name; an array of another type than its input is converted.
-
-        Returns:
-            The values of `inputs` and `activations` by name.
-
-        Raises:
-            ModelError: ONNX Runtime fails on the batch.
-        """
+        """Run one batch, arrays by input name; return the values of `inputs` and `activations` by name."""
         arrays = {value.name: np.asarray(to_host(batch[value.name]), value.dtype) for value in self._model.inputs}
         if not self.activations:
             return {name: arrays[name] for name in self.inputs}
@@ -250,17 +202,8 @@ class OnnxRuntimeRunner:
             raise
         return {name: arrays[name] for name in self.inputs} | dict(zip(self.activations, values, strict=True))
 
-    def close(self) -> None:
-        """End the thread."""
+    def __exit__(self, *error: object) -> None:
         self._thread.shutdown()
-
-    def __enter__(self) -> "OnnxRuntimeRunner":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _with_outputs(model: Model, activations: Sequence[str] | None) -> onnx.ModelProto:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import cupy
@@ -80,14 +79,9 @@ class TensorRTObserver:
         self._histograms.begin(starts)
 
     def observe(self, batch: Mapping[str, Any]) -> None:
-        """Run one batch and count its tensors; returns when the batch before is done.
+        """Run one batch, arrays by input name on the GPU or in host memory, and count its tensors.
 
-        Args:
-            batch: Arrays by input name, on the GPU or in host memory.
-
-        Raises:
-            DataError: The batch does not fit the network.
-            ModelError: TensorRT cannot run the network.
+        Returns when the batch before is done.
         """
         batch = match_batch(self._inputs, self._label, batch)
         arrays = {value.name: self._on_device(value, batch[value.name]) for value in self._inputs}
@@ -121,11 +115,9 @@ class TensorRTObserver:
         self._stream.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stream.synchronize()
-        self._stream.__exit__(kind, error, traceback)
+        self._stream.__exit__(*error)
         self._forget_engines()
 
     def _forget_engines(self) -> None:
@@ -143,14 +135,7 @@ class TensorRTObserver:
 
 
 class _EngineBuilder:
-    """Builds engines that show a network's tensors.
-
-    Args:
-        network: The network.
-        tf32: Whether TensorRT may use TF32.
-        optimization_level: 0 (built fastest) to 5 (runs fastest).
-        memory: The bytes that the tensors of a batch may take; by default 70 % of what is free.
-        tactic_sources: The bits of `tensorrt.TacticSource`; None for TensorRT's own.
+    """Builds engines that show a network's tensors; the arguments are those of `TensorRTObserver`.
 
     Attributes:
         network: The `tensorrt.INetworkDefinition`.
@@ -174,11 +159,7 @@ class _EngineBuilder:
             config.set_tactic_sources(tactic_sources)
 
     def build(self, shapes: Mapping[str, tuple[int, ...]]) -> "Iterator[_Engine]":
-        """Yield one engine per group of tensors that fit the memory together, for inputs of these shapes.
-
-        Raises:
-            ModelError: TensorRT cannot build the network.
-        """
+        """Yield one engine per group of tensors that fit the memory together, for inputs of these shapes."""
         with _fixed(self.network, shapes):
             tensors = {value.name: value for value in self.computed}
             sizes = {name: _bytes(value) for name, value in tensors.items()}
