@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from fastcal.feed.preprocess import Preprocess
     from fastcal.progress import Progress
     from fastcal.qdq import quantize
-    from fastcal.report.comparison import Comparison, compare
+    from fastcal.report.comparison import compare
     from fastcal.report.contact_sheet import Preview, preview
+    from fastcal.report.quality import Comparison
     from fastcal.report.report import write_report
 
 __all__ = [
@@ -74,7 +75,7 @@ _MODULES = {
     "CacheDiff": "fastcal.cache.diff",
     "CalibrationCache": "fastcal.cache.cache",
     "Calibrator": "fastcal.calibrators",
-    "Comparison": "fastcal.report.comparison",
+    "Comparison": "fastcal.report.quality",
     "EntropyCalibrator": "fastcal.calibrators",
     "EntropyCalibrator2": "fastcal.calibrators",
     "FastcalError": "fastcal.errors",
