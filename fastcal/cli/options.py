@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 # command's start and keep the doctor from finding NumPy broken.
 BackendOption = Annotated[
     str,
-    typer.Option(
-        help="What runs the network: tensorrt, onnxruntime, or auto: TensorRT if it and a GPU are present, else ONNX "
-        "Runtime."
-    ),
+    typer.Option(help="What runs the network: tensorrt, onnxruntime, or auto (TensorRT if it and a GPU are present)."),
 ]
 QuantileOption = Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")]
 UntilStableOption = Annotated[

@@ -122,24 +122,16 @@ def _in_two_passes(
     progress: Callable[[Progress], None] | None,
 ) -> tuple[Callable[[Progress], None], Callable[[Progress], None]]:
     """Return functions that report a first and a second pass to `progress` as one pass of twice the length."""
+    tell = progress or (lambda state: None)
     last = Progress()
 
     def first(state: Progress) -> None:
         nonlocal last
         last = replace(state, total=state.total and 2 * state.total)
-        if progress is not None:
-            progress(replace(last))
+        tell(replace(last))
 
     def second(state: Progress) -> None:
-        if progress is not None:
-            progress(
-                Progress(
-                    last.batches + state.batches,
-                    last.images + state.images,
-                    last.total,
-                    last.seconds + state.seconds,
-                    last.waited + state.waited,
-                )
-            )
+        sums = {name: value + getattr(last, name) for name, value in vars(state).items() if name != "total"}
+        tell(Progress(total=last.total, **sums))
 
     return first, second

@@ -162,22 +162,22 @@ def preview(
         Exception: As the feed.
     """
     check_range("count", count, 1)
-    wanted = preprocess if preprocess is not None else feed.preprocess if isinstance(feed, Feed) else None
-    if isinstance(wanted, Mapping):
-        input_name = input_name or next(iter(wanted))
-        if input_name not in wanted:
-            raise DataError(f"there are no images for input {input_name!r}, but for {quoted(wanted)}")
-        wanted = wanted[input_name]
-    if wanted is None:
-        raise DataError("the preprocessing of the batches is not known; name it, imagenet for instance")
-    wanted = Preprocess.preset(wanted) if isinstance(wanted, str) else wanted
     with as_feed(feed, None, "cpu") as batches:
-        values, wanted = _first_images(batches, input_name, wanted, count)
+        wanted = batches.preprocess if preprocess is None else preprocess
+        if isinstance(wanted, Mapping):
+            input_name = input_name or next(iter(wanted))
+            if input_name not in wanted:
+                raise DataError(f"there are no images for input {input_name!r}, but for {quoted(wanted)}")
+            wanted = wanted[input_name]
+        if wanted is None:
+            raise DataError("the preprocessing of the batches is not known; name it, imagenet for instance")
+        known = Preprocess.preset(wanted) if isinstance(wanted, str) else wanted
+        values, fitted = _first_images(batches, input_name, known, count)
         paths = batches.sample_names
     if paths is None:
-        return Preview(wanted, [f"sample {number}" for number in range(len(values))], values)
+        return Preview(fitted, [f"sample {number}" for number in range(len(values))], values)
     names = _below_common(paths[:count])
-    return Preview(wanted, names, values[: len(names)])
+    return Preview(fitted, names, values[: len(names)])
 
 
 def _first_images(

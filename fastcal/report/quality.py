@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -83,24 +83,11 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         """Return the comparison as a JSON object; an infinite SQNR becomes null, too."""
-        return {
-            "images": self.images,
-            "float_top1": self.float_top1,
-            "best": self.best,
-            "verdict": self.verdict,
-            "qualities": {
-                label: {
-                    "sqnr": _finite(quality.sqnr),
-                    "outputs": {name: _finite(sqnr) for name, sqnr in quality.outputs.items()},
-                    "agreement": quality.agreement,
-                    "top1": quality.top1,
-                    "tensors": {
-                        name: vars(tensor) | {"sqnr": _finite(tensor.sqnr)} for name, tensor in quality.tensors.items()
-                    },
-                }
-                for label, quality in self.qualities.items()
-            },
-        }
+        entries = {**asdict(self), "best": self.best}
+        for label, quality in self.qualities.items():
+            entries["qualities"][label]["sqnr"] = quality.sqnr
+        json: dict[str, Any] = _finite(entries)
+        return json
 
 
 def best(qualities: Mapping[str, Quality]) -> str:
@@ -108,5 +95,8 @@ def best(qualities: Mapping[str, Quality]) -> str:
     return max(qualities, key=lambda label: qualities[label].sqnr)
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _finite(value: Any) -> Any:
+    """Return a JSON value with None in place of the numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
