@@ -94,6 +94,7 @@ def test_what_is_missing_or_broken_comes_with_a_command(examine, tmp_path):
 def test_folders_are_left_out_wherever_it_runs(monkeypatch):
     monkeypatch.chdir("/")
     assert doctor._without_folders("cannot open /usr/lib/x.so: no\n/such file") == "cannot open .../x.so: no /such file"
+    assert doctor._without_folders(f"cannot open {Path.home()} from {sys.prefix}") == "cannot open ... from ..."
 
 
 def test_a_library_that_hangs_is_given_up(monkeypatch):

@@ -116,3 +116,13 @@ def test_where_no_space_can_be_reserved_as_much_is_written(tmp_path, monkeypatch
     check_writable(tmp_path / "x", size)
     assert sizes == [size]
     assert os.listdir(tmp_path) == []
+
+
+def test_where_reserving_fails_nothing_is_written(tmp_path, monkeypatch):
+    def is_full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", is_full)
+    with pytest.raises(FastcalError, match="No space left on device; make room"):
+        check_writable(tmp_path / "x", 1)
+    assert os.listdir(tmp_path) == []

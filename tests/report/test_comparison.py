@@ -14,6 +14,7 @@ import fastcal
 from conftest import DIGITS
 from fastcal.errors import DataError, ModelError
 from fastcal.model import Model
+from fastcal.report.quality import TensorQuality
 
 MODEL = DIGITS / "digits.onnx"
 IMAGENET = fastcal.Preprocess.preset("imagenet")
@@ -145,6 +146,15 @@ def test_what_is_always_0_or_exact(onnx_file):
     assert "zero" not in result.qualities["minmax"].worst
     text = json.dumps(result.as_json(), allow_nan=False)
     assert json.loads(text)["qualities"]["minmax"]["tensors"]["x"] == {"scale": 1.0, "sqnr": None, "clipped": 0.0}
+
+
+def test_a_scale_of_0_rounds_nothing(network):
+    values = batches()
+    cache = fastcal.calibrate(network, values, backend="onnxruntime")
+    cache.scales["r"] = 0.0
+    quality = fastcal.compare(network, values, caches={"other": cache}).qualities["other"]
+    assert quality.tensors["r"] == TensorQuality(0.0, None, 0.0)
+    assert "r" not in quality.worst
 
 
 def test_nan_is_left_out(network):
