@@ -32,6 +32,9 @@ _OLDEST_CUDA, _NEWEST_CUDA = 12, 13
 #: Packages whose versions are shown besides those of the libraries.
 _PACKAGES = "numpy|protobuf|nvidia-(?!dali).*|cuda-.*|tensorrt|tensorrt-.*(libs|bindings)|torch|polygraphy"
 
+#: A model in ONNX's text form.
+_RELU = '<ir_version: 8, opset_import: ["" : 17]> relu (float[2] x) => (float[2] y) { y = Relu(x) }'
+
 #: A JPEG image: 8x8 pixels of grey 128.
 _JPEG = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19iZ2hnPk1xeXBkeFxl"
@@ -133,7 +136,7 @@ def _fix(finding: Finding, library: "_Library", cuda: int | None) -> str:
         if cuda is not None and cuda < _OLDEST_CUDA:
             return "update the NVIDIA driver: to 525 or newer for CUDA 12, to 580 or newer for CUDA 13"
         return "install the NVIDIA driver again, or restart the machine" if finding.status == "broken" else ""
-    extra = "cpu" if cuda is None else f"cuda{min(cuda, _NEWEST_CUDA)}"
+    extra = "cpu" if cuda is None else f"cuda{min(max(cuda, _OLDEST_CUDA), _NEWEST_CUDA)}"
     packages = f"'fastcal[{extra}]'"
     names = [wheel.split()[0] for wheel in finding.wheels]
     releases = {found[1] for name in names if (found := re.search(r"cu(?:da)?(\d\d)", name))}
@@ -141,7 +144,7 @@ def _fix(finding: Finding, library: "_Library", cuda: int | None) -> str:
         return f"pip uninstall -y {' '.join(names)} && pip install {packages if releases else names[0]}"
     if finding.status == "works":
         return ""
-    if finding.status == "missing":
+    if finding.status == "missing" and not names:
         is_needed = library.needed_on in ("all", "cpu" if cuda is None else "gpu")
         return f"pip install {packages}" if is_needed else ""
     if cuda is not None and releases - {extra[4:]}:
@@ -179,15 +182,17 @@ def _try_driver() -> str:
 def _try_onnx() -> str:
     import onnx
 
-    onnx.checker.check_model(_relu())
+    onnx.checker.check_model(onnx.parser.parse_model(_RELU))
     return "checked a model"
 
 
 def _try_onnxruntime() -> str:
     import numpy as np
+    import onnx
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(_relu(), providers=["CPUExecutionProvider"])
+    model = onnx.parser.parse_model(_RELU).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     (result,) = session.run(None, {"x": np.array([-1, 2], np.float32)})
     return _expect(result.tolist() == [0, 2], "ran a network")
 
@@ -228,14 +233,6 @@ def _try_tensorrt() -> str:
 def _import(module: str) -> str:
     importlib.import_module(module)
     return "imported"
-
-
-def _relu() -> bytes:
-    import onnx
-
-    graph = '<ir_version: 8, opset_import: ["" : 17]> relu (float[2] x) => (float[2] y) { y = Relu(x) }'
-    data: bytes = onnx.parser.parse_model(graph).SerializeToString()
-    return data
 
 
 def _expect(is_right: bool, done: str) -> str:

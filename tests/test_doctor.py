@@ -82,7 +82,7 @@ def test_what_is_missing_or_broken_comes_with_a_command(examine, tmp_path):
     assert status == 1
     numba = found["numba"]
     assert (numba["status"], numba["detail"]) == ("missing", "not installed")
-    assert numba["fix"] == "pip install 'fastcal[cpu]'"
+    assert numba["fix"] == "pip install --force-reinstall numba"  # the package is there, and the module is not
     assert (found["Ray"]["status"], found["Ray"]["detail"]) == ("broken", "No module named 'no_such_module'")
     detail = found["ONNX Runtime"]["detail"]
     assert str(Path.home()) not in detail
@@ -108,6 +108,12 @@ def test_a_library_that_hangs_is_given_up(monkeypatch):
     [
         ("cupy", "missing", [], 12, "pip install 'fastcal[cuda12]'"),
         ("cupy", "missing", [], 14, "pip install 'fastcal[cuda13]'"),
+        ("cupy", "missing", [], 11, "pip install 'fastcal[cuda12]'"),
+        # The wheel of another CUDA release was uninstalled, and took the module with it.
+        (
+            "nvidia.dali", "missing", ["nvidia-dali-cuda130 2.0"], None,
+            "pip install --force-reinstall nvidia-dali-cuda130",
+        ),
         (
             "cupy", "broken", ["cupy-cuda12x 13.6"], 13,
             "pip uninstall -y cupy-cuda12x && pip install 'fastcal[cuda13]'",
