@@ -103,7 +103,7 @@ class FeedOptions:
             "seed": self.seed, "limit": self.limit, "last_batch": self.last_batch,
         }  # fmt: skip
         data = data_by_input(self.data, network)
-        if isinstance(data, str) and are_arrays(data):
+        if isinstance(data, str) and not is_pipe(data) and are_arrays(data):
             if option := self.first_given(sorted(self.for_images)):
                 raise FastcalError(f"{self.data} has arrays, which are taken as they are; {option} is for images")
             return fastcal.NumpyFeed(data, **settings)
@@ -205,6 +205,11 @@ def data_by_input(data: str, network: "Model | None") -> str | dict[str, str]:
     if len({name for name, _, _ in pairs}) < len(pairs):
         raise DataError(f"{data} names an input twice; give each input its data once")
     return {name: where for name, _, where in pairs}
+
+
+def is_pipe(place: str) -> bool:
+    """Return whether data are a list that can be read only once, from a shell's <(command) for instance."""
+    return os.path.exists(place) and not os.path.isfile(place) and not os.path.isdir(place)
 
 
 def _check_size(asked: tuple[int, int], feed: "fastcal.Feed", model: str) -> None:

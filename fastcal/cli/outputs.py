@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fastcal.cli.options import FeedOptions, data_by_input
+from fastcal.cli.options import FeedOptions, data_by_input, is_pipe
 from fastcal.errors import FastcalError
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ def _samples_like(outputs: Sequence[str], data: str, network: "Model | None") ->
     in_folders = any(kind_of(name) is not None or name.lower().endswith(".npz") for name in names)
     by_input = data_by_input(data, network)
     for place in by_input.values() if isinstance(by_input, dict) else [by_input]:
-        is_folder = os.path.isdir(place)
-        is_pipe = os.path.exists(place) and not is_folder and not os.path.isfile(place)  # can be read only once
-        if not existing or is_pipe or (is_folder and not in_folders):
+        if not existing or is_pipe(place) or (os.path.isdir(place) and not in_folders):
             continue
         paths: list[str] = []
         with contextlib.suppress(FastcalError):
