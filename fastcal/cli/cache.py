@@ -140,7 +140,7 @@ def check(*, cache: CacheArgument, options: CheckOptions) -> None:
             for entry in entries:
                 say(f"{kind:<11}{entry}")
         if not found.recorded:
-            say(f"{'note':<11}nothing tells what {cache} was made from: {why_no_record(cache)}")
+            say(f"{'note':<11}it is not known what {cache} was made from: {why_no_record(cache)}")
         counts = ", ".join(f"{len(entries)} {kind}" for kind, entries in faults.items())
         say(f"{'not in order' if found else 'in order'}: {counts}")
         finish(ok=not found, **faults, recorded=found.recorded)

@@ -114,7 +114,9 @@ class Preview:
                 "blue comes first and is drawn red, as a network trained on RGB takes it; right for one trained on BGR"
             )
         if self.outside:
-            lines.append(f"{self.outside:.1%} of the pixels are outside 0..255: not what this preprocessing makes")
+            lines.append(
+                f"{self.outside:.1%} of the pixels are outside 0..255: another preprocessing made these values"
+            )
         return lines
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -144,7 +144,7 @@ def _draw_values(axes: Axes, channels: Mapping[str, npt.NDArray[np.float32]]) ->
     for color, (label, values) in zip(_DRAWN[:3] if len(channels) == 3 else _DRAWN[3:], channels.items(), strict=True):
         counts, _ = np.histogram(values.clip(-_FAR, _FAR), edges)
         axes.stairs(counts, edges, color=color, label=label)
-    axes.axvspan(-_LINEAR, _LINEAR, color="black", alpha=0.06, linewidth=0, label="where values of mean 0, std 1 are")
+    axes.axvspan(-_LINEAR, _LINEAR, color="black", alpha=0.06, linewidth=0, label="range of values with mean 0, std 1")
     axes.set_xscale("symlog", linthresh=_LINEAR, linscale=1.5)
     axes.set_xlim(-_FAR, _FAR)
     axes.set_xticks(

@@ -1,7 +1,7 @@
 """The verdict of a comparison: which scales keep most, and what speaks against a cache or the preprocessing."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record
@@ -50,15 +50,9 @@ def verdict(
         doubts: What `doubt` returned, by the cache's name.
         float_top1: The share of images that the float network classifies as their folders do; None if not known.
     """
-    return "; ".join(_findings(qualities, algorithms, doubts, float_top1))
-
-
-def _findings(
-    qualities: Mapping[str, Quality], algorithms: Sequence[str], doubts: Mapping[str, str], float_top1: float | None
-) -> Iterator[str]:
-    """Yield the parts of the verdict."""
+    parts = []
     if float_top1 is not None and float_top1 < _TOO_FEW_RIGHT:
-        yield (
+        parts.append(
             f"FP32 gives {float_top1:.1%} of the images their folder's class: is this the preprocessing that the "
             "network was trained with?"
         )
@@ -73,12 +67,13 @@ def _findings(
             text = f"{label} keeps {kept:.1f} dB where {first} keeps the exact output"
         else:
             text = f"{label} loses {most - kept:.1f} dB against {first}"
-        yield text + (f", and {reason}" if reason else "")
+        parts.append(text + (f", and {reason}" if reason else ""))
     agreement = qualities[first].agreement
     classes = "" if agreement is None else f" and FP32's class for {agreement:.1%} of the images"
     others = [name for name in algorithms if name != first and _alike(qualities[name].sqnr, most)]
     near = f", {' and '.join(others)} {'too' if is_exact else f'within {_ALIKE:g} dB of it'}" if others else ""
-    yield f"{first} keeps most: {'the exact output' if is_exact else f'{most:.1f} dB at the output'}{classes}{near}"
+    kept_most = "the exact output" if is_exact else f"{most:.1f} dB at the output"
+    return "; ".join([*parts, f"{first} keeps most: {kept_most}{classes}{near}"])
 
 
 def _alike(sqnr: float, most: float) -> bool:

@@ -111,7 +111,8 @@ def test_batches_that_were_not_made_with_the_preprocessing(tmp_path):
     undone = pixels * np.float32(IMAGENET.std).reshape(3, 1, 1) + np.float32(IMAGENET.mean).reshape(3, 1, 1)
     assert wrong.outside == pytest.approx(np.mean(undone * 255 > 255.5))
     assert (
-        wrong.notes()[-1] == f"{wrong.outside:.1%} of the pixels are outside 0..255: not what this preprocessing makes"
+        wrong.notes()[-1]
+        == f"{wrong.outside:.1%} of the pixels are outside 0..255: another preprocessing made these values"
     )
     broken = fastcal.preview([{"x": np.full((1, 3, 4, 4), np.nan, np.float32)}], preprocess="imagenet")
     assert broken.outside == 1
