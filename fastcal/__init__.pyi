@@ -30,11 +30,11 @@ from .observe.histogram import Histogram as Histogram
 from .observe.observations import Observations as Observations
 from .progress import Progress as Progress
 from .qdq import quantize as quantize
-from .report.comparison import Comparison as Comparison
-from .report.comparison import Quality as Quality
-from .report.comparison import TensorQuality as TensorQuality
 from .report.comparison import compare as compare
 from .report.contact_sheet import Channel as Channel
 from .report.contact_sheet import Preview as Preview
 from .report.contact_sheet import preview as preview
+from .report.quality import Comparison as Comparison
+from .report.quality import Quality as Quality
+from .report.quality import TensorQuality as TensorQuality
 from .report.report import write_report as write_report

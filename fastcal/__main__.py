@@ -5,8 +5,8 @@ import traceback
 
 from fastcal import interrupt
 
-#: Exit status of what should not happen; Python's own, 1, says that two caches differ, for instance.
-_FAULT = 70
+#: Exit status of a bug in fastcal. Python's own, 1, has another meaning here: two caches differ, for instance.
+_BUG = 70
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         if isinstance(error, SystemExit):
             raise
         traceback.print_exc()
-        sys.exit(_FAULT)
+        sys.exit(_BUG)
 
 
 if __name__ == "__main__":

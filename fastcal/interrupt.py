@@ -1,4 +1,4 @@
-"""Ctrl-C on the command line: the process is gone within a second, whatever it is doing. Imports next to nothing."""
+"""Ctrl-C on the command line: the process ends within a second, in any state. Imports the standard library alone."""
 
 import os
 import signal
@@ -17,21 +17,21 @@ _written: list[str] = []
 
 
 def received() -> bool:
-    """Whether Ctrl-C was pressed: whatever exception ends the work then, that is its cause.
+    """Return whether Ctrl-C was pressed. If so, it is the cause of any exception that ends the work.
 
-    A compiler or a decoder interrupted in one of its callbacks raises errors of its own.
+    A compiler or a decoder that is interrupted in a callback raises errors of its own.
     """
     return _received.is_set()
 
 
 def wrote(path: str | os.PathLike[str]) -> None:
-    """Remember a file that is there, whole, whatever happens now."""
+    """Remember a file that is complete, for the message after Ctrl-C."""
     if str(path) not in _written:
         _written.append(str(path))
 
 
 def say() -> None:
-    """Tell the user, once, and which files there are already: a cache stays when its engine is not built."""
+    """Print once that the work was interrupted, and the files that are complete, a cache without its engine perhaps."""
     if not _said.is_set():
         _said.set()
         outcome = f"already written: {', '.join(_written)}" if _written else "nothing was written"
@@ -39,16 +39,16 @@ def say() -> None:
 
 
 def end_soon_after_ctrl_c() -> None:
-    """See to it that Ctrl-C ends the process even where its exception does not.
+    """Make Ctrl-C end the process even if KeyboardInterrupt does not.
 
-    The exception it raises may be raised where it is swallowed (many libraries' imports), or in the middle of a lock's
-    acquisition, which then is never released, or wait for a decoder to end with an image of a gigapixel.
+    KeyboardInterrupt may be swallowed (by the imports of many libraries), may interrupt the acquisition of a lock that
+    is then never released, or may have to wait until a decoder has finished an image of a gigapixel.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # told by the system's handler, not when Python comes to it
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # by the C handler, also while Python waits
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background, shells have it ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell ignores it for background processes
         signal.signal(signal.SIGINT, _handle)
 
     def watch() -> None:
@@ -60,7 +60,7 @@ def end_soon_after_ctrl_c() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     sys.unraisablehook = _report_unraisable
-    sys.excepthook = _report_uncaught  # libraries in C call it for exceptions they do not pass on
+    sys.excepthook = _report_uncaught  # C libraries call it for exceptions that they swallow
 
 
 def _handle(number: int, frame: object) -> None:
@@ -69,12 +69,12 @@ def _handle(number: int, frame: object) -> None:
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Print what was raised where it cannot be handled, unless after Ctrl-C: see `received`."""
+    """Print an exception that nothing can handle, except after Ctrl-C: see `received`."""
     if not received():
         sys.__unraisablehook__(unraisable)
 
 
 def _report_uncaught(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
-    """Print what nobody caught, unless after Ctrl-C."""
+    """Print an exception that nothing caught, except after Ctrl-C."""
     if not received():
         sys.__excepthook__(kind, error, traceback)

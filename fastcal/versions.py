@@ -1,16 +1,16 @@
-"""Versions: of the TensorRT that reads a cache, and of the packages that are installed."""
+"""Versions of the TensorRT that reads a cache, and of the packages that are installed."""
 
 import re
 from importlib.metadata import distributions
 
 from fastcal.errors import FastcalError
 
-#: The TensorRT version of a cache if none is installed and none is given: the last 10.x release.
+#: The TensorRT version of a cache if TensorRT is not installed and no version is given: the last 10.x release.
 DEFAULT_TENSORRT_VERSION = "10.16.1"
 
 
 def installed_tensorrt_version() -> str | None:
-    """Return the version of the TensorRT that Python can import, as "major.minor.patch"; None if there is none."""
+    """Return the version of the TensorRT that can be imported, as "major.minor.patch"; None if there is none."""
     try:
         import tensorrt
     except (ImportError, OSError):  # OSError: the bindings are installed, TensorRT's libraries are not
@@ -29,20 +29,20 @@ def check_tensorrt_version(version: str) -> str:
     """Return `version` as "major.minor.patch".
 
     Raises:
-        FastcalError: It is not a TensorRT version that reads calibration caches (8.x to 10.x).
+        FastcalError: `version` is not a TensorRT version that reads calibration caches (8.x to 10.x).
     """
     version_number(version)
     return ".".join([*version.split("."), "0"][:3])
 
 
 def version_number(version: str) -> int:
-    """Return NV_TENSORRT_VERSION as TensorRT's header defines it: 8600 for 8.6.0, with two more digits from 10.0 on.
+    """Return NV_TENSORRT_VERSION as TensorRT's header defines it: 8600 for 8.6.0, 101601 for 10.16.1.
 
     Raises:
         FastcalError: As `check_tensorrt_version`.
     """
     form = r"(\d{1,2})\.(\d{1,2})(?:\.(\d{1,2}))?(?:\.\w+)*"
-    match = re.fullmatch(form, version) if isinstance(version, str) else None  # the number 10.10 would be 10.1
+    match = re.fullmatch(form, version) if isinstance(version, str) else None  # a float cannot tell 10.10 from 10.1
     if match is None:
         raise FastcalError(f"{version!r} is not a TensorRT version; write it like 10.16.1")
     major, minor, patch = (int(part or 0) for part in match.groups())

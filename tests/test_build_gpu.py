@@ -88,7 +88,7 @@ def test_it_builds_an_engine_and_says_what_it_did(trt, run_fastcal, tmp_path, ca
     assert "x.cache is used" in again.stderr
     assert "is not used" not in again.stderr
     assert list(rows(again.stdout)) == ["images", "engine", "cache"]
-    assert rows(again.stdout)["images"] == "none: the scales are those of the cache"
+    assert rows(again.stdout)["images"] == "none: the cache was reused"
     assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in before}
     assert accuracy(trt, load(trt, paths["-o"])) > 0.98
 

@@ -1,4 +1,4 @@
-"""`fastcal doctor` where libraries are as they should be, absent, broken, or end the process."""
+"""`fastcal doctor` with libraries that work, are absent, are broken, or end the process."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from fastcal import doctor
 from fastcal.device import resolve
 
 no_gpu = pytest.mark.skipif(resolve("auto") is not None, reason="there is a GPU here")
+LIBRARIES = {library.module: library for library in (doctor._DRIVER, *doctor._LIBRARIES)}
 
 
 @pytest.fixture
@@ -21,77 +22,69 @@ def examine(run_fastcal, tmp_path):
 
     def run(**modules):
         for name, text in modules.items():
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "__init__.py").write_text(text)
+            (tmp_path / f"{name}.py").write_text(text)
         path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
         done = run_fastcal("doctor", "--json", env={**os.environ, "PYTHONPATH": path})
         assert done.stdout, done.stderr
-        found = json.loads(done.stdout)
-        return done.returncode, {finding["label"]: finding for finding in found["libraries"]}, found
+        told = json.loads(done.stdout)
+        return done.returncode, {finding["label"]: finding for finding in told["libraries"]}, told["ok"]
 
     return run
 
 
 @no_gpu
 def test_everything_works_on_a_cpu(examine):
-    status, libraries, found = examine()
-    assert status == 0
-    assert found["ok"]
-    for label in ("ONNX", "ONNX Runtime", "numba", "DALI (CPU)", "Matplotlib", "Jinja2"):
-        assert libraries[label]["status"] == "works", libraries[label]
-        assert libraries[label]["fix"] == ""
-        assert re.search(r" \d+\.\d+", libraries[label]["wheels"][0])
-    for label in ("DALI (GPU)", "CuPy", "TensorRT"):
-        assert (libraries[label]["status"], libraries[label]["fix"]) == ("unused", "")
-    assert found["jobs"] == {
-        "calibrate on the CPU": [],
-        "calibrate and build on the GPU": ["GPU", "DALI (GPU)", "CuPy", "TensorRT"],
-        "quantize": [],
-        "preview": [],
-        "report": [],
-    }
+    status, found, ok = examine()
+    assert (status, ok) == (0, True)
+    for label in ("ONNX", "ONNX Runtime", "numba", "DALI", "Matplotlib", "Jinja2", "Ray"):
+        assert (found[label]["status"], found[label]["fix"]) == ("works", ""), found[label]
+        assert re.search(r" \d+\.\d+", found[label]["wheels"][0])
+    assert found["DALI"]["detail"] == "decoded an image on the CPU"
+    for label in ("CuPy", "TensorRT"):
+        assert (found[label]["status"], found[label]["fix"]) == ("unused", "")
+    assert (found["NVIDIA driver"]["status"], found["NVIDIA driver"]["fix"]) == ("missing", "")
 
 
 @pytest.mark.gpu
 def test_everything_works_on_a_gpu(examine):
-    _, libraries, found = examine()
-    assert libraries["GPU"]["status"] == "works"
-    assert re.search(r"\d x NVIDIA .*, driver [\d.]+, CUDA 1\d", libraries["GPU"]["detail"])
-    assert found["jobs"]["calibrate and build on the GPU"] == []
+    _, found, _ = examine()
+    assert re.fullmatch(r"NVIDIA .*, CUDA 1\d", found["NVIDIA driver"]["detail"])
+    for label in ("NVIDIA driver", "ONNX", "CuPy", "DALI", "TensorRT"):
+        assert found[label]["status"] == "works", found[label]
+    assert found["DALI"]["detail"].startswith("decoded an image on GPU ")
 
 
 @no_gpu
 def test_a_library_that_crashes_does_not_take_the_doctor_down(examine):
     crash = "import os, signal, sys; sys.stderr.write('about to crash'); os.kill(os.getpid(), signal.SIGSEGV)"
-    status, libraries, found = examine(
+    status, found, ok = examine(
         onnxruntime=crash,
         numba="import sys; sys.exit(3)",
-        ray="import atexit, os; __version__ = '1'; atexit.register(os._exit, 4)",
+        ray="import atexit, os; atexit.register(os._exit, 4)",
     )
-    assert (status, found["ok"]) == (1, False)
-    runtime = libraries["ONNX Runtime"]
+    assert (status, ok) == (1, False)
+    runtime = found["ONNX Runtime"]
     assert runtime["status"] == "broken"
     assert runtime["detail"].startswith("its process ended with signal SIGSEGV: about to crash")
     assert runtime["fix"] == "pip install --force-reinstall onnxruntime"
-    assert libraries["numba"]["detail"] == "its process ended with status 3: no reason given"
-    assert libraries["Ray"]["detail"].startswith("its process ended with status 4")  # though all had worked until then
-    assert libraries["ONNX"]["status"] == libraries["DALI (CPU)"]["status"] == "works"
-    assert found["jobs"]["calibrate on the CPU"] == ["ONNX Runtime", "numba"]
+    assert found["numba"]["detail"] == "its process ended with status 3: no error message"
+    assert found["Ray"]["detail"].startswith("its process ended with status 4")  # though all had worked until then
+    assert found["ONNX"]["status"] == found["DALI"]["status"] == "works"
 
 
 @no_gpu
 def test_what_is_missing_or_broken_comes_with_a_command(examine, tmp_path):
-    missing = "raise ModuleNotFoundError(\"No module named 'numba'\", name='numba')"
-    broken = f"raise ImportError('{Path.home()}/x/lib.so: cannot open {tmp_path}/y z/t.so; see https://a.b/c/d')"
-    status, libraries, _ = examine(numba=missing, onnxruntime=broken)
-    assert status == 1
-    numba = libraries["numba"]
-    assert (numba["status"], numba["detail"], numba["fix"]) == (
-        "missing",
-        "not installed",
-        "pip install 'fastcal[cpu]'",
+    status, found, _ = examine(
+        sitecustomize="import sys; sys.modules['numba'] = None",
+        onnxruntime=f"raise ImportError('{Path.home()}/x/lib.so: cannot open {tmp_path}/y z/t.so; see https://a.b/c/d')",
+        ray="import no_such_module",
     )
-    detail = libraries["ONNX Runtime"]["detail"]
+    assert status == 1
+    numba = found["numba"]
+    assert (numba["status"], numba["detail"]) == ("missing", "not installed")
+    assert numba["fix"] == "pip install --force-reinstall numba"  # the package is there, and the module is not
+    assert (found["Ray"]["status"], found["Ray"]["detail"]) == ("broken", "No module named 'no_such_module'")
+    detail = found["ONNX Runtime"]["detail"]
     assert str(Path.home()) not in detail
     assert str(tmp_path) not in detail
     assert detail.endswith("see https://a.b/c/d")
@@ -101,77 +94,87 @@ def test_what_is_missing_or_broken_comes_with_a_command(examine, tmp_path):
 def test_folders_are_left_out_wherever_it_runs(monkeypatch):
     monkeypatch.chdir("/")
     assert doctor._without_folders("cannot open /usr/lib/x.so: no\n/such file") == "cannot open .../x.so: no /such file"
+    assert doctor._without_folders(f"cannot open {Path.home()} from {sys.prefix}") == "cannot open ... from ..."
 
 
 def test_a_library_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setattr(doctor, "_SECONDS", 0.01)
-    finding = doctor._run("onnx", doctor._PROBES["onnx"])
-    assert (finding.status, finding.detail) == ("broken", "did not return within 0.01 s")
+    finding = doctor._run(LIBRARIES["onnx"])
+    assert (finding.status, finding.detail) == ("broken", "did not end within 0.01 s")
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "wheels", "extra", "fix"),
+    ("module", "status", "wheels", "cuda", "fix"),
     [
-        ("cupy", "missing", [], "cuda12", "pip install 'fastcal[cuda12]'"),
+        ("cupy", "missing", [], 12, "pip install 'fastcal[cuda12]'"),
+        ("cupy", "missing", [], 14, "pip install 'fastcal[cuda13]'"),
+        ("cupy", "missing", [], 11, "pip install 'fastcal[cuda12]'"),
+        # The wheel of another CUDA release was uninstalled, and took the module with it.
         (
-            "cupy", "broken", ["cupy-cuda12x 13.6"], "cuda13",
+            "nvidia.dali", "missing", ["nvidia-dali-cuda130 2.0"], None,
+            "pip install --force-reinstall nvidia-dali-cuda130",
+        ),
+        (
+            "cupy", "broken", ["cupy-cuda12x 13.6"], 13,
             "pip uninstall -y cupy-cuda12x && pip install 'fastcal[cuda13]'",
         ),
-        ("cupy", "works", ["cupy-cuda12x 13.6"], "cuda13", ""),
-        ("cupy", "broken", ["cupy-cuda13x 13.6"], "cuda13", "pip install --force-reinstall cupy-cuda13x"),
+        ("cupy", "works", ["cupy-cuda12x 13.6"], 13, ""),
+        ("cupy", "broken", ["cupy-cuda13x 13.6"], 13, "pip install --force-reinstall cupy-cuda13x"),
         (
-            "dali_gpu", "broken", ["nvidia-dali-cuda130 2.0"], "cuda12",
+            "nvidia.dali", "broken", ["nvidia-dali-cuda130 2.0"], 12,
             "pip uninstall -y nvidia-dali-cuda130 && pip install 'fastcal[cuda12]'",
         ),
         (
-            "dali", "works", ["nvidia-dali-cuda120 2.0", "nvidia-dali-cuda130 2.0"], "cpu",
+            "nvidia.dali", "works", ["nvidia-dali-cuda120 2.0", "nvidia-dali-cuda130 2.0"], None,
             "pip uninstall -y nvidia-dali-cuda120 nvidia-dali-cuda130 && pip install 'fastcal[cpu]'",
         ),
-        ("tensorrt", "broken", ["tensorrt-cu13 11.0"], "cuda13", "pip install --force-reinstall 'tensorrt-cu13<11'"),
-        ("tensorrt", "broken", [], "cuda13", "pip install --force-reinstall 'fastcal[cuda13]'"),
-        ("ray", "missing", [], "cpu", ""),
-        ("ray", "missing", [], "cuda13", ""),
-        ("numba", "missing", [], "cpu", "pip install 'fastcal[cpu]'"),
-        ("numba", "missing", [], "cuda13", ""),  # TensorRT runs the network there
-        ("dali", "missing", [], "cuda12", "pip install 'fastcal[cuda12]'"),
+        ("tensorrt", "broken", ["tensorrt-cu13 11.0"], 13, "pip install --force-reinstall 'tensorrt-cu13<11'"),
+        ("tensorrt", "broken", [], 13, "pip install --force-reinstall 'fastcal[cuda13]'"),
+        ("ray", "missing", [], None, ""),
+        ("ray", "missing", [], 13, ""),
+        ("numba", "missing", [], None, "pip install 'fastcal[cpu]'"),
+        ("numba", "missing", [], 13, ""),  # TensorRT runs the network there
+        ("nvidia.dali", "missing", [], 12, "pip install 'fastcal[cuda12]'"),
         (
-            "onnxruntime", "works", ["onnxruntime 1.20", "onnxruntime-gpu 1.20"], "cuda13",
+            "onnxruntime", "works", ["onnxruntime 1.20", "onnxruntime-gpu 1.20"], 13,
             "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime",
         ),
+        ("", "works", [], 11, "update the NVIDIA driver: to 525 or newer for CUDA 12, to 580 or newer for CUDA 13"),
+        ("", "works", [], 12, ""),
+        ("", "missing", [], None, ""),
+        ("", "broken", [], None, "install the NVIDIA driver again, or restart the machine"),
     ],
 )  # fmt: skip
-def test_the_command_that_puts_it_right(name, status, wheels, extra, fix):
-    finding = doctor.Finding("", status, wheels)
-    assert doctor._fix(finding, doctor._PROBES[name], extra) == fix
+def test_the_command_that_repairs_it(module, status, wheels, cuda, fix):
+    assert doctor._fix(doctor.Finding("", status, wheels), LIBRARIES[module], cuda) == fix
 
 
-@pytest.mark.parametrize(("release", "extra"), [("13", "cuda13"), ("12", "cuda12"), ("14", "cuda13")])
-def test_a_gpu_without_what_uses_it(monkeypatch, release, extra):
-    def run(name, probe):
-        found = doctor.Finding(probe.label, "missing", [], "not installed")
-        if name == "driver":
-            found = doctor.Finding(probe.label, "works", [], f"1 x NVIDIA H200, driver 580.1, CUDA {release}")
-        elif probe.where != "gpu":
-            found = doctor.Finding(probe.label, "works", [f"{name} 1.0"])
-        return found
+def test_a_gpu_whose_packages_are_missing(monkeypatch):
+    def run(library):
+        if library is doctor._DRIVER:
+            return doctor.Finding(library.label, "works", [], "NVIDIA H200, CUDA 13")
+        return doctor.Finding(library.label, "missing" if library.needed_on == "gpu" else "works")
 
     monkeypatch.setattr(doctor, "_run", run)
     tried = []
-    findings = doctor.examine(tried.append)
-    by_label = {finding.label: finding for finding in findings.libraries}
-    assert not findings.ok
-    for label in ("CuPy", "TensorRT"):
-        assert by_label[label].fix == f"pip install 'fastcal[{extra}]'"
-    assert (by_label["DALI (GPU)"].status, by_label["DALI (GPU)"].detail) == ("unused", "needs CuPy")
-    libraries = ["ONNX", "ONNX Runtime", "numba", "DALI (CPU)", "CuPy", "TensorRT", "Matplotlib", "Jinja2", "Ray"]
-    assert tried == ["GPU", *libraries]
-    assert findings.jobs["calibrate on the CPU"] == []
+    fixes = {finding.label: finding.fix for finding in doctor.examine(tried.append) if finding.fix}
+    assert fixes == dict.fromkeys(["CuPy", "TensorRT"], "pip install 'fastcal[cuda13]'")
+    assert tried == [library.label for library in LIBRARIES.values()]
 
 
-def test_a_driver_that_is_too_old():
-    assert "update the NVIDIA driver: to 525" in doctor._fix_driver(doctor.Finding("GPU", "works"), 11)
-    assert doctor._fix_driver(doctor.Finding("GPU", "works"), 12) == ""
-    assert "restart" in doctor._fix_driver(doctor.Finding("GPU", "broken"), None)
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ("__version__ = '11.0.0.1'", "TensorRT 11.0.0.1 has no calibrators"),
+        ("raise OSError('libnvinfer.so.10: cannot open')", "TensorRT's calibrators need TensorRT 8.6 to 10.16, which "
+         "cannot be imported (libnvinfer.so.10: cannot open)"),
+    ],
+)  # fmt: skip
+def test_a_tensorrt_that_fastcal_cannot_use_is_broken(monkeypatch, tmp_path, text, detail):
+    (tmp_path / "tensorrt.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    finding = doctor._run(LIBRARIES["tensorrt"])
+    assert (finding.status, finding.detail[: len(detail)]) == ("broken", detail)
 
 
 @no_gpu
@@ -179,6 +182,7 @@ def test_for_people_it_is_text_to_paste(run_fastcal):
     done = run_fastcal("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^ONNX Runtime +works +ran a network +onnxruntime(-gpu)? \d", done.stdout, re.MULTILINE)
+    assert re.search(r"^fastcal +\d.*\nPython .*\nsystem .*\npackages +numpy \d", done.stdout)
     assert done.stdout.splitlines()[-1] == "nothing is to be done"
     for private in (str(Path.home()), sys.prefix, os.getcwd()):
         assert private not in done.stdout
@@ -186,7 +190,8 @@ def test_for_people_it_is_text_to_paste(run_fastcal):
 
 def test_it_looks_at_no_library_in_its_own_process():
     program = (
-        "import sys, fastcal.cli, fastcal.doctor; print([n for n in ('onnx', 'nvidia', 'numpy') if n in sys.modules])"
+        "import sys, fastcal.cli, fastcal.doctor; "
+        "print([n for n in ('onnx', 'nvidia', 'numpy', 'matplotlib') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -117,7 +117,7 @@ def test_what_would_not_fit_is_said_before_it_is_begun(monkeypatch, photographs)
         next(iter(feed))
     with fastcal.ImageFeed(photographs, batch_size=1, preprocess=fastcal.Preprocess(size=(100, 100))) as feed:
         assert len(fastcal.preview(feed, count=1).names) == 1
-        with pytest.raises(FastcalError, match=r"6 images of 100x100, and what is drawn of them, take 0.0 GiB"):
+        with pytest.raises(FastcalError, match=r"6 images of 100x100 and their drawing take 0.0 GiB"):
             fastcal.preview(feed)
 
 

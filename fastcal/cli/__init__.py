@@ -1,4 +1,4 @@
-"""The `fastcal` command: a module for each of its commands, and what they share."""
+"""The `fastcal` command: a module for each subcommand, and modules that they share."""
 
 from importlib.metadata import version
 from typing import Annotated
@@ -15,9 +15,9 @@ from fastcal.cli.preview import preview
 from fastcal.cli.quantize import quantize
 
 _STATUS = (
-    "Exit status: 0 done; 1 the answer is no (caches differ, a cache is not in order, the doctor found something to "
-    "mend); 2 something that you can put right, said in one line; 70 a fault of fastcal's own; 130 Ctrl-C; 141 "
-    "nobody reads the output any more."
+    "Exit status: 0 done; 1 a check failed (caches differ, a cache is not in order, the doctor found something to "
+    "repair); 2 an error that you can correct, explained in one line; 70 a bug in fastcal; 130 Ctrl-C; 141 the reader "
+    "of the output is gone."
 )
 
 app = typer.Typer(

@@ -1,4 +1,4 @@
-"""`fastcal build`: images to an INT8 engine."""
+"""`fastcal build`: an INT8 engine from a model and images."""
 
 import importlib.util
 import os
@@ -10,8 +10,10 @@ import typer
 from rich.filesize import decimal
 
 import fastcal
-from fastcal.cli.options import CalibrationOptions, check_outputs, data_rows
-from fastcal.cli.terminal import finish, print_rows, progress_bar, rate, terminal, waiting
+from fastcal.cli.options import CalibrationOptions
+from fastcal.cli.outputs import check_outputs
+from fastcal.cli.summary import data_rows, speed
+from fastcal.cli.terminal import finish, print_rows, progress_bar, terminal
 from fastcal.errors import GPU_EXTRAS, UnavailableError
 from fastcal.files import check_writable, write_atomically
 
@@ -21,31 +23,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class BuildOptions:
-    """How TensorRT builds: what `build_engine` takes, as the command line has it."""
+    """Options of the build itself: arguments of `build_engine`."""
 
     calibration: Annotated[
-        str, typer.Option(help="Who calibrates: fastcal, or tensorrt in its builder, which takes long.")
+        str, typer.Option(help="The library that calibrates: fastcal, or tensorrt, which is slow.")
     ] = "fastcal"
-    fp16: Annotated[bool, typer.Option(help="Let TensorRT run layers in FP16 where that is faster.")] = True
+    fp16: Annotated[bool, typer.Option(help="Let TensorRT run layers in FP16 if that is faster.")] = True
     min_batch: Annotated[
         int | None,
-        typer.Option(help="Where the model's batch is dynamic: the smallest that the engine runs.", show_default="1"),
+        typer.Option(help="The smallest batch that the engine runs, if the model's is dynamic.", show_default="1"),
     ] = None
     opt_batch: Annotated[
         int | None,
-        typer.Option(help="The batch that the engine is tuned for.", show_default="that of the images"),
+        typer.Option(help="The batch that the engine is tuned for.", show_default="the images' batch size"),
     ] = None
     max_batch: Annotated[
         int | None,
-        typer.Option(help="The largest batch that the engine runs.", show_default="the largest of these"),
+        typer.Option(help="The largest batch that the engine runs.", show_default="the largest of the others"),
     ] = None
     workspace: Annotated[
         int | None,
-        typer.Option(metavar="MIB", help="GPU memory for TensorRT's scratch, in MiB.", show_default="all"),
+        typer.Option(metavar="MIB", help="GPU memory for TensorRT's scratch data, in MiB.", show_default="all"),
     ] = None
     timing_cache: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="TensorRT's timings, used and extended: makes builds faster."),
+        typer.Option(metavar="FILE", help="File of TensorRT's timings, read and extended; makes builds faster."),
     ] = None
     optimization_level: Annotated[
         int | None,
@@ -53,17 +55,18 @@ class BuildOptions:
     ] = None
 
     def keywords(self) -> dict[str, Any]:
-        """The arguments of `build_engine`."""
+        """Return the options as arguments of `build_engine`."""
         workspace = None if self.workspace is None else self.workspace * 2**20
         return vars(self) | {"workspace": workspace}
 
 
 def build(
     *,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="ENGINE", help="Where to write the engine.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="ENGINE", help="The engine to write.")],
     options: CalibrationOptions,
     cache: Annotated[
-        str | None, typer.Option(metavar="CACHE", help="Where to keep the cache; used again while it is true.")
+        str | None,
+        typer.Option(metavar="CACHE", help="The calibration cache: reused if it is up to date, else written."),
     ] = None,
     build_options: BuildOptions,
 ) -> None:
@@ -79,7 +82,7 @@ def build(
         network = Model(options.model)
         check_outputs(network, {"engine": output, "cache": cache, "timing cache": build_options.timing_cache}, options)
         check_writable(output, network.path.stat().st_size // 4)  # an INT8 weight takes a quarter of a float32
-        if cache is not None and not os.path.exists(cache):  # one that is there may be used, and need not be written
+        if cache is not None and not os.path.exists(cache):  # an existing one may be reused
             check_cache_writable(cache, network.activations)
         feed = options.feed(network)
         with feed, progress_bar(console, "preparing TensorRT", "TensorRT is building") as progress:
@@ -99,7 +102,7 @@ def build(
 
 
 def _check_gpu() -> None:
-    """Fail now where TensorRT is installed but cannot calibrate."""
+    """Raise UnavailableError if there is no GPU, or CuPy is missing."""
     from fastcal.device import resolve
 
     if resolve("auto") is None:
@@ -113,15 +116,15 @@ def _check_gpu() -> None:
 
 def _print_build_summary(
     calibrator: "FeedCalibrator",
-    feed: "fastcal.ImageFeed | fastcal.NumpyFeed",
+    feed: "fastcal.Feed",
     progress: fastcal.Progress,
     engine: str,
     cache: str | None,
 ) -> None:
     stats = calibrator.stats
-    rows = {"images": "none: the scales are those of the cache"}
+    rows = {"images": "none: the cache was reused"}
     if progress.batches:
-        rows = data_rows(feed, progress) | {"speed": f"{rate(progress)}, {waiting(progress)}"}
+        rows = data_rows(feed, progress) | {"speed": speed(progress)}
     if stats.batches:
         first, worst = stats.waited_first * 1e3, stats.waited_worst * 1e3
         rows["get_batch"] = f"{first:.1f} ms for the first batch, {worst:.2f} ms at most for the others"

@@ -1,4 +1,4 @@
-"""`fastcal cache`: what is in a calibration cache, what differs, other forms of it, and whether it is still true."""
+"""`fastcal cache`: show, compare, convert and check calibration caches."""
 
 import math
 import os
@@ -9,23 +9,21 @@ from typing import Annotated, Any
 import typer
 
 import fastcal
-from fastcal.algorithm import VERSIONED, Algorithm
-from fastcal.cache.cache import FORMS
 from fastcal.cli.options import FeedOptions, with_options
 from fastcal.cli.terminal import NOT_OK, finish, print_rows, print_table, say, terminal
 from fastcal.errors import FastcalError
 from fastcal.versions import check_tensorrt_version
 
-app = typer.Typer(help="Look into calibration caches, compare, convert and check them.", no_args_is_help=True)
+app = typer.Typer(help="Show, compare, convert and check calibration caches.", no_args_is_help=True)
 
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="The calibration cache, in any form.")]
 
-#: The forms that a file's suffix asks for; any other name is TensorRT's own.
+#: The form that a file's suffix chooses; any other suffix chooses "tensorrt".
 _SUFFIXES = {".json": "json"}
 
 
 def show(*, cache: CacheArgument) -> None:
-    """Show a cache: its tensors with their scales and amax, its header, what it was made from."""
+    """Show a cache: the scale and amax of each tensor, the header, and the record of what the cache was made from."""
     with terminal():
         from fastcal.cache.record import why_no_record
 
@@ -51,10 +49,10 @@ def diff(
     before: Annotated[str, typer.Argument(metavar="A", help="A calibration cache, in any form.")],
     after: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     tolerance: Annotated[
-        float, typer.Option(metavar="PERCENT", help="By how much a scale may differ without being shown.")
+        float, typer.Option(metavar="PERCENT", help="Ignore scales that differ by this or less.")
     ] = 0.0,
 ) -> None:
-    """Show which tensors' scales differ between two caches, those that moved most first. Exit status 1 if any do."""
+    """Show the tensors whose scales differ between two caches, the largest move first. Exit status 1 if any differ."""
     with terminal():
         first, second = fastcal.CalibrationCache.load(before), fastcal.CalibrationCache.load(after)
         found = fastcal.diff_caches(first, second, tolerance=tolerance)
@@ -82,21 +80,21 @@ def convert(
     cache: CacheArgument,
     output: Annotated[
         str,
-        typer.Option("--output", "-o", metavar="FILE", help="Where to write; .json chooses the form."),
+        typer.Option("--output", "-o", metavar="FILE", help="The file to write."),
     ],
     form: Annotated[
         str | None,
-        typer.Option(help=f"{' or '.join(FORMS)}.", show_default="what the file's name says"),
+        typer.Option(help="tensorrt or json.", show_default="json for a .json file, else tensorrt"),
     ] = None,
     tensorrt: Annotated[
-        str | None, typer.Option(help="Version that will read the cache.", show_default="as it is")
+        str | None, typer.Option(help="The TensorRT version that will read the cache.", show_default="unchanged")
     ] = None,
     algorithm: Annotated[
         str | None,
-        typer.Option(help=f"For the header: {', '.join(VERSIONED)}. The scales stay.", show_default="as it is"),
+        typer.Option(help="The algorithm in the header: entropy2, entropy, minmax.", show_default="unchanged"),
     ] = None,
 ) -> None:
-    """Write a cache in another form, or with the header of another TensorRT version. The scales stay as they are."""
+    """Write a cache in another form or with another header. The scales do not change."""
     with terminal():
         from fastcal.cache.record import check_is_no_record, record_path
 
@@ -115,21 +113,20 @@ def convert(
 
 @dataclass
 class CheckOptions(FeedOptions):
-    """What `cache check` asks for: the model, and if its images are to be compared too, what `calibrate` was told."""
+    """Options of `cache check`: the model, and perhaps the images with the options that `calibrate` was given."""
 
     data: Annotated[
         str,
         typer.Argument(
-            metavar="DATA", help="The images to compare, with the options given to calibrate.", show_default=False
+            metavar="DATA", help="The images to compare, with the options that calibrate was given.", show_default=False
         ),
     ] = ""
 
 
 def check(*, cache: CacheArgument, options: CheckOptions) -> None:
-    """Check a cache against a model: tensors missing or unknown, and whether it is stale. Exit status 1 if any are.
+    """Check a cache against a model: missing and unknown tensors, and stale entries. Exit status 1 if there are any.
 
-    A cache is stale where its record says that it was made from another model or, if DATA is given, from other images
-    or otherwise prepared.
+    A cache is stale if its record names another model or, if DATA is given, other images or other preprocessing.
     """
     with terminal():
         from fastcal.cache.record import why_no_record
@@ -138,19 +135,21 @@ def check(*, cache: CacheArgument, options: CheckOptions) -> None:
         network = Model(options.model)
         loaded = fastcal.CalibrationCache.load(cache)
         found = fastcal.check_cache(loaded, network, options.feed(network) if options.data else None)
-        for what in ("missing", "unknown", "stale"):
-            for entry in getattr(found, what):
-                say(f"{what:<11}{entry}")
+        faults = {"missing": found.missing, "unknown": found.unknown, "stale": found.stale}
+        for kind, entries in faults.items():
+            for entry in entries:
+                say(f"{kind:<11}{entry}")
         if not found.recorded:
-            say(f"{'note':<11}nothing tells what {cache} was made from: {why_no_record(cache)}")
-        say(f"{'not in order' if found else 'in order'}: {_counts(found)}")
-        finish(ok=not found, missing=found.missing, unknown=found.unknown, stale=found.stale, recorded=found.recorded)
+            say(f"{'note':<11}it is not known what {cache} was made from: {why_no_record(cache)}")
+        counts = ", ".join(f"{len(entries)} {kind}" for kind, entries in faults.items())
+        say(f"{'not in order' if found else 'in order'}: {counts}")
+        finish(ok=not found, **faults, recorded=found.recorded)
     if found:
         raise typer.Exit(NOT_OK)
 
 
 def _number(scale: float) -> float | None:
-    """A scale as JSON has it: null where it is NaN or infinite."""
+    """Return a scale for JSON: None if it is NaN or infinite."""
     return scale if math.isfinite(scale) else None
 
 
@@ -173,9 +172,11 @@ def _verdict(found: "fastcal.CacheDiff", tolerance: float) -> str:
 
 
 def _with_header(
-    cache: fastcal.CalibrationCache, path: str, tensorrt: str | None, algorithm: str | None
-) -> fastcal.CalibrationCache:
-    """The cache with another header."""
+    cache: "fastcal.CalibrationCache", path: str, tensorrt: str | None, algorithm: str | None
+) -> "fastcal.CalibrationCache":
+    """Return the cache with another header."""
+    from fastcal.algorithm import VERSIONED, Algorithm
+
     changes: dict[str, Any] = {}
     if algorithm is not None:
         if algorithm not in VERSIONED:
@@ -191,10 +192,6 @@ def _with_header(
     if tensorrt is not None:
         changes["tensorrt_version"] = check_tensorrt_version(tensorrt)
     return replace(cache, **changes)
-
-
-def _counts(found: "fastcal.CacheCheck") -> str:
-    return ", ".join(f"{len(getattr(found, what))} {what}" for what in ("missing", "unknown", "stale"))
 
 
 for _command, _example in (

@@ -1,4 +1,4 @@
-"""`fastcal compare`: what a network keeps in INT8, as numbers."""
+"""`fastcal compare`: the accuracy that a network keeps in INT8, as numbers."""
 
 import math
 import os
@@ -11,7 +11,7 @@ import fastcal
 from fastcal.cli.options import FeedOptions, QuantileOption
 from fastcal.cli.terminal import finish, print_table, progress_bar, say, terminal
 
-#: How many tensors are shown.
+#: The most tensors that are shown.
 _SHOWN = 10
 
 
@@ -19,13 +19,13 @@ def compare(
     *,
     options: FeedOptions,
     cache: Annotated[
-        list[str] | None, typer.Option(metavar="CACHE", help="A calibration cache to compare too; may be repeated.")
+        list[str] | None, typer.Option(metavar="CACHE", help="A further calibration cache to compare; may be repeated.")
     ] = None,
     quantile: QuantileOption = 0.9999,
 ) -> None:
-    """Compare INT8 with FP32: what the network keeps with each algorithm's scales, and with those of caches."""
+    """Compare INT8 with FP32, with the scales of each algorithm and of caches."""
     with terminal() as console:
-        make_comparison = fastcal.compare  # fails now where what it needs is not installed
+        make_comparison = fastcal.compare  # raises an error if a package is missing
         from fastcal.model import Model
 
         network = Model(options.model)
@@ -44,7 +44,7 @@ def compare(
 
 
 def _labelled(paths: Sequence[str]) -> dict[str, str]:
-    """The caches by their names, or by their paths where two have the same name."""
+    """Return the caches by file name, or by path if two have the same name."""
     names = [os.path.basename(path) for path in paths]
     return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
 

@@ -1,4 +1,4 @@
-"""`fastcal doctor`: what works on this machine, and the commands that put right what does not."""
+"""`fastcal doctor`: the state of the libraries on this machine, and the commands that repair them."""
 
 from dataclasses import asdict
 
@@ -8,30 +8,26 @@ from fastcal.cli.terminal import NOT_OK, finish, print_rows, print_table, say, s
 
 
 def doctor() -> None:
-    """Try every library that fastcal uses, and say what works here. Exit status 1 if something is to be done.
+    """Try every library that fastcal uses, and name the commands that repair what is broken.
 
-    The text is made to be pasted into an issue: it names versions, and no folder of this machine.
+    The text can be pasted into an issue: it has versions, and no folder names of this machine. Exit status 1 if
+    something is to be done.
     """
     with terminal() as console:
-        from fastcal.doctor import examine
+        from fastcal.doctor import examine, versions
 
         with spinner(console) as show:
             findings = examine(lambda label: show(f"trying {label}"))
-        print_rows(**findings.system)
+        system = versions()
+        print_rows(**system)
         print_table(
-            {"": "left", "status": "left", "what happened": "left", "installed": "left"},
-            [(found.label, found.status, found.detail, ", ".join(found.wheels)) for found in findings.libraries],
+            {"": "left", "status": "left", "result": "left", "installed": "left"},
+            [(found.label, found.status, found.detail, ", ".join(found.wheels)) for found in findings],
         )
-        say("")
-        for job, lacking in findings.jobs.items():
-            say(f"{job}: {'needs ' + ', '.join(lacking) if lacking else 'works'}")
-        fixes: dict[str, list[str]] = {}
-        for found in findings.libraries:
-            if found.fix:
-                fixes.setdefault(found.fix, []).append(found.label)
-        for fix, labels in fixes.items():
-            say(f"to mend {', '.join(labels)}: {fix}")
+        fixes = dict.fromkeys(found.fix for found in findings if found.fix)
+        for fix in fixes:
+            say(f"to repair {', '.join(found.label for found in findings if found.fix == fix)}: {fix}")
         say("something is to be done" if fixes else "nothing is to be done")
-        finish(ok=findings.ok, **asdict(findings))
-    if not findings.ok:
+        finish(ok=not fixes, system=system, libraries=[asdict(found) for found in findings])
+    if fixes:
         raise typer.Exit(NOT_OK)

@@ -1,4 +1,4 @@
-"""`fastcal preview`: images as the network gets them, on a sheet."""
+"""`fastcal preview`: a sheet of images as the network gets them."""
 
 from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar
@@ -6,39 +6,43 @@ from typing import Annotated, ClassVar
 import typer
 
 import fastcal
-from fastcal.cli.options import FeedOptions, check_outputs
+from fastcal.cli.options import FeedOptions
+from fastcal.cli.outputs import check_outputs
 from fastcal.cli.terminal import finish, say, terminal
 from fastcal.files import check_writable
 
 
 @dataclass(kw_only=True)
 class PreviewOptions(FeedOptions):
-    """What `preview` asks for: images, and what they are for where it is there already."""
+    """Options of `preview`: the images, and perhaps their model."""
 
     model: Annotated[
         str,
         typer.Option(
             metavar="MODEL",
-            help="The ONNX model that takes the images: gives size, layout, channels.",
+            help="The ONNX model; decides size, layout and channels.",
             show_default="none",
         ),
     ] = ""
-    batch_size: Annotated[int | None, typer.Option(hidden=True)] = 1  # so that no batch has to be completed
+    batch_size: Annotated[int | None, typer.Option(hidden=True)] = 1  # never completes a last batch
     limit: Annotated[int, typer.Option(help="Show this many images at most.")] = 24
 
-    for_images: ClassVar[frozenset[str]] = FeedOptions.for_images - {"preprocess"}  # arrays were made with one too
+    for_images: ClassVar[frozenset[str]] = FeedOptions.for_images - {"preprocess"}  # arrays have been preprocessed, too
 
 
 def preview(
     *,
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="SHEET", help="Where to draw: .png, .jpg, .webp, .pdf or .svg.")
+        str,
+        typer.Option(
+            "--output", "-o", metavar="SHEET", help="The sheet to draw: a .png, .jpg, .webp, .pdf or .svg file."
+        ),
     ],
     options: PreviewOptions,
 ) -> None:
-    """Draw images on a sheet as the network gets them, to see whether their preprocessing is right."""
+    """Draw images as the network gets them, to check their preprocessing."""
     with terminal():
-        make_preview = fastcal.preview  # fails now where what it needs is not installed
+        make_preview = fastcal.preview  # raises an error if a package is missing
         from fastcal.model import Model
         from fastcal.report.plots import check_picture
 

@@ -1,4 +1,4 @@
-"""`fastcal quantize`: a cache, or images, to a model with Q/DQ layers."""
+"""`fastcal quantize`: a model with Q/DQ layers from a cache or images."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fastcal
-from fastcal.cli.calibrate import calibrate_on, check_report, outcome, print_summary, save_report
-from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption, UntilStableOption, check_outputs
+from fastcal.cli.calibrate import calibrate_on, check_report, save_report
+from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption, UntilStableOption
+from fastcal.cli.outputs import check_outputs
+from fastcal.cli.summary import outcome, print_summary
 from fastcal.cli.terminal import finish, print_rows, terminal
-from fastcal.errors import FastcalError
+from fastcal.errors import CacheError, FastcalError
 from fastcal.files import check_writable, write_atomically
 from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class QuantizeOptions(CalibrationOptions):
-    """What `quantize` asks for: what a calibration does, and a cache will do for the images."""
+    """Options of `quantize`: those of a calibration; a cache may take the place of the images."""
 
     data: Annotated[
         str, typer.Argument(metavar="CACHE|DATA", help="A calibration cache, or images as calibrate takes them.")
@@ -30,18 +32,19 @@ class QuantizeOptions(CalibrationOptions):
     report: ReportOption = None
 
     def has_cache(self) -> bool:
-        """Whether the second argument is a calibration cache.
+        """Return whether the second argument is a calibration cache.
 
         Raises:
-            FastcalError: It is a damaged one, or one that is given together with options for a calibration.
+            CacheError: The cache is damaged or missing.
+            FastcalError: Options for images are given too.
         """
         from fastcal.cache.cache import CalibrationCache
         from fastcal.feed.dataset import kind_of
 
         path = Path(self.data)
         if self.data.endswith(".cache") and not path.exists():
-            raise FastcalError(f"no such file: {self.data}; name a calibration cache, or images")
-        if not path.is_file() or kind_of(path) is not None:  # an image, or a shard, which may be large
+            raise CacheError(f"no such file: {self.data}; name a calibration cache, or images")
+        if not path.is_file() or kind_of(path) is not None:  # a shard may be too large to read
             return False
         content = path.read_bytes()
         try:
@@ -57,11 +60,11 @@ class QuantizeOptions(CalibrationOptions):
 
 def quantize(
     *,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="MODEL", help="Where to write the quantized model.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="MODEL", help="The quantized model to write.")],
     options: QuantizeOptions,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|TYPE", help="A layer, or type of layer, to keep in float; may be repeated."),
+        typer.Option(metavar="NAME|TYPE", help="A layer, or a type of layer, to keep in float; may be repeated."),
     ] = None,
 ) -> None:
     """Write the model with QuantizeLinear and DequantizeLinear layers, which TensorRT 11 needs for INT8."""
@@ -87,7 +90,7 @@ def quantize(
             finish(**made)
         else:
             feed = options.feed(network)
-            # Any version: the cache is not written, and the TensorRT installed here may be one that reads none.
+            # The cache is not written, so any version will do; the installed TensorRT may be one that reads no caches.
             cache, progress = calibrate_on(
                 console, network, feed, options,
                 backend=options.backend, until_stable=options.until_stable, tensorrt_version=DEFAULT_TENSORRT_VERSION,
@@ -99,7 +102,7 @@ def quantize(
 
 
 def _write_model(model: "ModelProto", output: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Write the model; returns what it has become, as JSON has it and as rows of a summary."""
+    """Write the model; return the summary of it as JSON entries and as rows."""
     from google.protobuf.message import EncodeError
 
     from fastcal.qdq import WEIGHTED, count_quantized

@@ -1,4 +1,4 @@
-"""What every command prints: the log, a progress bar, its outcome, how it ends; or JSON lines for programs."""
+"""The output of every command: the log, a progress bar, the outcome, the exit status; or JSON lines for programs."""
 
 import contextlib
 import io
@@ -24,28 +24,28 @@ import fastcal
 from fastcal import interrupt
 from fastcal.errors import FastcalError
 
-#: Exit status of a command that was to find out whether something is so, and it is not: caches differ, say.
+#: Exit status of a check that fails: two caches differ, for instance.
 NOT_OK = 1
 
-#: Exit status for what the user can put right.
+#: Exit status of an error that the user can correct.
 FAILED = 2
 
-#: Exit status where nobody reads what is printed any more: that of a program that the signal for it ends.
-UNHEARD = 128 + signal.SIGPIPE
+#: Exit status if the reader of the output is gone: the one that shells show for SIGPIPE.
+READER_GONE = 128 + signal.SIGPIPE
 
-#: How characters are printed that the terminal's encoding has not: names of files may be any bytes.
+#: The error handler for characters that the terminal's encoding lacks: names of files may be any bytes.
 UNPRINTABLE = "backslashreplace"
 
-#: Seconds between two lines of JSON that tell how far the work is, at least.
+#: The least number of seconds between two lines of JSON that report progress.
 _BETWEEN_EVENTS = 0.1
 
-#: How many of TensorRT's warnings are shown; it may have one for every layer.
+#: The most of TensorRT's warnings that are shown; there may be one for every layer.
 _MOST_WARNINGS = 5
 
 
 @dataclass
 class Output:
-    """What is printed, and for whom."""
+    """Options that decide what is printed."""
 
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print warnings and errors only; with --json also the last line.")
@@ -55,19 +55,19 @@ class Output:
     )
 
 
-#: What the command that runs was asked to print.
+#: The options of the command that runs.
 output = Output()
 
 
 @contextlib.contextmanager
 def terminal() -> Iterator[Console]:
-    """A console on the standard error that shows the log, and how the work ends when it does not end well.
+    """Yield a console on the standard error that shows the log, and turn an error into a line and an exit status.
 
-    A FastcalError becomes one line and status 2, Ctrl-C one line and status 130. What C libraries print to the
-    standard error meanwhile (a decoder's complaints, say) is kept aside, and shown only when the work ends in an error
-    that is not understood.
+    A FastcalError becomes one line and status 2, Ctrl-C one line and status 130. Text that C libraries print to the
+    standard error meanwhile (a decoder's messages, for instance) is kept back, and shown only before the traceback of
+    an unexpected error.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None if it is closed
         sys.stdout.reconfigure(errors=UNPRINTABLE)
     stderr, copy = sys.stderr, os.dup(2)
     with tempfile.TemporaryFile() as aside, os.fdopen(copy, "w", buffering=1, errors=UNPRINTABLE) as terminal:
@@ -85,8 +85,8 @@ def terminal() -> Iterator[Console]:
                 interrupt.say()
                 raise typer.Exit(interrupt.INTERRUPTED) from error
             if isinstance(error, BrokenPipeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is left to be said at the exit
-                raise typer.Exit(UNHEARD) from error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it at the exit
+                raise typer.Exit(READER_GONE) from error
             if isinstance(error, FastcalError):
                 console.print(f"error: {error}")
                 with contextlib.suppress(FastcalError):
@@ -106,7 +106,8 @@ def terminal() -> Iterator[Console]:
 class _ConsoleHandler(logging.Handler):
     """Prints log records above the progress bar.
 
-    Errors are kept back: what ends the work says so itself. TensorRT's warnings are shown once each, and only some.
+    Errors are kept back, since an error that ends the work is printed anyway. Of TensorRT's warnings, repeated ones are
+    left out, and only the first few are shown.
     """
 
     def __init__(self, console: Console) -> None:
@@ -116,7 +117,7 @@ class _ConsoleHandler(logging.Handler):
         self._warnings: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(record.getMessage().split())  # TensorRT's messages have line ends
+        text = " ".join(record.getMessage().split())  # TensorRT's messages contain line breaks
         if record.levelno >= logging.ERROR:
             self._errors.append(text)
         elif record.name != "fastcal.tensorrt":
@@ -127,7 +128,7 @@ class _ConsoleHandler(logging.Handler):
                 self._print(record.levelno, text)
 
     def show_rest(self) -> None:
-        """Show errors that did not end the work, and how many warnings were not shown."""
+        """Show the errors that did not end the work, and the number of warnings that were not shown."""
         for text in self._errors:
             self._print(logging.WARNING, text)
         if len(self._warnings) > _MOST_WARNINGS:
@@ -141,7 +142,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class Bar:
-    """Shows a `fastcal.Progress` on the terminal, or tells it in JSON."""
+    """Shows a `fastcal.Progress` on the terminal, or prints it as JSON; `last` is the latest one."""
 
     def __init__(self, bar: Progress) -> None:
         self.last = fastcal.Progress()
@@ -165,7 +166,7 @@ class Bar:
 
 
 class _Display(Progress):
-    """A progress bar, and a spinner with a text in its place before the first and after the last batch."""
+    """A progress bar; before the first and after the last batch, a spinner with a text takes its place."""
 
     def __init__(self, *columns: ProgressColumn, before: str, after: str, **options: Any) -> None:
         self._before, self._after = before, after
@@ -173,7 +174,7 @@ class _Display(Progress):
         super().__init__(*columns, **options)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """What rich shows at the moment."""
+        """Yield the parts that rich shows now."""
         task = self.tasks[0] if self.tasks else None
         if task is None or 0 < task.completed < (task.total or 0):
             yield from super().get_renderables()
@@ -184,7 +185,7 @@ class _Display(Progress):
 
 @contextlib.contextmanager
 def progress_bar(console: Console, before: str, after: str, during: str = "calibrating") -> Iterator[Bar]:
-    """A progress bar for batches; the texts say what is done before, after and with them."""
+    """Yield a progress bar for batches; the texts name the work before, after and during the batches."""
     columns = [
         TextColumn(during),
         BarColumn(),
@@ -200,7 +201,7 @@ def progress_bar(console: Console, before: str, after: str, during: str = "calib
 
 @contextlib.contextmanager
 def spinner(console: Console) -> Iterator[Callable[[str], None]]:
-    """A spinner with a text, which is changed by calling what this gives."""
+    """Show a spinner, and yield the function that changes its text."""
     if not _shows_movement(console):
         yield lambda text: None
         return
@@ -226,7 +227,7 @@ def print_rows(**rows: str) -> None:
 
 
 def print_table(columns: Mapping[str, JustifyMethod], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table for people: its columns' names and on which side they are flush, and its rows."""
+    """Print a table for people; `columns` has the alignment of each column by its name."""
     if output.quiet or output.json or sys.stdout is None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -234,14 +235,14 @@ def print_table(columns: Mapping[str, JustifyMethod], rows: Iterable[Sequence[st
         table.add_column(name, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    # A file or another program gets whole lines, however long the names are.
+    # Lines are not folded for a file or another program.
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 10_000)
     with _writing():
         console.print(table)
 
 
 def finish(**outcome: Any) -> None:
-    """Tell the outcome in JSON, the last line that is printed."""
+    """Print the outcome as the last line of JSON."""
     _print_event("done", **outcome)
 
 
@@ -258,23 +259,23 @@ def _write(text: str) -> None:
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """For what writes to the standard output: FastcalError where that fails, but for where nobody reads any more."""
+    """Raise FastcalError if writing to the standard output fails; BrokenPipeError, if the reader is gone, passes."""
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left in the buffer goes at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes its buffer there at the exit
         raise FastcalError(
             f"cannot write to the standard output: {error.strerror}; make room, or write to another place"
         ) from error
 
 
 def rate(progress: fastcal.Progress) -> str:
-    """How many images a second there were, as text."""
+    """Return the number of images a second, as text."""
     return f"{progress.images / progress.seconds:.0f} images/s"
 
 
 def waiting(progress: fastcal.Progress) -> str:
-    """The share of the time that was spent waiting for data, as text."""
+    """Return the share of the time spent waiting for data, as text."""
     return f"{progress.waited / progress.seconds:.0%} of the time waiting for data"

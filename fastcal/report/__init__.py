@@ -1,1 +1,1 @@
-"""What a person looks at: the comparison of INT8 with FP32, the report, sheets of images."""
+"""Results for people: the comparison of INT8 with FP32, the report, sheets of images."""

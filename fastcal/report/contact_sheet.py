@@ -1,4 +1,4 @@
-"""`preview`: some of a feed's images as the network gets them, drawn on one sheet."""
+"""`preview`: the first images of a feed as the network gets them, on one sheet."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcal.device import to_host
-from fastcal.errors import FastcalError, check_range, quoted
+from fastcal.errors import DataError, FastcalError, check_range, quoted
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.dataset import common_folder
 from fastcal.feed.feed import Batch, Feed, length
@@ -18,13 +18,13 @@ from fastcal.files import write_atomically
 from fastcal.memory import check_room
 from fastcal.report.plots import check_picture, draw_sheet
 
-#: How many images a sheet has where it is not said: four rows.
+#: The default number of images: four rows.
 COUNT = 24
 
-#: What a preview takes, as a multiple of its values: themselves twice, and what is drawn of them (measured: 4.4).
+#: The memory of a preview as a multiple of its values: two copies, and the drawing (measured: 4.4).
 _COPIES = 5
 
-#: Pixel values are rounded: only what is further than this from 0..255 is outside.
+#: Pixel values are rounded: a pixel is outside 0..255 if it is further than this from it.
 _TOLERANCE = 0.5
 
 
@@ -33,7 +33,7 @@ class Channel:
     """The values of one channel over all previewed images, as the network gets them.
 
     Attributes:
-        name: "R", "G", "B" or "GRAY": what the preprocessing takes it for.
+        name: "R", "G", "B" or "GRAY", by the preprocessing.
         min: The smallest value.
         max: The largest.
         mean: The mean.
@@ -56,8 +56,8 @@ class Preview:
 
     Attributes:
         preprocess: The preprocessing that `pixels` undoes.
-        names: The images' names: their paths below their common folder where they are files.
-        values: What the network gets: float32 array of shape (images, height, width, channels).
+        names: The images' names; for files, their paths below their common folder.
+        values: The network's input: float32 array of shape (images, height, width, channels).
     """
 
     preprocess: Preprocess
@@ -66,9 +66,10 @@ class Preview:
 
     @property
     def pixels(self) -> npt.NDArray[np.float32]:
-        """The preprocessing undone: (values * std + mean) / scale, of the shape of `values`; 0 to 255 if it is right.
+        """The pixels before the preprocessing: (values * std + mean) / scale, of the shape of `values`.
 
-        The channels are in the network's order: of "BGR" the first is blue.
+        They are in 0..255 if the values were made with this preprocessing. The channels are in the network's order: the
+        first of "BGR" is blue.
         """
         mean, std = (np.array(values, np.float32) for values in (self.preprocess.mean, self.preprocess.std))
         undone: npt.NDArray[np.float32] = (self.values * std + mean) / np.float32(self.preprocess.scale)
@@ -86,13 +87,13 @@ class Preview:
 
     @property
     def outside(self) -> float:
-        """The share of pixels outside 0..255: above 0, the values were not made with this preprocessing."""
+        """The share of pixels outside 0..255; if it is above 0, the values were not made with this preprocessing."""
         pixels = self.pixels
         return float(np.mean((pixels < -_TOLERANCE) | (pixels > 255 + _TOLERANCE) | ~np.isfinite(pixels)))
 
     @property
     def normalized_as(self) -> list[str]:
-        """The presets with the same colours and values."""
+        """The presets with the same channels, scale, mean and std."""
         return [
             name
             for name, preset in PRESETS.items()
@@ -102,7 +103,7 @@ class Preview:
         ]
 
     def notes(self) -> list[str]:
-        """What to know to judge the sheet, a line each."""
+        """Return notes that help to judge the sheet, one line each."""
         presets = " and ".join(self.normalized_as)
         lines = [
             f"prepared: {self.preprocess}",
@@ -113,7 +114,9 @@ class Preview:
                 "blue comes first and is drawn red, as a network trained on RGB takes it; right for one trained on BGR"
             )
         if self.outside:
-            lines.append(f"{self.outside:.1%} of the pixels are outside 0..255: not what this preprocessing makes")
+            lines.append(
+                f"{self.outside:.1%} of the pixels are outside 0..255: another preprocessing made these values"
+            )
         return lines
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -122,10 +125,10 @@ class Preview:
         The network's first channel is drawn red, the second green, the third blue; pixels outside 0..255 are clipped.
 
         Args:
-            path: Where to write it; its name's end says in which format: .png, .jpg, .webp, .pdf or .svg.
+            path: The file; its suffix chooses the format: .png, .jpg, .webp, .pdf or .svg.
 
         Raises:
-            FastcalError: There is no such format, the images are too many for it, or the file cannot be written.
+            FastcalError: There is no such format, it does not allow so many images, or the file cannot be written.
         """
         kind = check_picture(path)
         pixels = np.rint(np.nan_to_num(self.pixels).clip(0, 255)).astype(np.uint8)
@@ -142,60 +145,60 @@ def preview(
 ) -> Preview:
     """Take the first images of a feed as the network gets them, to look at.
 
-    What cannot be seen is a preprocessing that is right in itself and not the network's: compare the notes and the
-    values with what the network was trained with. Drawn with the network's first channel in red, a network of RGB
-    that is given BGR shows blue for red.
+    The network's first channel is drawn red, so blue and red are swapped if a network trained on RGB gets BGR. A sheet
+    that looks right may still have another preprocessing than the network was trained with: compare the notes too.
 
     Args:
-        feed: An `ImageFeed`; or another feed or what `ArrayFeed` takes, whose images are then undone with `preprocess`.
-        preprocess: The name of a preset or a `Preprocess`; by default the feed's. Size, layout and number of channels
-            are the batches'.
-        input_name: The input to show; by default the first, or only, one that takes images.
-        count: How many images.
+        feed: An `ImageFeed`; or, with `preprocess`, another feed or anything that `ArrayFeed` takes.
+        preprocess: The preprocessing to undo: the name of a preset or a `Preprocess`; by default the feed's. Size,
+            layout and number of channels are taken from the batches.
+        input_name: The input to show; by default the first one that takes images.
+        count: The number of images.
 
     Returns:
         The preview; `save(path)` draws it.
 
     Raises:
-        FastcalError: The batches have no such input, or it holds no images; the preprocessing is not known; or what
-            the feed raises.
+        DataError: The batches have no such input, or it holds no images; or the preprocessing is not known.
+        FastcalError: The count is below 1.
+        Exception: As the feed.
     """
     check_range("count", count, 1)
-    wanted = preprocess if preprocess is not None else feed.preprocess if isinstance(feed, Feed) else None
-    if isinstance(wanted, Mapping):
-        input_name = input_name or next(iter(wanted))
-        if input_name not in wanted:
-            raise FastcalError(f"there are no images for input {input_name!r}, but for {quoted(wanted)}")
-        wanted = wanted[input_name]
-    if wanted is None:
-        raise FastcalError("the batches do not tell their preprocessing; say which it was to be, imagenet for instance")
-    wanted = Preprocess.preset(wanted) if isinstance(wanted, str) else wanted
     with as_feed(feed, None, "cpu") as batches:
-        values, wanted = _first_images(batches, input_name, wanted, count)
+        wanted = batches.preprocess if preprocess is None else preprocess
+        if isinstance(wanted, Mapping):
+            input_name = input_name or next(iter(wanted))
+            if input_name not in wanted:
+                raise DataError(f"there are no images for input {input_name!r}, but for {quoted(wanted)}")
+            wanted = wanted[input_name]
+        if wanted is None:
+            raise DataError("the preprocessing of the batches is not known; name it, imagenet for instance")
+        known = Preprocess.preset(wanted) if isinstance(wanted, str) else wanted
+        values, fitted = _first_images(batches, input_name, known, count)
         paths = batches.sample_names
     if paths is None:
-        return Preview(wanted, [f"sample {number}" for number in range(len(values))], values)
+        return Preview(fitted, [f"sample {number}" for number in range(len(values))], values)
     names = _below_common(paths[:count])
-    return Preview(wanted, names, values[: len(names)])
+    return Preview(fitted, names, values[: len(names)])
 
 
 def _first_images(
     feed: Feed, name: str | None, preprocess: Preprocess, count: int
 ) -> tuple[npt.NDArray[np.float32], Preprocess]:
-    """The first images of a feed, channels last, and the preprocessing with their size and layout."""
+    """Return the first images of a feed, channels last, and the preprocessing with their size and layout."""
     taken: list[npt.NDArray[np.float32]] = []
     batches = iter(feed)
     try:
         for batch in batches:
-            images = np.array(to_host(_images(batch, name)), np.float32)  # a copy: the feed fills its arrays again
+            images = np.array(to_host(_images(batch, name)), np.float32)  # a copy: the feed reuses its arrays
             try:
                 preprocess = preprocess.fit((None, *images.shape[1:]))
             except FastcalError as error:
-                raise FastcalError(f"the batches' array of shape {images.shape}: {error}") from error
+                raise DataError(f"the batches' array of shape {images.shape}: {error}") from error
             if not taken:
                 known = length(feed)
                 shown = count if known is None else min(count, known * len(images))
-                what = f"{shown} images of {'x'.join(map(str, preprocess.size))}, and what is drawn of them,"
+                what = f"{shown} images of {'x'.join(map(str, preprocess.size))} and their drawing"
                 check_room(_COPIES * shown * images[0].nbytes, what, "show fewer, or make them smaller")
             taken.extend(images if preprocess.layout == "NHWC" else images.transpose(0, 2, 3, 1))
             if len(taken) >= count:
@@ -204,20 +207,20 @@ def _first_images(
         if hasattr(batches, "close"):
             batches.close()
     if not taken:
-        raise FastcalError("the feed gave no batches; a preview needs at least one")
+        raise DataError("the feed gave no batches; a preview needs at least one")
     return np.stack(taken[:count]), preprocess
 
 
 def _images(batch: Batch, name: str | None) -> Any:
-    """The batch's array of that name; without one, its only array of four dimensions."""
+    """Return the batch's array of that name; if `name` is None, its only array of four dimensions."""
     fitting = [key for key, array in batch.items() if key == name or (name is None and len(array.shape) == 4)]
     if not fitting and name is None:
-        raise FastcalError(
+        raise DataError(
             f"none of the batches' arrays, {quoted(batch)}, has the four dimensions of images; name the model that "
             "takes them, or give arrays of that shape"
         )
     if len(fitting) != 1:
-        raise FastcalError(f"the batches have the inputs {quoted(batch)}; say which one has the images")
+        raise DataError(f"the batches have the inputs {quoted(batch)}; say which one has the images")
     return batch[fitting[0]]
 
 

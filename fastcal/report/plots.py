@@ -1,4 +1,4 @@
-"""What Matplotlib draws: a sheet of images, and the charts of a report."""
+"""Drawings by Matplotlib: a sheet of images, and the charts of a report."""
 
 import io
 import os
@@ -17,33 +17,33 @@ from fastcal.errors import FastcalError
 from fastcal.observe.histogram import Histogram
 from fastcal.progress import Progress
 
-#: The formats a sheet can have, by the end of its name.
+#: The formats of a sheet, by the suffix of its name.
 _PICTURES = ("png", "jpg", "webp", "pdf", "svg")
 
-#: Inches: a sheet's width, its margin, a line of text, the chart of values, and what is left free between images.
+#: Inches: a sheet's width, its margin, a line of text, the chart of values, and the gap between images.
 _WIDTH, _MARGIN, _LINE, _CHART, _GAP = 10.0, 0.2, 0.22, 1.3, 0.06
 
-#: How many images are side by side, and how many characters of a name there is room for below each.
+#: The number of images in a row, and of the characters of a name that fit below an image.
 _COLUMNS, _NAME = 6, 24
 
-#: How many times as tall as wide the place of an image is at most; a taller image is narrower than its place.
+#: The largest height of an image as a multiple of its column's width; taller images are drawn narrower.
 _TALLEST = 4
 
-#: Pixels in an inch, and the most that a sheet is tall in pixels, by format: JPEG and WebP hold no more, and a PNG is
-#: drawn in memory.
+#: Pixels in an inch, and the largest height of a sheet in pixels by format: the limits of JPEG and WebP; a PNG is drawn
+#: in memory.
 _DPI = 150
 _MOST_PIXELS = {"jpg": 65_500, "webp": 16_383, "png": 65_500}
 
-#: Where the axis of the network's values goes over from linear to logarithmic, and how far it reaches.
+#: The axis of the network's values: where it turns from linear to logarithmic, and where it ends.
 _LINEAR, _FAR = 3.0, 300.0
 
-#: Colours of the first, second and third channel, and of the one of grey images.
+#: Colours of the first, second and third channel, and of the channel of grey images.
 _DRAWN = ("#d62728", "#2ca02c", "#1f77b4", "#404040")
 
-#: How many bars a tensor's histogram has, and about how many steps a chart over time.
+#: The number of bars of a tensor's histogram, and the approximate number of steps of a chart over time.
 _BARS, _STEPS = 48, 100
 
-#: Colours that stand for those of the page that a chart is put into, which has them for light and dark.
+#: Placeholders for the colours of the page, which has one set for light and one for dark.
 _COUNTS, _CLIPPED, _THRESHOLD, _TEXT, _LINES = "#000001", "#000002", "#000003", "#000004", "#000005"
 _PAGE_COLORS = {
     _COUNTS: "var(--counts)",
@@ -55,7 +55,7 @@ _PAGE_COLORS = {
 
 
 def check_picture(path: str | os.PathLike[str]) -> str:
-    """The format that a picture's name asks for.
+    """Return the format that the suffix of a picture's name stands for.
 
     Raises:
         FastcalError: There is no such format.
@@ -78,68 +78,73 @@ def draw_sheet(
     Args:
         kind: The file's format.
         notes: Lines to write above.
-        channels: The values of each channel as the network gets them, by what is to be said of it.
-        names: What to write below each image.
+        channels: The values of each channel as the network gets them, by the text to write for it.
+        names: The name to write below each image.
         images: Array of shape (images, height, width, 1 or 3), grey or red, green, blue.
 
     Returns:
         The file's contents.
 
     Raises:
-        FastcalError: The sheet is taller than the format holds.
+        FastcalError: The sheet is taller than the format allows.
     """
     cell = (_WIDTH - 2 * _MARGIN) / _COLUMNS
-    # A pixel is as wide as tall, but the thinnest image is a line that can be seen.
-    inches = min((cell - _GAP) / images.shape[2], _TALLEST * (cell - _GAP) / images.shape[1])
-    tall, wide = (max(inches * size, 1 / _DPI) for size in images.shape[1:3])
+    inches = min((cell - _GAP) / images.shape[2], _TALLEST * (cell - _GAP) / images.shape[1])  # of one pixel
+    tall, wide = (max(inches * size, 1 / _DPI) for size in images.shape[1:3])  # the thinnest image stays visible
     row_height = tall + _GAP + _LINE
-    rows = -(-len(images) // _COLUMNS)
     head = _MARGIN + (len(notes) + 1.5) * _LINE + _CHART + 2 * _LINE
+    height = _height(kind, head, row_height, len(images))
+    figure = Figure((_WIDTH, height), dpi=_DPI)
+    for number, note in enumerate(notes):
+        _write(figure, _MARGIN, _MARGIN + number * _LINE, note, size=9)
+    _draw_values(_place(figure, _MARGIN, head - _CHART - 2 * _LINE, cell * 3 - 0.1, _CHART), channels)
+    interpolation = "nearest" if inches * _DPI > 1 else "auto"  # "nearest" shows the pixels of an enlarged image
+    for number, (name, image) in enumerate(zip(names, images, strict=True)):
+        row, column = divmod(number, _COLUMNS)
+        left, top = _MARGIN + column * cell + (cell - _GAP - wide) / 2, head + row * row_height
+        axes = _place(figure, left, top, wide, tall)
+        grey_or_color = image if image.shape[2] == 3 else image[..., 0]
+        axes.imshow(grey_or_color, cmap="gray", vmin=0, vmax=255, interpolation=interpolation, aspect="auto")
+        axes.set_axis_off()
+        name = name.encode(errors="backslashreplace").decode()  # the name of a file may be any bytes
+        shown = name if len(name) <= _NAME else "\u2026" + name[1 - _NAME :]
+        _write(figure, left + wide / 2, top + tall + _GAP / 2, shown, ha="center", size=7)
+    return _saved(figure, kind)
+
+
+def _height(kind: str, head: float, row_height: float, count: int) -> float:
+    """Return the height of a sheet of `count` images in inches; FastcalError if the format does not allow it."""
+    rows = -(-count // _COLUMNS)
     height = head + rows * row_height + _MARGIN
     most = _MOST_PIXELS.get(kind)
     if most is not None and height * _DPI > most:
         fitting = int((most / _DPI - height) / row_height + rows) * _COLUMNS
         raise FastcalError(
-            f"{len(images)} images make a sheet of {height * _DPI:.0f} pixels in height, and a .{kind} has {most} at "
-            f"most; show {fitting} images or fewer, or draw a .pdf"
+            f"{count} images make a sheet of {height * _DPI:.0f} pixels in height, and a .{kind} has {most} at most; "
+            f"show {fitting} images or fewer, or draw a .pdf"
         )
-    figure = Figure((_WIDTH, height), dpi=_DPI)
+    return height
 
-    def place(left: float, top: float, width: float, tall: float) -> Axes:
-        return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
 
-    for number, note in enumerate(notes):
-        figure.text(_MARGIN / _WIDTH, 1 - (_MARGIN + number * _LINE) / height, note, va="top", size=9, parse_math=False)
-    _draw_values(place(_MARGIN, head - _CHART - 2 * _LINE, cell * 3 - 0.1, _CHART), channels)
-    for number, (name, image) in enumerate(zip(names, images, strict=True)):
-        row, column = divmod(number, _COLUMNS)
-        left, top = _MARGIN + column * cell + (cell - _GAP - wide) / 2, head + row * row_height
-        axes = place(left, top, wide, tall)
-        enlarged = inches * _DPI > 1
-        axes.imshow(
-            image if image.shape[2] == 3 else image[..., 0],
-            cmap="gray",
-            vmin=0,
-            vmax=255,
-            interpolation="nearest" if enlarged else "auto",
-            aspect="auto",
-        )
-        axes.set_axis_off()
-        name = name.encode(errors="backslashreplace").decode()  # files' names may be any bytes
-        shown = name if len(name) <= _NAME else "\u2026" + name[1 - _NAME :]
-        below = (left + wide / 2) / _WIDTH, 1 - (top + tall + _GAP / 2) / height
-        figure.text(*below, shown, ha="center", va="top", size=7, parse_math=False)
-    return _saved(figure, kind)
+def _place(figure: Figure, left: float, top: float, width: float, tall: float) -> Axes:
+    """Return axes at a place of a sheet: inches from its left and from its top."""
+    height = figure.get_figheight()
+    return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
+
+
+def _write(figure: Figure, left: float, top: float, text: str, **style: Any) -> None:
+    """Write a line at a place of a sheet: inches from its left and from its top."""
+    figure.text(left / _WIDTH, 1 - top / figure.get_figheight(), text, va="top", parse_math=False, **style)
 
 
 def _draw_values(axes: Axes, channels: Mapping[str, npt.NDArray[np.float32]]) -> None:
-    """Draw how the values of each channel are distributed, on one axis for every preprocessing."""
+    """Draw the distribution of the values of each channel, on an axis that is the same for every preprocessing."""
     far = np.geomspace(_LINEAR, _FAR, 50)
     edges = np.concatenate([-far[:0:-1], np.linspace(-_LINEAR, _LINEAR, 101), far[1:]])
     for color, (label, values) in zip(_DRAWN[:3] if len(channels) == 3 else _DRAWN[3:], channels.items(), strict=True):
         counts, _ = np.histogram(values.clip(-_FAR, _FAR), edges)
         axes.stairs(counts, edges, color=color, label=label)
-    axes.axvspan(-_LINEAR, _LINEAR, color="black", alpha=0.06, linewidth=0, label="where values of mean 0, std 1 are")
+    axes.axvspan(-_LINEAR, _LINEAR, color="black", alpha=0.06, linewidth=0, label="range of values with mean 0, std 1")
     axes.set_xscale("symlog", linthresh=_LINEAR, linscale=1.5)
     axes.set_xlim(-_FAR, _FAR)
     axes.set_xticks(
@@ -153,14 +158,14 @@ def _draw_values(axes: Axes, channels: Mapping[str, npt.NDArray[np.float32]]) ->
 
 
 def draw_histogram(histogram: Histogram, threshold: float) -> str:
-    """Draw one tensor's |x|, from 0 on, on a logarithmic scale: kept below the threshold, clipped beyond.
+    """Draw the histogram of one tensor's |x|, with counts on a logarithmic scale, and the threshold of clipping.
 
     Args:
         histogram: The histogram.
         threshold: The largest |x| that is not clipped: 127 scales.
 
     Returns:
-        An SVG element in the colours of the page that it is put into: CSS's --counts, --clipped, --threshold, --text
+        An SVG element in the colours of the page around it: the CSS variables --counts, --clipped, --threshold, --text
         and --lines.
     """
     figure = Figure((1.6, 0.4))
@@ -176,23 +181,23 @@ def draw_histogram(histogram: Histogram, threshold: float) -> str:
             axes.stairs(bars, edges, fill=True, color=color, linewidth=0, clip_on=False)
     axes.set_ylim(0)
     axes.axvline(threshold, color=_THRESHOLD, linewidth=1, clip_on=False)
-    return _inline(figure).replace("<svg ", '<svg preserveAspectRatio="none" ', 1)  # as wide as there is room
+    return _inline(figure).replace("<svg ", '<svg preserveAspectRatio="none" ', 1)  # fills the width of its cell
 
 
 def draw_speed(progress: Sequence[Progress]) -> str:
-    """Draw how many samples a second there were over time; an SVG element as of `draw_histogram`."""
+    """Draw samples a second over time; returns an SVG element like that of `draw_histogram`."""
     return _draw_over_time(progress, "samples a second", lambda state: state.images, None)
 
 
 def draw_waiting(progress: Sequence[Progress]) -> str:
-    """Draw the share of time that was spent waiting for data, in percent; an SVG element as of `draw_histogram`."""
+    """Draw the share of time spent waiting for data over time; returns an SVG element like that of `draw_histogram`."""
     return _draw_over_time(progress, "% of the time waiting for data", lambda state: 100 * state.waited, 100)
 
 
 def _draw_over_time(
     progress: Sequence[Progress], title: str, amount: Callable[[Progress], float], most: float | None
 ) -> str:
-    """Draw how fast an amount grew, over the seconds since the start; `most` ends the axis."""
+    """Draw the growth of an amount a second, over the seconds since the start; `most` ends the axis."""
     states = [Progress(), *progress[:: -(-len(progress) // _STEPS)]]
     if states[-1] is not progress[-1]:
         states.append(progress[-1])
@@ -212,10 +217,10 @@ def _draw_over_time(
 
 
 def _inline(figure: Figure) -> str:
-    """A figure as an SVG element for a page, in the page's fonts and colours."""
+    """Return a figure as an SVG element for a page, in the page's fonts and colours."""
     with rc_context({"svg.fonttype": "none"}):
         data = _saved(figure, "svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = re.sub(r'<g id="[^"]*">', "<g>", data.decode().partition("<svg ")[2])  # no id twice on a page
+    text = re.sub(r'<g id="[^"]*">', "<g>", data.decode().partition("<svg ")[2])  # an id must be unique on a page
     for color, variable in _PAGE_COLORS.items():
         text = text.replace(color, variable)
     return "<svg " + text
@@ -224,6 +229,6 @@ def _inline(figure: Figure) -> str:
 def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks the script of a name
         figure.savefig(file, format=kind, **options)
     return file.getvalue()

@@ -10,19 +10,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastcal.cache.cache import CalibrationCache
-from fastcal.errors import FastcalError
+from fastcal.errors import CacheError
 from fastcal.files import write_atomically
 from fastcal.observe.histogram import Histogram
 from fastcal.observe.observations import Observations
 from fastcal.report.plots import draw_histogram, draw_speed, draw_waiting
 from fastcal.versions import installed
 
-#: Worth a look: a share of clipped values from here on, and a scale at least so many times that of each of its
-#: neighbours, or that part of it.
+#: The limits for remarks: the share of clipped values, and the factor between a scale and each of its neighbours'.
 _CLIPPED = 0.0005
 _FAR = 16
 
-#: How many tensors before and after one are its neighbours, and how many tensors are listed as worth a look.
+#: The number of neighbours before and after a tensor, and the most tensors that are listed as worth a look.
 _NEIGHBOURS = 2
 _LISTED = 8
 
@@ -32,17 +31,17 @@ _PACKAGES = r"fastcal|numpy|onnx|onnxruntime(-gpu)?|nvidia-dali-cuda\d+|tensorrt
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A line of the table.
+    """A tensor, as a line of the table.
 
     Attributes:
-        number: Its place in the network's order, from 1.
-        name: Its name.
+        number: The tensor's place in the network's order, from 1.
+        name: The tensor's name.
         scale: Its scale.
         amax: Its largest |x|.
         clipped: The share of its values beyond 127 scales.
-        remarks: What is worth a look about it.
-        rank: Its place among those worth a look; the smallest comes first. Empty where nothing is.
-        source: The tensor whose scale it takes; None where it has its own.
+        remarks: The reasons why it is worth a look.
+        rank: The sort key among the tensors worth a look, the smallest first; empty if the tensor is none of them.
+        source: The tensor whose scale this one takes; None if it has its own.
         picture: Its histogram.
     """
 
@@ -58,7 +57,7 @@ class _Tensor:
 
     @property
     def clipped_text(self) -> str:
-        """The share that is clipped as the table has it."""
+        """The clipped share as the table shows it."""
         if not self.clipped:
             return "none"
         return f"{100 * self.clipped:.3f} %" if self.clipped >= 0.5e-5 else "< 0.001 %"
@@ -67,25 +66,24 @@ class _Tensor:
 def write_report(
     cache: CalibrationCache, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None
 ) -> None:
-    """Write a page about a calibration: what it was made from, how fast, and what became of every tensor.
+    """Write a page about a calibration: its data and settings, its speed, and the histogram and scale of every tensor.
 
-    The page is one HTML file that needs nothing else and loads nothing. It has throughput and waiting for data over
-    time, a table of the tensors that can be sorted and searched, with histograms, and before it the tensors that are
-    worth a look: with NaN or infinite values, always 0, with many values clipped, or with a scale far from those of the
+    The page is one HTML file that loads nothing else. It shows throughput and waiting for data over time, and a table
+    of the tensors with their histograms that can be sorted and searched. Tensors worth a look are listed first: those
+    that have NaN or infinite values, are always 0, have many clipped values, or have a scale far from those of the
     tensors before and after.
 
     Args:
-        cache: What `fastcal.calibrate` returned.
-        path: Where to write the page.
-        about: What else to say of the calibration, by what it is: {"images": "photographs/"}.
+        cache: The cache that `fastcal.calibrate` returned.
+        path: The file of the page.
+        about: Further facts to show about the calibration, by name: {"images": "photographs/"}.
 
     Raises:
-        FastcalError: The cache is not fresh from a calibration, or the file cannot be written.
+        CacheError: The cache was not returned by a calibration.
+        FastcalError: The file cannot be written.
     """
     if cache.observed is None:
-        raise FastcalError(
-            "the cache has no histograms: a report is made of what fastcal.calibrate returns, not of a file"
-        )
+        raise CacheError("the cache has no histograms: make the report from what fastcal.calibrate returns, not a file")
     environment = Environment(
         loader=PackageLoader("fastcal.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -131,10 +129,10 @@ def _tensors(scales: Mapping[str, float], observed: Observations) -> Iterator[_T
 def _remarks(
     histogram: Histogram, clipped: float, scale: float, neighbours: Sequence[float]
 ) -> Iterator[tuple[tuple[float, ...], str]]:
-    """What is worth a look about a tensor, each with its rank: the kind, then what is worst of its kind."""
+    """Yield the reasons why a tensor is worth a look, each with its rank: the kind, then the worst of a kind first."""
     left_out = {"NaN": histogram.nan, "infinite": histogram.inf}
     if any(left_out.values()):
-        texts = [f"{count:,} {what}" for what, count in left_out.items() if count]
+        texts = [f"{count:,} {kind}" for kind, count in left_out.items() if count]
         yield (0, -sum(left_out.values())), f"{' and '.join(texts)} left out"
     if not histogram.amax:
         yield (1,), "always 0"
@@ -153,14 +151,14 @@ def _distance(factor: float) -> float:
 
 
 def _about(cache: CalibrationCache, observed: Observations, more: Mapping[str, str]) -> dict[str, str]:
-    """What was calibrated from what, by what it is; `more` is what only the caller knows."""
+    """Return the facts about a calibration by name; `more` has those that only the caller knows."""
     made_from = cache.record.entries if cache.record else {}
     prepared = made_from.get("preprocess")
     if isinstance(prepared, dict):  # by input
         prepared = "; ".join(f"{name}: {preprocess}" for name, preprocess in prepared.items())
     algorithm = cache.algorithm
     percentile = f", quantile {algorithm.quantile:g}" if algorithm.quantile else ""
-    said = {
+    facts = {
         "network": observed.network,
         **more,
         "samples": f"{_samples(cache, observed)} in {observed.progress[-1].batches} batches",
@@ -172,11 +170,11 @@ def _about(cache: CalibrationCache, observed: Observations, more: Mapping[str, s
         "samples' SHA-256": made_from.get("samples"),
         "versions": ", ".join([f"Python {platform.python_version()}", *installed(_PACKAGES)]),
     }
-    return {what: text for what, text in said.items() if text}
+    return {name: text for name, text in facts.items() if text}
 
 
 def _samples(cache: CalibrationCache, observed: Observations) -> int:
-    """How many samples there were, those that were skipped or only complete the last batch left out."""
+    """Return the number of samples, without those that were skipped or only complete the last batch."""
     made_from = cache.record.entries if cache.record else {}
     seen = observed.progress[-1].images
     known = made_from.get("images", made_from.get("arrays", seen))

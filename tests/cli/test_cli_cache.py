@@ -236,7 +236,7 @@ def test_every_command_has_an_example_and_the_same_last_options(run_fastcal, com
 
 def test_help_tells_the_exit_status(run_fastcal):
     shown = " ".join(run_fastcal("--help", env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}).stdout.split())
-    for status in ("0 done", "1 the answer is no", "2 something", "70 a fault", "130 Ctrl-C"):
+    for status in ("0 done", "1 a check failed", "2 an error", "70 a bug", "130 Ctrl-C"):
         assert status in shown
 
 

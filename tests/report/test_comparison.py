@@ -1,4 +1,4 @@
-"""What INT8 costs: the numbers against ONNX Runtime's own rounding, and what the verdict makes of wrong inputs."""
+"""The quality of INT8: the numbers against ONNX Runtime's own rounding, and the verdict on wrong inputs."""
 
 import json
 import math
@@ -12,7 +12,9 @@ import pytest
 
 import fastcal
 from conftest import DIGITS
+from fastcal.errors import DataError, ModelError
 from fastcal.model import Model
+from fastcal.report.quality import TensorQuality
 
 MODEL = DIGITS / "digits.onnx"
 IMAGENET = fastcal.Preprocess.preset("imagenet")
@@ -146,6 +148,15 @@ def test_what_is_always_0_or_exact(onnx_file):
     assert json.loads(text)["qualities"]["minmax"]["tensors"]["x"] == {"scale": 1.0, "sqnr": None, "clipped": 0.0}
 
 
+def test_a_scale_of_0_rounds_nothing(network):
+    values = batches()
+    cache = fastcal.calibrate(network, values, backend="onnxruntime")
+    cache.scales["r"] = 0.0
+    quality = fastcal.compare(network, values, caches={"other": cache}).qualities["other"]
+    assert quality.tensors["r"] == TensorQuality(0.0, None, 0.0)
+    assert "r" not in quality.worst
+
+
 def test_nan_is_left_out(network):
     values = batches()
     broken = [{"x": values[0]["x"].copy()}, *values[1:]]
@@ -250,17 +261,17 @@ def test_what_cannot_be_compared(network, onnx_file, caches):
         {"w": np.eye(3, dtype=np.float32)},
         "chosen.onnx",
     )
-    with pytest.raises(fastcal.FastcalError, match=r"chosen.onnx has no float output to compare; export it without"):
+    with pytest.raises(ModelError, match=r"chosen.onnx has no float output to compare; export it without"):
         fastcal.compare(chosen, [{"x": np.ones((1, 3), np.float32)}])
-    with pytest.raises(fastcal.FastcalError, match="gone after one pass, and compare needs two; pass list"):
+    with pytest.raises(DataError, match="gone after one pass, and compare needs two; pass list"):
         fastcal.compare(network, iter(batches()))
-    with pytest.raises(fastcal.FastcalError, match="gone after one pass, and compare needs two; pass list"):
+    with pytest.raises(DataError, match="gone after one pass, and compare needs two; pass list"):
         fastcal.compare(network, Once(batches(count=2)))
     with pytest.raises(fastcal.FastcalError, match="a cache is named 'minmax' as an algorithm is; name it otherwise"):
         fastcal.compare(network, batches(), caches={"minmax": caches / "right"})
     with pytest.raises(fastcal.FastcalError, match=r"right was calibrated with another model than .*model.onnx"):
         fastcal.compare(network, batches(), caches={"x": caches / "right"}, progress=pytest.fail)  # before any batch
-    with pytest.raises(fastcal.FastcalError, match="takes input 'x'"):
+    with pytest.raises(DataError, match="takes input 'x'"):
         fastcal.compare(network, [{"x": np.zeros((1, 3, 9, 9), np.float32)}])
 
 
@@ -277,10 +288,10 @@ def test_outputs_that_are_no_classifiers(onnx_file):
     path = onnx_file(f"{head}[K, 4] y) {{ {found} }}", weights | {"z": np.float32(1e9)})
     assert fastcal.compare(path, batches).images == 4  # where there is nothing to find
     path = onnx_file(f"{head}[K, 4] y) {{ {found} }}", weights | {"z": np.float32(3)})
-    with pytest.raises(fastcal.FastcalError, match=r"output 'y' .* its size depends on the values"):
+    with pytest.raises(ModelError, match=r"output 'y' .* its size depends on the values"):
         fastcal.compare(path, batches)
     path = onnx_file(f"{head}[2] b) {{ c = Conv(x, w) }}", weights | {"b": np.float32([1, 2])})
-    with pytest.raises(fastcal.FastcalError, match="computes no float output: there is nothing to compare"):
+    with pytest.raises(ModelError, match="computes no float output: there is nothing to compare"):
         fastcal.compare(path, batches)
 
 

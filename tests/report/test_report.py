@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import fastcal
 from conftest import DIGITS
+from fastcal.errors import CacheError
 
 MODEL = DIGITS / "digits.onnx"
 PHONE, DESKTOP = (390, 844), (1280, 900)
@@ -306,7 +307,7 @@ def test_dark_and_light(sample):
 
 def test_what_no_report_can_be_made_of(tmp_path):
     cache = fastcal.CalibrationCache({"x": 1.0})
-    with pytest.raises(fastcal.FastcalError, match="has no histograms: a report is made of what fastcal"):
+    with pytest.raises(CacheError, match="has no histograms: make the report from what fastcal"):
         fastcal.write_report(cache, tmp_path / "report.html")
     cache = fastcal.calibrate(MODEL, [{"image": np.ones((1, 3, 32, 32), np.float32)}], backend="onnxruntime")
     with pytest.raises(fastcal.FastcalError, match=r"cannot write .*nowhere/report.html: there is no folder"):

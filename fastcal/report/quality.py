@@ -1,0 +1,102 @@
+"""`Comparison` and its parts: numbers that say how much of a network's accuracy INT8 keeps."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TensorQuality:
+    """The quality of one tensor if it alone is rounded to INT8.
+
+    Attributes:
+        scale: The tensor's scale.
+        sqnr: Signal-to-quantization-noise ratio in dB: 10 log10(sum of x^2 / sum of (x - rounded x)^2). Infinite if
+            rounding changes nothing; None for a tensor of scale 0, which stays in float, or that is always 0.
+        clipped: The share of the tensor's values beyond 127 scales.
+    """
+
+    scale: float
+    sqnr: float | None
+    clipped: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The quality of a network in INT8 with one set of scales.
+
+    Attributes:
+        outputs: The SQNR of each float output, in dB, if all INT8 layers round.
+        tensors: The quality of each tensor, in the order of the scales.
+        agreement: For a classifier, the share of images to which the INT8 network gives the class that the float
+            network gives; else None.
+        top1: For a classifier, the share of images to which the INT8 network gives the class of their folder; None if
+            the folders are not the classes.
+    """
+
+    outputs: Mapping[str, float]
+    tensors: Mapping[str, TensorQuality]
+    agreement: float | None = None
+    top1: float | None = None
+
+    @property
+    def sqnr(self) -> float:
+        """The lowest SQNR of an output, in dB."""
+        return min(self.outputs.values())
+
+    @property
+    def worst(self) -> list[str]:
+        """The names of the tensors that are rounded, the lowest SQNR first."""
+        sqnr = {name: tensor.sqnr for name, tensor in self.tensors.items() if tensor.sqnr is not None}
+        return sorted(sqnr, key=sqnr.__getitem__)
+
+    @property
+    def median_sqnr(self) -> float | None:
+        """The median SQNR of the tensors that are rounded, in dB; None if there are none."""
+        rounded = [tensor.sqnr for tensor in self.tensors.values() if tensor.sqnr is not None]
+        return median(rounded) if rounded else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The qualities of a network in INT8 with several sets of scales.
+
+    Attributes:
+        images: The number of samples that were compared.
+        qualities: The quality by algorithm or by the cache's name.
+        float_top1: The share of images to which the float network gives the class of their folder; None if the folders
+            are not the classes.
+        verdict: The conclusion, in one line.
+    """
+
+    images: int
+    qualities: Mapping[str, Quality]
+    float_top1: float | None
+    verdict: str
+
+    @property
+    def best(self) -> str:
+        """The name of the scales with the highest SQNR at the output; the first of several equal ones."""
+        return best(self.qualities)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the comparison as a JSON object; an infinite SQNR becomes null, too."""
+        entries = {**asdict(self), "best": self.best}
+        for label, quality in self.qualities.items():
+            entries["qualities"][label]["sqnr"] = quality.sqnr
+        json: dict[str, Any] = _finite(entries)
+        return json
+
+
+def best(qualities: Mapping[str, Quality]) -> str:
+    """Return the label of the quality with the highest SQNR at the output; the first of several equal ones."""
+    return max(qualities, key=lambda label: qualities[label].sqnr)
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON value with None in place of the numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

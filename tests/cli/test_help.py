@@ -1,0 +1,54 @@
+"""Help texts that repeat names of the library: the command line starts without importing the modules they are from."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from fastcal.algorithm import ALGORITHMS, DEFAULT_QUANTILE, VERSIONED
+from fastcal.cache.cache import FORMS
+from fastcal.cli import app
+from fastcal.feed.preprocess import PRESETS
+from fastcal.observe import BACKENDS
+
+COMMANDS = typer.main.get_command(app).commands
+OPTIONS = {
+    name: {option.name: option for option in command.params}
+    for name, command in (COMMANDS | COMMANDS["cache"].commands).items()
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "names"),
+    [
+        ("calibrate", "algorithm", ALGORITHMS),
+        ("convert", "algorithm", VERSIONED),
+        ("convert", "form", FORMS),
+        ("calibrate", "backend", BACKENDS),
+        ("calibrate", "preprocess", PRESETS),
+    ],
+)
+def test_every_name_is_there(command, option, names):
+    assert set(names) <= set(re.findall(r"\w+", OPTIONS[command][option].help))
+
+
+def test_no_other_algorithm_is_there():
+    for command, names in (("calibrate", ALGORITHMS), ("convert", VERSIONED)):
+        listed = OPTIONS[command]["algorithm"].help.partition(": ")[2]
+        assert tuple(re.findall(r"\w+", listed)) == names
+
+
+def test_the_default_quantile_is_the_librarys():
+    for command in ("calibrate", "compare", "quantize", "build"):
+        assert OPTIONS[command]["quantile"].default == DEFAULT_QUANTILE
+
+
+def test_help_imports_no_library():
+    program = (
+        "import sys; from fastcal.cli import app; app(['--help'], standalone_mode=False); "
+        "print([name for name in ('numpy', 'onnx', 'matplotlib', 'nvidia') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
