@@ -16,7 +16,7 @@ no_gpu = pytest.mark.skipif(resolve("auto") is not None, reason="there is a GPU 
 
 
 @pytest.fixture
-def examine(run_fastcal, tmp_path):
+def examine(spawn_fastcal, tmp_path):
     """A function that runs the doctor with stand-ins for some modules; returns exit status, findings by label, ok."""
 
     def run(**modules):
@@ -24,7 +24,7 @@ def examine(run_fastcal, tmp_path):
             (tmp_path / name).mkdir()
             (tmp_path / name / "__init__.py").write_text(text)
         path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-        done = run_fastcal("doctor", "--json", env={**os.environ, "PYTHONPATH": path})
+        done = spawn_fastcal("doctor", "--json", env={**os.environ, "PYTHONPATH": path})
         assert done.stdout, done.stderr
         found = json.loads(done.stdout)
         return done.returncode, {finding["label"]: finding for finding in found["libraries"]}, found
@@ -175,8 +175,8 @@ def test_a_driver_that_is_too_old():
 
 
 @no_gpu
-def test_for_people_it_is_text_to_paste(run_fastcal):
-    done = run_fastcal("doctor")
+def test_for_people_it_is_text_to_paste(spawn_fastcal):
+    done = spawn_fastcal("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^ONNX Runtime +works +ran a network +onnxruntime(-gpu)? \d", done.stdout, re.MULTILINE)
     assert done.stdout.splitlines()[-1] == "nothing is to be done"

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -28,13 +29,10 @@ def work(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory):
+def calibrated(run_fastcal, tmp_path_factory):
     """A folder with a cache of the digits and its record, as the command line makes them."""
-    import subprocess
-
     folder = tmp_path_factory.mktemp("calibrated")
-    command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, DIGITS / "images", "-o", "digits.cache"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    run_fastcal("calibrate", MODEL, DIGITS / "images", "-o", "digits.cache", cwd=folder).check_returncode()
     return folder
 
 
@@ -218,9 +216,10 @@ def test_quiet_leaves_only_what_is_wrong(run_fastcal, tmp_path, work):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
-def test_a_fault_of_our_own_is_not_taken_for_a_difference(run_fastcal, tmp_path, work):
+def test_a_fault_of_our_own_is_not_taken_for_a_difference(spawn_fastcal, tmp_path, work):
     (tmp_path / "sitecustomize.py").write_text("import fastcal.cache.diff as d\nd.diff_caches = None\n")
-    done = run_fastcal("cache", "diff", "a.cache", "b.cache", cwd=work, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = spawn_fastcal("cache", "diff", "a.cache", "b.cache", cwd=work, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 70
     assert "TypeError" in done.stderr
 
@@ -272,8 +271,6 @@ def test_a_cache_does_not_become_its_own_record(run_fastcal, calibrated, tmp_pat
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("words", [["cache", "show", "a.cache"], ["cache", "show", "a.cache", "--json"], ["doctor"]])
 def test_where_nothing_can_be_written(work, words):
-    import subprocess
-
     command = [sys.executable, "-m", "fastcal", *words]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=work, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
@@ -285,8 +282,6 @@ def test_where_nothing_can_be_written(work, words):
 
 @pytest.mark.parametrize("words", ["cache show a.cache", "cache show a.cache --json"])
 def test_a_closed_output_is_none(work, words):
-    import subprocess
-
     command = f"{sys.executable} -m fastcal {words} >&-"
     done = subprocess.run(command, shell=True, cwd=work, stderr=subprocess.PIPE, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -294,8 +289,6 @@ def test_a_closed_output_is_none(work, words):
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_where_nobody_reads_on_that_is_no_answer(work, options):
-    import subprocess
-
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "fastcal", "cache", "diff", "a.cache", "a.cache", *options]

@@ -365,9 +365,9 @@ def test_a_network_that_is_no_file(cluster):
         calibrate(SimpleNamespace(num_inputs=0), fastcal.ArrayFeed([{"x": np.ones((1, 3), "f4")}]), workers=1)
 
 
-def test_a_cluster_that_is_not_there(run_fastcal, tmp_path):
+def test_a_cluster_that_is_not_there(spawn_fastcal, tmp_path):
     options = ("-o", tmp_path / "x.cache", "--workers", 2, "--ray-address", "127.0.0.1:1")
-    done = run_fastcal("calibrate", MODEL, DIGITS / "images", *options)
+    done = spawn_fastcal("calibrate", MODEL, DIGITS / "images", *options)
     assert done.returncode == 2
     assert re.search("error: cannot connect to Ray at 127.0.0.1:1: .*Connection refused", done.stderr)
 
@@ -379,10 +379,11 @@ def test_workers_share_the_cpus_of_nodes_that_have_room(gpus):
         assert with_ray._cpus_each(nodes, workers, bool(gpus)) == cpus
 
 
-def test_the_command_line_is_the_same_with_workers(cluster, run_fastcal, tmp_path):
-    for name, options in (("one", ()), ("two", ("--workers", 2, "--ray-address", cluster.address))):
+def test_the_command_line_is_the_same_with_workers(cluster, run_fastcal, spawn_fastcal, tmp_path):
+    joined = ("--workers", 2, "--ray-address", cluster.address)
+    for name, run, options in (("one", run_fastcal, ()), ("two", spawn_fastcal, joined)):
         options = ("--batch-size", 7, "--limit", 100, *options)
-        done = run_fastcal("calibrate", MODEL, DIGITS / "images", "-o", tmp_path / name, *options)
+        done = run("calibrate", MODEL, DIGITS / "images", "-o", tmp_path / name, *options)
         assert done.returncode == 0, done.stderr
         assert "100 in 15 batches of 7" in done.stdout
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
