@@ -10,8 +10,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -231,7 +232,7 @@ def forget_modules_on(dependency):
         values = [*vars(module).values()]
         return any(value is dependency or getattr(value, "__module__", None) in gone for value in values)
 
-    while found := [name for name, module in sys.modules.items() if name.startswith("fastcal.") and depends(module)]:
+    while found := [name for name, module in [*sys.modules.items()] if name.startswith("fastcal.") and depends(module)]:
         for name in found:
             package, _, attribute = name.rpartition(".")
             if getattr(sys.modules[package], attribute, None) is sys.modules.pop(name):
@@ -242,7 +243,7 @@ def forget_modules_on(dependency):
 @pytest.fixture
 def trt_bindings(loaded_bindings, monkeypatch):
     """TensorRT 10.16.1's Python bindings, which `import tensorrt` gives for the length of a test."""
-    tensorrt = ModuleType("tensorrt")
+    tensorrt = module_from_spec(ModuleSpec("tensorrt", None))
     vars(tensorrt).update({name: value for name, value in vars(loaded_bindings).items() if name[0] != "_"})
     tensorrt.__version__ = loaded_bindings.__version__
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
