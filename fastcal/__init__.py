@@ -1,125 +1,56 @@
 """INT8 calibration for TensorRT at the speed of the data.
 
-`ImageFeed` decodes and prepares images ahead of whoever consumes them; `calibrate` runs a network over them, takes the
-histograms of its activations and picks the scales TensorRT would pick; the `CalibrationCache` it returns is read by
-TensorRT as its own.
+`ImageFeed` decodes and prepares images ahead of the consumer. `calibrate` runs a network over the images, takes the
+histograms of its activations and picks the scales that TensorRT would pick. TensorRT reads the `CalibrationCache` that
+`calibrate` returns.
 
-Everything is imported when it is first used: `import fastcal` needs neither DALI nor ONNX Runtime nor a GPU.
+Every name is imported at its first use: `import fastcal` needs neither DALI nor ONNX Runtime nor a GPU. The names and
+their modules are in `__init__.pyi`.
 
-Nothing is printed: what is worth knowing goes to the logger "fastcal", and what TensorRT says to "fastcal.tensorrt".
+Nothing is printed: notes and warnings go to the logger "fastcal", TensorRT's messages to "fastcal.tensorrt".
 """
 
 import logging
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import Any
 
-if TYPE_CHECKING:
-    from fastcal.build import build_engine
-    from fastcal.cache.cache import CalibrationCache
-    from fastcal.cache.check import CacheCheck, check_cache
-    from fastcal.cache.diff import CacheDiff, diff_caches
-    from fastcal.calibration import calibrate
-    from fastcal.calibrators import (
-        Calibrator,
-        EntropyCalibrator,
-        EntropyCalibrator2,
-        LegacyCalibrator,
-        MinMaxCalibrator,
-    )
-    from fastcal.errors import FastcalError
-    from fastcal.feed.arrays import ArrayFeed
-    from fastcal.feed.feed import Feed
-    from fastcal.feed.images import ImageFeed
-    from fastcal.feed.numpy_files import NumpyFeed
-    from fastcal.feed.preprocess import Preprocess
-    from fastcal.progress import Progress
-    from fastcal.qdq import quantize
-    from fastcal.report.comparison import Comparison, compare
-    from fastcal.report.contact_sheet import Preview, preview
-    from fastcal.report.report import write_report
+import lazy_loader
 
-__all__ = [
-    "ArrayFeed",
-    "CacheCheck",
-    "CacheDiff",
-    "CalibrationCache",
-    "Calibrator",
-    "Comparison",
-    "EntropyCalibrator",
-    "EntropyCalibrator2",
-    "FastcalError",
-    "Feed",
-    "ImageFeed",
-    "LegacyCalibrator",
-    "MinMaxCalibrator",
-    "NumpyFeed",
-    "Preprocess",
-    "Preview",
-    "Progress",
-    "build_engine",
-    "calibrate",
-    "check_cache",
-    "compare",
-    "diff_caches",
-    "preview",
-    "quantize",
-    "write_report",
-]
+_load, _names, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-logging.getLogger("fastcal").addHandler(logging.NullHandler())  # else Python prints warnings that nobody handles
-
-_MODULES = {
-    "ArrayFeed": "fastcal.feed.arrays",
-    "CacheCheck": "fastcal.cache.check",
-    "CacheDiff": "fastcal.cache.diff",
-    "CalibrationCache": "fastcal.cache.cache",
-    "Calibrator": "fastcal.calibrators",
-    "Comparison": "fastcal.report.comparison",
-    "EntropyCalibrator": "fastcal.calibrators",
-    "EntropyCalibrator2": "fastcal.calibrators",
-    "FastcalError": "fastcal.errors",
-    "Feed": "fastcal.feed.feed",
-    "ImageFeed": "fastcal.feed.images",
-    "LegacyCalibrator": "fastcal.calibrators",
-    "MinMaxCalibrator": "fastcal.calibrators",
-    "NumpyFeed": "fastcal.feed.numpy_files",
-    "Preprocess": "fastcal.feed.preprocess",
-    "Preview": "fastcal.report.contact_sheet",
-    "Progress": "fastcal.progress",
-    "build_engine": "fastcal.build",
-    "calibrate": "fastcal.calibration",
-    "check_cache": "fastcal.cache.check",
-    "compare": "fastcal.report.comparison",
-    "diff_caches": "fastcal.cache.diff",
-    "preview": "fastcal.report.contact_sheet",
-    "quantize": "fastcal.qdq",
-    "write_report": "fastcal.report.report",
+#: The packages without which a name cannot be imported.
+_NEEDS = {
+    **dict.fromkeys(("Calibrator", "EntropyCalibrator", "EntropyCalibrator2", "FeedCalibrator"), ("tensorrt",)),
+    **dict.fromkeys(("LegacyCalibrator", "MinMaxCalibrator", "build_engine"), ("tensorrt",)),
+    **dict.fromkeys(("Comparison", "Quality", "TensorQuality", "compare"), ("onnxruntime", "numba")),
+    **dict.fromkeys(("Channel", "Preview", "preview"), ("matplotlib",)),
+    "ImageFeed": ("nvidia.dali",),
+    "write_report": ("matplotlib", "jinja2"),
 }
 
+logging.getLogger("fastcal").addHandler(logging.NullHandler())  # without a handler, Python prints warnings
 
-if not TYPE_CHECKING:  # or else a type checker would take any name for one of fastcal's
 
-    def __getattr__(name: str) -> Any:
-        if name not in _MODULES:
-            raise AttributeError(f"module 'fastcal' has no attribute {name!r}")
-        try:
-            return getattr(import_module(_MODULES[name]), name)
-        except ModuleNotFoundError as error:
-            from fastcal.errors import missing
+def __getattr__(name: str) -> Any:
+    try:
+        return _load(name)
+    except ModuleNotFoundError as error:
+        from fastcal.errors import missing
 
-            raise missing(name, error) from error
+        raise missing(name, error) from error
 
 
 def __dir__() -> list[str]:
-    """What can be had here: `help` and completion ask for all of it, and know no error but AttributeError."""
-    return sorted({*globals(), *filter(_is_there, __all__)})
+    """Return the names that can be imported here: `help` reads all of them, and knows no error but AttributeError."""
+    return sorted({*globals(), *(name for name in _names() if all(map(_is_installed, _NEEDS.get(name, ()))))})
 
 
-def _is_there(name: str) -> bool:
-    from fastcal.errors import FastcalError
+def _is_installed(package: str) -> bool:
+    if package == "tensorrt" and find_spec("tensorrt") is not None:
+        from fastcal.versions import has_calibrators
 
+        return has_calibrators()
     try:
-        getattr(import_module(_MODULES[name]), name)
-    except (FastcalError, ImportError):
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package that it is in
         return False
-    return True

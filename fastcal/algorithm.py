@@ -164,7 +164,7 @@ def _of_bins(histogram: Histogram, scales: Callable[[Any, Any], Any]) -> float:
 
 
 def percentile_scales(counts: Any, widths: Any, quantile: float) -> Any:
-    """Scales that clip the largest values: TensorRT's Legacy calibration with regression cutoff 1.
+    """Return scales that clip the largest values: TensorRT's Legacy calibration with regression cutoff 1.
 
     The threshold is the upper end of the first bin at which the cumulative count, bin 0 included, exceeds
     quantile * total (or is the total, for a quantile of 1).
@@ -184,10 +184,10 @@ def percentile_scales(counts: Any, widths: Any, quantile: float) -> Any:
 
 
 def entropy_scales(counts: Any, widths: Any) -> Any:
-    """Scales whose INT8 histogram diverges least from the float one: TensorRT's Entropy and Entropy2 calibration.
+    """Return scales whose INT8 histogram diverges least from the float one: TensorRT's Entropy and Entropy2.
 
-    Of the candidates i = 128 to 2048 (the number of bins below the threshold) the one with the smallest divergence
-    wins, among equals the largest. scale = float32(float32(i + 0.5) * width) / 127.
+    A candidate i, from 128 to 2048, is the number of bins below the threshold. The smallest divergence wins; among
+    equal divergences, the largest candidate. scale = float32(float32(i + 0.5) * width) / 127.
 
     Args:
         counts: int64 array of shape (tensors, 2048).
@@ -203,23 +203,23 @@ def entropy_scales(counts: Any, widths: Any) -> Any:
 
 
 def divergences(counts: Any) -> Any:
-    """The Kullback-Leibler divergence KL(P || Q) of every candidate threshold.
+    """Return the Kullback-Leibler divergence KL(P || Q) of every candidate threshold.
 
-    For a candidate i, with bin 1's count also in bin 0, in place of its own:
+    For a candidate i, with bin 1's count in place of bin 0's:
 
     - P is bins 0 to i-1, with all counts beyond added to bin i-1, over its sum.
-    - Q cuts bins 0 to i-1, without what was added, into 128 groups with edges ceil(j * i / 128), and gives each
+    - Q cuts bins 0 to i-1, without the added counts, into 128 groups with edges ceil(j * i / 128), and gives each
       non-empty bin the mean of its group's non-empty bins; over its sum.
 
-    Within a group log Q is one constant, so its part of the divergence needs the group's sum and its number of
-    non-empty bins alone, both differences of prefix sums: no loop over bins.
+    Within a group log Q is one constant. So the group's part of the divergence needs only the group's sum and its
+    number of non-empty bins, which are differences of prefix sums: no loop over bins.
 
     Args:
         counts: int64 array of shape (tensors, 2048).
 
     Returns:
-        float64 array of shape (tensors, 1921), for i = 128 to 2048; infinite where fewer than two bins of P are
-        non-empty, or where bin i-1 is empty in Q but not in P.
+        float64 array of shape (tensors, 1921), for i = 128 to 2048; infinite if fewer than two bins of P are
+        non-empty, or if bin i-1 is empty in Q but not in P.
     """
     counts = counts.astype(np.float64)
     counts[:, 0] = counts[:, 1]
@@ -245,13 +245,13 @@ def divergences(counts: Any) -> Any:
 
 @cache
 def _candidates() -> tuple[Any, Any]:
-    """The candidates, and the edges of the groups of each: int arrays of shape (1921,) and (1921, 129)."""
+    """Return the candidates and the edges of the groups of each: int arrays of shape (1921,) and (1921, 129)."""
     candidates = np.arange(LEVELS, BINS + 1)
     return candidates, -(-np.arange(LEVELS + 1) * candidates[:, None] // LEVELS)
 
 
 def _prefix_sums(values: Any) -> Any:
-    """Sums of the first 0, 1, ... values along the last axis: one more than there are values."""
+    """Return the sums of the first 0, 1, ... values along the last axis, one more than there are values."""
     return np.concatenate([np.zeros_like(values[:, :1]), np.cumsum(values, axis=1)], axis=1)
 
 

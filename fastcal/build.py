@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fastcal.batch import format_shape, known_sizes, match_names, shape_fits
-from fastcal.calibrators import EntropyCalibrator2, FeedCalibrator  # first: it says what is wrong with TensorRT
+from fastcal.calibrators import EntropyCalibrator2
 from fastcal.device import resolve
 from fastcal.errors import FastcalError, check_range
 from fastcal.feed.feed import Feed
+from fastcal.feed_calibrator import FeedCalibrator
 from fastcal.files import check_writable, write_atomically
 from fastcal.model import Model
 from fastcal.network import Logger, parse, start_builder, tactic_bits, trt

@@ -19,6 +19,12 @@ def installed_tensorrt_version() -> str | None:
     return version.group() if version else None
 
 
+def has_calibrators() -> bool:
+    """Return whether the installed TensorRT has calibrators, as the versions before 11 have; it is not imported."""
+    found = [package.split()[1] for package in installed(r"tensorrt(-cu\d+)?(-bindings)?")]
+    return all(int(version.partition(".")[0]) < 11 for version in found)
+
+
 def check_tensorrt_version(version: str) -> str:
     """Return `version` as "major.minor.patch".
 

@@ -213,7 +213,7 @@ def test_what_is_no_file_is_no_model():
     for backend in ("auto", "onnxruntime", "tensorrt"):
         with pytest.raises(fastcal.FastcalError, match="the model is a ModelProto; name an ONNX file"):
             fastcal.calibrate(onnx.ModelProto(), [{"x": np.ones((1, 2), "f4")}], backend=backend)
-    with pytest.raises(fastcal.FastcalError, match="backend onnxruntime runs ONNX files, not a SimpleNamespace"):
+    with pytest.raises(fastcal.FastcalError, match="backend onnxruntime runs ONNX files, not an INetworkDefinition"):
         calibrate(SimpleNamespace(num_inputs=0), [{"x": np.ones((1, 2), "f4")}])
 
 
@@ -276,7 +276,7 @@ def test_what_was_seen_is_kept(onnx_file, tmp_path):
     }  # fmt: skip
     for algorithm, quantile in (("minmax", 1.0), ("entropy2", 1.0), ("percentile", 0.9)):
         anew = calibrate(network, feed, algorithm=algorithm, quantile=quantile).scales
-        assert observed.scales(algorithm, quantile) == anew
+        assert Algorithm.of(algorithm, quantile).scales(observed) == anew
         assert anew["y"] == anew["r"]
     cache.save(tmp_path / "x.cache")
     assert fastcal.CalibrationCache.load(tmp_path / "x.cache").observed is None

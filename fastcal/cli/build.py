@@ -16,7 +16,7 @@ from fastcal.errors import GPU_EXTRAS, UnavailableError
 from fastcal.files import check_writable, write_atomically
 
 if TYPE_CHECKING:
-    from fastcal.calibrators import FeedCalibrator
+    from fastcal.feed_calibrator import FeedCalibrator
 
 
 @dataclass

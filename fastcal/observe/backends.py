@@ -126,7 +126,7 @@ class OnnxRuntimeBackend(LocalBackend):
     def observer(self, network: Network, gpu: int | None) -> Iterator[Observer]:
         """Return the observer of a `Model`; arrays on a GPU are copied to host memory."""
         if not isinstance(network, Model):
-            raise ModelError(f"backend onnxruntime runs ONNX files, not {network.label}; use backend tensorrt")
+            raise ModelError("backend onnxruntime runs ONNX files, not an INetworkDefinition; use backend tensorrt")
         try:
             from fastcal.observe import count  # noqa: F401 - compiled or loaded now, not with the first batch
             from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver

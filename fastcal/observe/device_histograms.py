@@ -1,36 +1,36 @@
-"""The histograms of `fastcal.observe.histogram`, taken on a GPU: the same counts, bin for bin."""
+"""The histograms of `fastcal.observe.histogram`, counted on a GPU: the same counts, bin for bin."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 
 from fastcal.observe.histogram import BINS, Histogram
 
-#: How many elements one block of threads counts, and the threads in it.
+#: The elements that one block of threads counts, and its threads.
 _TILE = 1 << 17
 _THREADS = 512
 
-#: A float's exponents, from that of the least subnormal one, and one more for a range beyond all floats.
+#: A float's exponents, from the one of the least subnormal float, and one more for a range beyond all floats.
 _LEAST_EXPONENT = -149
 _EXPONENTS = 128 - _LEAST_EXPONENT + 1
 
-#: How many sets of arrays are remembered: a feed's buffers and a network's outputs come again and again.
+#: The number of sets of arrays that are remembered: a feed's buffers and a network's outputs recur.
 _TABLES = 64
 
 _DEFINES = {"THREADS": _THREADS, "TILE": _TILE, "EXPONENTS": _EXPONENTS, "LEAST_EXPONENT": f"({_LEAST_EXPONENT})"}
 
-# `count` counts every element of a batch into bins of the range so far, and finds the batch's amax, in one pass. Where
-# that amax exceeds the range (always in the first batch), `settle` widens the range and asks for a second pass, which
-# counts again; else it adds the counts to those of the batches before. A tile belongs to one tensor, so all tensors
-# take one launch.
+# In one pass, `count` counts every element of a batch into bins of the range so far, and finds the batch's amax. If the
+# amax exceeds the range (as in the first batch), `settle` widens the range and asks for a second pass, which counts
+# again; else `settle` adds the counts to those of earlier batches. A tile belongs to one tensor, so one launch serves
+# all tensors.
 _SOURCE = r"""
 typedef unsigned long long u64;
 const int BINS = 2048;
 
-// What the bits of a positive float stand for. CuPy has the compiler flush subnormal floats to zero; doubles are left.
+// The value of a positive float's bits. CuPy has the compiler flush subnormal floats to zero, but not doubles.
 __device__ double value_of(unsigned bits) {
     return bits >> 23 ? (double)__uint_as_float(bits) : bits * 0x1p-149;
 }
@@ -41,20 +41,20 @@ __device__ double width_of(double range) {
     return width < 0x1p-126 ? rint(width * 0x1p149) * 0x1p-149 : (float)width;
 }
 
-// The place, in a table of a row per tensor, for how many elements were clamped at this range.
+// The place, in a table with a row per tensor, of the number of elements that were clamped at this range.
 __device__ u64* place_of(u64* clamped, int row, double range) {
     return &clamped[(size_t)row * EXPONENTS + (ilogb(range) - LEAST_EXPONENT)];
 }
 
-// Where a positive float falls: floor(x / width), the quotient rounded to the nearest float as CPUs round it, at most
-// BINS: no x within the range reaches that but one equal to it.
+// The bin of a positive float: floor(x / width), the quotient rounded to the nearest float as CPUs round it, at most
+// BINS, which only an x equal to the range reaches.
 struct Divider {
     const float width, reciprocal;
 
     __device__ Divider(double w) : width((float)w), reciprocal(__frcp_rn((float)w)) {}
 
-    // Whether two steps of refinement give the correctly rounded quotient (Markstein): they do unless something under-
-    // or overflows, or the mantissa is all ones.
+    // Two steps of refinement give the correctly rounded quotient (Markstein), unless something under- or overflows, or
+    // the mantissa is all ones.
     __device__ bool is_exact() const {
         return width > 1e-27f && width < 1e27f && (__float_as_uint(width) & 0x7fffff) != 0x7fffff;
     }
@@ -87,7 +87,7 @@ __device__ u64 sum_of_warp(u64 value) {
     return value;
 }
 
-// What a thread found among its elements; those that are neither zero nor NaN nor infinite are counted in `bins`.
+// A thread's findings; elements that are neither zero nor NaN nor infinite are counted in `bins`.
 struct Found {
     unsigned amax = 0, zeros = 0, nan = 0, inf = 0;
 
@@ -201,10 +201,46 @@ extern "C" __global__ void __launch_bounds__(BINS / 2) settle(
 """
 
 
+class _Totals(NamedTuple):
+    """The histograms of all tensors on the GPU, a row per tensor.
+
+    Attributes:
+        ranges: float64.
+        amaxes: uint32, the bits of floats as in the kernels.
+        nans: uint64.
+        infs: uint64.
+        counts: uint64, of shape (tensors, 2048).
+        clamped: uint64, of shape (tensors, exponents of a range).
+    """
+
+    ranges: Any
+    amaxes: Any
+    nans: Any
+    infs: Any
+    counts: Any
+    clamped: Any
+
+
+class _Batch(NamedTuple):
+    """The counts of one batch before they are added to the totals, a row per tensor.
+
+    Attributes:
+        amaxes: As in `_Totals`.
+        counts: As in `_Totals`.
+        clamped: uint64.
+        again: int32, whether the batch exceeded the range and is to be counted again.
+    """
+
+    amaxes: Any
+    counts: Any
+    clamped: Any
+    again: Any
+
+
 class DeviceHistograms:
     """Histograms by tensor name, on the GPU that is current when they are made.
 
-    Nothing here waits for the GPU until the counts are fetched: ranges, their doublings and the counts stay there.
+    Ranges, their doublings and the counts stay on the GPU: nothing waits for it until the histograms are fetched.
 
     Args:
         names: The tensors.
@@ -218,26 +254,23 @@ class DeviceHistograms:
         )  # fmt: skip
         self._count, self._settle = module.get_function("count"), module.get_function("settle")
         tensors = max(len(self._rows), 1)
-        self._ranges = cupy.zeros(tensors, np.float64)
-        self._amaxes = cupy.zeros(tensors, np.uint32)  # bits of floats, as in the kernels
-        self._batch_amaxes = cupy.zeros(tensors, np.uint32)
-        self._nans = cupy.zeros(tensors, np.uint64)
-        self._infs = cupy.zeros(tensors, np.uint64)
-        self._again = cupy.zeros(tensors, np.int32)
-        self._counts = cupy.zeros((tensors, BINS), np.uint64)
-        self._batch_counts = cupy.zeros((tensors, BINS), np.uint64)
-        self._clamped = cupy.zeros((tensors, _EXPONENTS), np.uint64)
-        self._batch_clamped = cupy.zeros(tensors, np.uint64)
+
+        def zeros(dtype: Any, *columns: int) -> Any:
+            return cupy.zeros((tensors, *columns), dtype)
+
+        u4, u8 = np.uint32, np.uint64
+        self._totals = _Totals(zeros("f8"), zeros(u4), zeros(u8), zeros(u8), zeros(u8, BINS), zeros(u8, _EXPONENTS))
+        self._batch = _Batch(zeros(u4), zeros(u8, BINS), zeros(u8), zeros(np.int32))
         self._starts = np.zeros(tensors)
-        self._tables: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._tables: dict[tuple[tuple[str, int, int], ...], tuple[Any, ...]] = {}
         cupy.cuda.get_current_stream().synchronize()
 
     def begin(self, starts: Mapping[str, float]) -> None:
-        """Begin anew, on CuPy's current stream, with ranges by tensor name: those that batches before have set."""
+        """Begin anew, on CuPy's current stream, with ranges by tensor name: those that earlier batches have set."""
         self._starts[: len(self._rows)] = [starts.get(name, 0.0) for name in self._rows]
-        for array in (self._amaxes, self._nans, self._infs, self._counts, self._clamped):
+        for array in self._totals:
             array.fill(0)
-        self._ranges.set(self._starts)
+        self._totals.ranges.set(self._starts)
 
     def update_all(self, activations: Mapping[str, Any]) -> None:
         """Count one batch of some of the tensors, on CuPy's current stream.
@@ -249,28 +282,29 @@ class DeviceHistograms:
         if not key:
             return
         if key not in self._tables:
-            if len(self._tables) == _TABLES:  # arrays that are new with every batch
+            if len(self._tables) == _TABLES:  # the arrays are new with every batch
                 self._tables.clear()
             self._tables[key] = self._table(key)
         rows, tile_tensors, tile_starts, addresses, sizes = self._tables[key]
+        totals, batch = self._totals, self._batch
 
         def count(into: Any, clamped_into: Any, second: bool) -> None:
             self._count(
                 (tile_tensors.size,), (_THREADS,),
-                (addresses, sizes, rows, tile_tensors, tile_starts, self._ranges, self._again, self._batch_amaxes,
-                 self._nans, self._infs, into, clamped_into, np.int32(second)),
+                (addresses, sizes, rows, tile_tensors, tile_starts, totals.ranges, batch.again, batch.amaxes,
+                 totals.nans, totals.infs, into, clamped_into, np.int32(second)),
             )  # fmt: skip
 
-        count(self._batch_counts, self._batch_clamped, second=False)
+        count(batch.counts, batch.clamped, second=False)
         self._settle(
             (rows.size,), (BINS // 2,),
-            (rows, self._ranges, self._amaxes, self._batch_amaxes, self._batch_counts, self._counts,
-             self._batch_clamped, self._clamped, self._again),
+            (rows, totals.ranges, totals.amaxes, batch.amaxes, batch.counts, totals.counts, batch.clamped,
+             totals.clamped, batch.again),
         )  # fmt: skip
-        count(self._counts, self._clamped, second=True)
+        count(totals.counts, totals.clamped, second=True)
 
     def _table(self, key: tuple[tuple[str, int, int], ...]) -> tuple[Any, ...]:
-        """What the kernels know of the tensors: the row of each, and the tensor and first element of every tile."""
+        """Return the kernels' tables of the tensors: the row of each, the tensor and the first element of each tile."""
         sizes = np.array([size for _, _, size in key], np.int64)
         tiles = -(-sizes // _TILE)
         tensors = np.repeat(np.arange(len(key), dtype=np.int32), tiles)
@@ -280,9 +314,8 @@ class DeviceHistograms:
         return tuple(cupy.asarray(values) for values in (rows, tensors, starts.astype(np.int64), addresses, sizes))
 
     def fetch(self) -> dict[str, Histogram]:
-        """The histograms so far, in host memory. Waits for CuPy's current stream."""
-        parts = (self._counts, self._ranges, self._amaxes, self._nans, self._infs, self._clamped)
-        counts, ranges, amaxes, nans, infs, clamped = (cupy.asnumpy(part) for part in parts)
+        """Return the histograms so far, in host memory, after waiting for CuPy's current stream."""
+        ranges, amaxes, nans, infs, counts, clamped = map(cupy.asnumpy, self._totals)
         histograms = {}
         for name, row in self._rows.items():
             histogram = histograms[name] = Histogram(float(self._starts[row]))
@@ -290,7 +323,7 @@ class DeviceHistograms:
             histogram.range, histogram.amax = float(ranges[row]), float(amaxes.view(np.float32)[row])
             histogram.nan, histogram.inf = int(nans[row]), int(infs[row])
             for exponent in np.flatnonzero(clamped[row]):
-                # The range then was that of now, times a power of two.
+                # The range of that time is today's times a power of two.
                 mantissa = math.frexp(histogram.range)[0]
                 then = math.ldexp(mantissa, int(exponent) + _LEAST_EXPONENT + 1)
                 histogram.clamped[then] = int(clamped[row, exponent])

@@ -1,6 +1,6 @@
 """Histograms of |x| as TensorRT's calibrators take them: 2048 bins over a range that doubles when it must.
 
-What is described here was measured on TensorRT 8.6.0 by giving it known inputs and reading the scales it wrote.
+The rules were measured on TensorRT 8.6.0: known inputs in, scales out of the caches that TensorRT wrote.
 """
 
 import math
@@ -13,37 +13,37 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-#: How many bins a histogram has.
+#: The number of bins of a histogram.
 BINS = 2048
 
 
 class Histogram:
     """The distribution of one tensor's |x| over all batches so far.
 
-    The first batch's largest |x| sets the range (the first batch that is not all 0, that is: until then everything
-    lies in bin 0). A bin is range / 2048 wide, and x falls into bin min(floor(|x| / width), 2047), divided in float32.
-    When a later batch's largest |x| exceeds the range, neighbouring bins are added in pairs and the range doubles,
-    until it fits. An element equal to the range therefore lies in bin 2047, and in 1023 after a doubling, while an
-    equal element that comes after the doubling lands in 1024; TensorRT counts the same way.
+    The largest |x| of the first batch that is not all 0 sets the range; until then all elements lie in bin 0. A bin is
+    range / 2048 wide, and x falls into bin min(floor(|x| / width), 2047), divided in float32. When a later batch's
+    largest |x| exceeds the range, neighbouring bins are added in pairs and the range doubles, until the batch fits. So
+    an element equal to the range lies in bin 2047, and in bin 1023 after a doubling, while an equal element that comes
+    after the doubling lands in bin 1024. TensorRT counts the same way.
 
-    The order of batches shows in nothing else. Ranges and widths are a first one times a power of two, so where an
-    element falls, when it is counted before some doublings or after them, is floor(|x| / width) with the last width
-    either way; only the clamp to bin 2047 tells them apart, and it takes effect for elements equal to the range alone.
-    Such an element is the largest of its batch, and is clamped if no earlier batch had a larger one. So runs of batches
-    can be counted apart and put together exactly with `append`: each begins with a range that the batches before have
-    set, and says how many elements it clamped at which range.
+    The order of batches has no other effect. Every range is the first one times a power of two, and so is every width.
+    An element falls into bin floor(|x| / width) of the last width, whether it is counted before or after a doubling;
+    only the clamp to bin 2047 makes a difference, and it acts on elements equal to the range alone. Such an element is
+    the largest of its batch, and no earlier batch had a larger one. So parts of the batches can be counted apart and
+    put together exactly with `append`: each part begins with a range that earlier batches have set, and keeps the
+    number of elements that it clamped at each range.
 
     Args:
-        start: A range to begin with: the one that batches before have set.
+        start: A range to begin with: the one that earlier batches have set.
 
     Attributes:
         counts: int64 array of shape (2048,).
-        range: The upper end of the last bin; 0.0 while everything was 0.
+        range: The upper end of the last bin; 0.0 as long as all elements were 0.
         amax: The largest |x|.
-        start: The range it began with.
-        clamped: How many elements were equal to the range when they were counted, by that range.
-        nan: How many elements were NaN; they are in no bin.
-        inf: How many elements were infinite; they are in no bin either and do not count for `amax`.
+        start: The range that the histogram began with.
+        clamped: The number of elements that were equal to the range when they were counted, by that range.
+        nan: The number of NaN elements; they are in no bin.
+        inf: The number of infinite elements; they are in no bin either and do not count for `amax`.
     """
 
     def __init__(self, start: float = 0.0) -> None:
@@ -61,26 +61,26 @@ class Histogram:
         return self.range / BINS
 
     def below(self, x: float | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """How many of the counted elements are below each of the values `x`, if those in a bin are spread evenly."""
+        """Return the number of counted elements below each of the values `x`, if a bin's elements are spread evenly."""
         counts = np.concatenate([[0], np.cumsum(self.counts)])
         below: npt.NDArray[np.float64] = np.interp(np.asarray(x), np.linspace(0, self.range, BINS + 1), counts)
         return below
 
     def clipped(self, threshold: float) -> float:
-        """The share of the counted elements beyond `threshold`, to within the bin it is in; 0.0 from `amax` on."""
+        """Return the share of the counted elements beyond `threshold`, to within its bin; 0.0 from `amax` on."""
         total = int(self.counts.sum())
         if not total or threshold >= self.amax:
             return 0.0
         return 1 - float(self.below(threshold)) / total
 
     def update(self, values: npt.NDArray[np.floating[Any]]) -> None:
-        """Count one batch of `values`, of any shape; other types than float32 are converted to it."""
-        from fastcal.observe import count  # compiled with numba, which is not needed where a GPU counts
+        """Count one batch of `values` of any shape; other types are converted to float32."""
+        from fastcal.observe import count  # needs numba, which may be missing if a GPU counts
 
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if not flat.size:
             return
-        batch_amax = max(float(flat.max()), -float(flat.min()))  # NaN if one is NaN
+        batch_amax = max(float(flat.max()), -float(flat.min()))  # NaN if an element is NaN
         if not math.isfinite(batch_amax):
             flat = self._without_nonfinite(flat)
             batch_amax = float(np.abs(flat).max(initial=0.0))
@@ -88,7 +88,7 @@ class Histogram:
         if self.range == 0.0:
             self.counts[0] += flat.size
             return
-        counted = np.zeros(BINS + 1, np.int64)  # the last is for elements equal to the range
+        counted = np.zeros(BINS + 1, np.int64)  # the last bin is for elements equal to the range
         for start in range(0, flat.size, count.MOST):
             count.add(flat[start : start + count.MOST], np.float32(self.width), counted)
         self.counts += counted[:BINS]
@@ -104,19 +104,19 @@ class Histogram:
         """Make room for a batch whose largest |x| is `batch_amax`, before its elements are counted."""
         self.amax = max(self.amax, batch_amax)
         if self.range == 0.0:
-            # That is batch_amax, unless it is so small (below 2^-115) that the width is rounded, to 0 perhaps.
+            # Equal to batch_amax, unless that is so small (below 2^-115) that the width is rounded, perhaps to 0.
             self.range = float(np.float32(batch_amax / BINS)) * BINS
         if self.range:
             doublings = _doublings(self.range, batch_amax)
             self.counts = _paired(self.counts, doublings)
             self.range = math.ldexp(self.range, doublings)
 
-    def fits(self, later: "Histogram") -> bool:
-        """Whether `append` takes `later`: it began with a range like ours, 0 as well, or has seen nothing but 0."""
+    def can_append(self, later: "Histogram") -> bool:
+        """Return whether `append` takes `later`: it began with a range like ours, 0 too, or has counted only zeros."""
         return not later.amax or math.frexp(self.range)[0] == math.frexp(later.start)[0]
 
     def append(self, later: "Histogram") -> None:
-        """Add the histogram of the batches that come after ours, as if they had been counted here."""
+        """Add the histogram of later batches, as if they had been counted here."""
         before, self.range = self.range, max(self.range, later.range)
         if self.range:
             self.counts = _paired(self.counts, _doublings(before or self.range, self.range))
@@ -124,7 +124,7 @@ class Histogram:
         else:
             self.counts += later.counts
         for value, count in later.clamped.items():
-            if value < before:  # here they come after a range beyond theirs
+            if value < before:  # here the range was larger already when they came
                 doublings = _doublings(value, self.range)
                 self.counts[BINS - 1 >> doublings] -= count
                 self.counts[BINS >> doublings] += count
@@ -140,7 +140,7 @@ class Histogram:
 
 
 def _doublings(lower: float, upper: float) -> int:
-    """How often `lower` must be doubled to be no less than `upper`."""
+    """Return how often `lower` must be doubled to be no less than `upper`."""
     doublings = 0
     while math.ldexp(lower, doublings) < upper:
         doublings += 1
@@ -148,7 +148,7 @@ def _doublings(lower: float, upper: float) -> int:
 
 
 def _paired(counts: npt.NDArray[np.int64], times: int) -> npt.NDArray[np.int64]:
-    """`counts` with neighbouring bins added in pairs so many times."""
+    """Return `counts` with neighbouring bins added in pairs, that many times."""
     for _ in range(times):
         paired = np.zeros_like(counts)
         paired[: BINS // 2] = counts.reshape(-1, 2).sum(axis=1)
@@ -160,7 +160,7 @@ class Histograms(dict[str, Histogram]):
     """Histograms by tensor name, counted on all cores; a context manager that ends its threads.
 
     Args:
-        threads: How many threads count; by default one per core that this process may use.
+        threads: The number of threads that count; by default one per core that this process may use.
     """
 
     def __init__(self, threads: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What rounding to INT8 takes from values: a loop over every element, compiled for the CPU with numba."""
+"""The noise of rounding to INT8: a loop over every element, compiled for the CPU with numba."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ def _rounded(values, scale):  # type: ignore[no-untyped-def]
     """Round a vector of finite float32 `values` as QuantizeLinear and DequantizeLinear do, with a `scale` > 0.
 
     Returns:
-        The sum of the squares of what that takes from them, and how many are clipped: beyond 127 scales.
+        The sum of the squared differences, and the number of values that are clipped: beyond 127 scales.
     """
     noise = 0.0
     clipped = 0

@@ -1,4 +1,4 @@
-"""A network observed on the CPU: run by ONNX Runtime with every activation visible, counted on all cores."""
+"""A network observed on the CPU: ONNX Runtime runs it with every activation visible, and all cores count."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +13,15 @@ import onnxruntime
 
 from fastcal.batch import match_batch
 from fastcal.device import to_host
-from fastcal.errors import FastcalError
+from fastcal.errors import ModelError
 from fastcal.memory import SHARE, free_memory, groups
 from fastcal.model import Model
 from fastcal.observe.histogram import Histogram, Histograms
 
-#: How many characters of what ONNX Runtime says are shown, of its beginning and of its end: what is wrong comes last.
+#: The characters of ONNX Runtime's messages that are shown of the beginning and of the end: the cause comes last.
 _ENDS = 250
 
-#: What to do where ONNX Runtime says something with these words; the first that fit.
+#: The remedy for a message of ONNX Runtime with these words; the first that fits.
 _REMEDIES = {
     "Failed to allocate memory": "use a smaller batch size",
     "bad_alloc": "use a smaller batch size",
@@ -42,14 +42,14 @@ class OnnxRuntimeObserver:
 
     Args:
         model: The model.
-        threads: How many threads run the network and count; by default one per core that this process may use.
+        threads: The number of threads that run the network and count; by default one per core of this process.
         memory: As for `PartedRunner`.
 
     Attributes:
         shared_scales: Tensors that take the scale of another one: name to the other tensor's name.
 
     Raises:
-        FastcalError: ONNX Runtime does not take the model.
+        ModelError: ONNX Runtime does not take the model.
     """
 
     def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
@@ -59,7 +59,7 @@ class OnnxRuntimeObserver:
         self._histograms = Histograms(threads)
 
     def begin(self, starts: Mapping[str, float]) -> None:
-        """Begin anew, with ranges by tensor name: those that batches before have set."""
+        """Begin anew with ranges by tensor name: those that earlier batches have set."""
         self._histograms.clear()
         self._histograms.update({name: Histogram(start) for name, start in starts.items()})
 
@@ -70,15 +70,17 @@ class OnnxRuntimeObserver:
             batch: Arrays by input name.
 
         Raises:
-            FastcalError: The batch does not fit the model or the memory, or ONNX Runtime fails on it.
+            DataError: The batch does not fit the model.
+            FastcalError: The batch does not fit the memory.
+            ModelError: ONNX Runtime fails on the batch.
         """
-        arrays = match_batch(self._model.inputs, str(self._model.path), batch)
+        arrays = match_batch(self._model.inputs, self._model.label, batch)
         for values in self._runner.run(arrays):
             self._histograms.update_all(values)
-            del values  # before the next ones are there
+            del values  # before the next ones are computed
 
     def histograms(self) -> Mapping[str, Histogram]:
-        """The histograms since the beginning, by tensor name."""
+        """Return the histograms since the beginning, by tensor name."""
         return self._histograms
 
     def __enter__(self) -> "OnnxRuntimeObserver":
@@ -94,19 +96,19 @@ class OnnxRuntimeObserver:
 class PartedRunner:
     """Runs batches through a model and shows all activations, as many at a time as fit the memory.
 
-    Where they do not fit it together, the network runs several times over each batch. A context manager.
+    If they do not fit the memory together, the network runs several times over each batch. A context manager.
 
     Args:
         model: The model.
         threads: As for `OnnxRuntimeRunner`.
-        memory: How many bytes the activations of a batch may take; by default 70 % of what is free when the first batch
-            comes, or all of it for a single one that takes so much.
+        memory: The bytes that the activations of a batch may take; by default 70 % of what is free when the first batch
+            comes, or all of it for a single activation that takes that much.
 
     Attributes:
         tensors: Names of the float inputs and activations, in the graph's order.
 
     Raises:
-        FastcalError: ONNX Runtime does not take the model.
+        ModelError: ONNX Runtime does not take the model.
     """
 
     def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
@@ -126,10 +128,11 @@ class PartedRunner:
             batch: Arrays by input name.
 
         Yields:
-            The values of some of `tensors`, by name; of each once. They are to be let go before the next are asked for.
+            The values of some of `tensors`, by name, each tensor once. Drop them before asking for the next ones.
 
         Raises:
-            FastcalError: The batch does not fit the memory, or ONNX Runtime fails on it.
+            FastcalError: The batch does not fit the memory.
+            ModelError: ONNX Runtime fails on the batch.
         """
         shapes = {name: tuple(array.shape) for name, array in batch.items()}
         if shapes != self._shapes:
@@ -141,9 +144,9 @@ class PartedRunner:
             yield {name: values for name, values in runner.run(batch).items() if name not in runner.inputs}
 
     def _fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Have as many runners as it takes for activations of these inputs to fit the memory."""
+        """Make as many runners as the activations of inputs of these shapes need to fit the memory."""
         if self._free is None and self._memory is None:
-            self._free = free_memory()  # before batches have taken of it
+            self._free = free_memory()  # before batches take some of it
         known = self._model.sizes(shapes)
         sizes = {name: known.get(name, 0) for name in self._activations}
         if self._memory is not None:
@@ -177,16 +180,17 @@ class OnnxRuntimeRunner:
 
     Args:
         model: The model; external data is read from its folder.
-        threads: How many threads run one batch; by default one per core that this process may use.
-        variant: What to run in place of the model, and to return the outputs of alone: the model with Q/DQ pairs, say.
-        activations: What to show of the model; by default all activations.
+        threads: The number of threads that run one batch; by default one per core that this process may use.
+        variant: A model to run in place of the model, for instance the one with Q/DQ pairs; only its outputs are
+            returned.
+        activations: The activations to show; by default all.
 
     Attributes:
         inputs: Names of the float inputs.
         activations: Names of the float activations (or outputs) that are shown, in the graph's order.
 
     Raises:
-        FastcalError: ONNX Runtime does not take the model.
+        ModelError: ONNX Runtime does not take the model.
     """
 
     def __init__(
@@ -200,10 +204,10 @@ class OnnxRuntimeRunner:
         self._model = model
         proto = _with_outputs(model, activations) if variant is None else variant
         options = onnxruntime.SessionOptions()
-        options.enable_cpu_mem_arena = activations is None  # which would keep the memory from the others that run
+        options.enable_cpu_mem_arena = activations is None  # an arena would keep memory from the other runners
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.log_severity_level = 4  # what goes wrong comes as an exception
+        options.log_severity_level = 4  # errors come as exceptions
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(model.path.parent.resolve())
         )
@@ -212,7 +216,7 @@ class OnnxRuntimeRunner:
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            raise FastcalError(f"ONNX Runtime cannot load {model.path}: {_reason(error)}") from error
+            raise ModelError(f"ONNX Runtime cannot load {model.path}: {_reason(error)}") from error
         self.inputs = [value.name for value in self._session.get_inputs() if value.type in _FLOAT]
         self.activations = [value.name for value in self._session.get_outputs() if value.type in _FLOAT]
         # A thread of its own runs the session, so that the calling thread stays open to Ctrl-C.
@@ -228,7 +232,7 @@ class OnnxRuntimeRunner:
             The values of `inputs` and `activations` by name.
 
         Raises:
-            FastcalError: ONNX Runtime fails on the batch.
+            ModelError: ONNX Runtime fails on the batch.
         """
         arrays = {value.name: np.asarray(to_host(batch[value.name]), value.dtype) for value in self._model.inputs}
         if not self.activations:
@@ -239,7 +243,7 @@ class OnnxRuntimeRunner:
         try:
             values = future.result()
         except Exception as error:
-            raise FastcalError(f"ONNX Runtime cannot run {self._model.path}: {_reason(error)}") from error
+            raise ModelError(f"ONNX Runtime cannot run {self._model.path}: {_reason(error)}") from error
         except BaseException:  # Ctrl-C: stop at the next layer
             options.terminate = True
             wait([future])
@@ -260,7 +264,7 @@ class OnnxRuntimeRunner:
 
 
 def _with_outputs(model: Model, activations: Sequence[str] | None) -> onnx.ModelProto:
-    """The model with activations, by default all, for its outputs; their types are left for ONNX Runtime to infer."""
+    """Return the model with activations, by default all, as its outputs; ONNX Runtime infers their types."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     del proto.graph.output[:]
@@ -269,7 +273,7 @@ def _with_outputs(model: Model, activations: Sequence[str] | None) -> onnx.Model
 
 
 def _reason(error: Exception) -> str:
-    """What an exception of ONNX Runtime's says, in one line, and what to do where that is known."""
+    """Return the message of an exception of ONNX Runtime in one line, with the remedy if it is known."""
     text = " ".join(str(error).split())
     if len(text) > 2 * _ENDS:
         text = f"{text[:_ENDS]} ... {text[-_ENDS:]}"

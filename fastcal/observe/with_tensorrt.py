@@ -1,4 +1,4 @@
-"""A network observed on a GPU: run by TensorRT in FP32 with every tensor an output, counted where the tensors are."""
+"""A network observed on a GPU: TensorRT runs it in FP32 with every tensor an output, and the GPU counts."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 from fastcal.batch import Input, check_values, format_shape, known_sizes, match_batch
 from fastcal.definition import Definition, Network
 from fastcal.device import upload, wait_until_filled
-from fastcal.errors import FastcalError
+from fastcal.errors import ModelError
 from fastcal.memory import SHARE, groups
 from fastcal.model import Model
 from fastcal.network import Logger, parse, start_builder, tactic_bits, trt
@@ -29,25 +29,24 @@ class TensorRTObserver:
     """Runs batches through a network on CuPy's current GPU and keeps the histograms of all its float tensors.
 
     A context manager: within it, CuPy's current stream is the one that reads the batches, so that a feed fills no
-    buffer that is still read.
+    buffer that is still in use.
 
     The tensors carry the names that they have in TensorRT's own calibration caches, those that its parser adds among
-    them. The network runs in FP32 as TensorRT calibrates, without fusing away any tensor. A batch's arrays are read
-    where they are if they lie on the GPU.
+    them. The network runs in FP32 as TensorRT calibrates, and no tensor is fused away. A batch's arrays on the GPU are
+    read where they are.
 
-    An engine is built when the first batch comes, and again when one of other shapes does.
+    An engine is built for the first batch, and again for batches of other shapes.
 
     Args:
         network: The network; a `Definition` is left as it was.
         tf32: Whether TensorRT may round the factors of convolutions and matrix products to TF32: faster, and amax
             differs from FP32's by about 1e-3.
         optimization_level: 0 (built fastest) to 5 (runs fastest).
-        memory: How many bytes all observed tensors of a batch may take; by default 70 % of what is free on the GPU.
-            Where they take more, the network runs several times over each batch and shows some of them each time.
+        memory: The bytes that all observed tensors of a batch may take; by default 70 % of what is free on the GPU. If
+            they take more, the network runs several times over each batch and shows some of them each time.
         tactic_sources: Names of `tensorrt.TacticSource`, or their bits; by default TensorRT's own.
 
     Attributes:
-        inputs: The network's inputs.
         shared_scales: Tensors that take the scale of another one: name to the other tensor's name.
     """
 
@@ -60,30 +59,24 @@ class TensorRTObserver:
         memory: int | None = None,
         tactic_sources: int | Iterable[str] | None = None,
     ) -> None:
-        self._logger = Logger()
-        self._builder = start_builder(self._logger)
+        self._builder = _EngineBuilder(network, tf32, optimization_level, memory, tactic_bits(tactic_sources))
+        definition = self._builder.network
+        self._inputs = Definition(definition).inputs
         self._label = network.label
-        self._network = parse(self._builder, network, self._logger) if isinstance(network, Model) else network.raw
-        self._tf32 = tf32
-        self._level = optimization_level
-        self._memory = memory
-        self._tactic_sources = tactic_bits(tactic_sources)
-        self.inputs = Definition(self._network).inputs
-        self.shared_scales = _pooled(self._network)
-        self._computed = _computed(self._network)
+        self.shared_scales = _pooled(definition)
         self._engines: list[_Engine] = []
         self._shapes: Shapes | None = None  # of the inputs that the engines are built for
         self._uploads: dict[str, Any] = {}
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._ends = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-        constants = {name: cupy.asarray(values) for name, values in _constants(self._network).items()}
-        observed = [*filter(_is_float, _inputs(self._network)), *self._computed]
+        constants = {name: cupy.asarray(values) for name, values in _constants(definition).items()}
+        observed = [*filter(_is_float, _inputs(definition)), *self._builder.computed]
         self._histograms = DeviceHistograms([*(value.name for value in observed), *constants])
         self._histograms.update_all(constants)
         cupy.cuda.get_current_stream().synchronize()
 
     def begin(self, starts: Mapping[str, float]) -> None:
-        """Begin anew, with ranges by tensor name: those that batches before have set. Leaves constants out from now."""
+        """Begin anew with ranges by tensor name: those that earlier batches have set. Leaves constants out."""
         self._histograms.begin(starts)
 
     def observe(self, batch: Mapping[str, Any]) -> None:
@@ -93,17 +86,18 @@ class TensorRTObserver:
             batch: Arrays by input name, on the GPU or in host memory.
 
         Raises:
-            FastcalError: The batch does not fit the network, or TensorRT cannot run it.
+            DataError: The batch does not fit the network.
+            ModelError: TensorRT cannot run the network.
         """
-        batch = match_batch(self.inputs, self._label, batch)
-        arrays = {value.name: self._on_device(value, batch[value.name]) for value in self.inputs}
+        batch = match_batch(self._inputs, self._label, batch)
+        arrays = {value.name: self._on_device(value, batch[value.name]) for value in self._inputs}
         shapes = tuple((name, tuple(array.shape)) for name, array in arrays.items())
         if shapes != self._shapes:
             self._stream.synchronize()
             self._forget_engines()
-            self._engines = list(self._build(dict(shapes)))
+            self._engines = list(self._builder.build(dict(shapes)))
             block = cupy.empty(max(engine.bytes for engine in self._engines), np.uint8)
-            for engine in self._engines:  # which run one after another
+            for engine in self._engines:  # they run one after another
                 engine.write_to(block)
             self._shapes = shapes
         shown = {
@@ -119,11 +113,11 @@ class TensorRTObserver:
             self._stream.synchronize()  # another library may write to its arrays whatever CuPy's stream still reads
 
     def histograms(self) -> dict[str, Histogram]:
-        """The histograms since the beginning, by tensor name; those of the network's constants are there at first."""
+        """Return the histograms since the beginning, by tensor name; at first those of the constants are among them."""
         return self._histograms.fetch()
 
     def __enter__(self) -> "TensorRTObserver":
-        cupy.cuda.Device().synchronize()  # arrays that are there already are complete
+        cupy.cuda.Device().synchronize()  # arrays that exist already are complete
         self._stream.__enter__()
         return self
 
@@ -140,44 +134,71 @@ class TensorRTObserver:
 
     def _on_device(self, value: Input, array: Any) -> Any:
         if hasattr(array, "__cuda_array_interface__"):
-            if not isinstance(array, cupy.ndarray):  # those of CuPy are made on the current stream, or were before
+            if not isinstance(array, cupy.ndarray):  # CuPy's arrays are made on the current stream, or earlier
                 wait_until_filled(array)
             given = cupy.asarray(array)
             check_values(given, value, self._label)
             return cupy.asarray(given, value.dtype, order="C")
         return upload(np.asarray(array, value.dtype), value.name, self._uploads)  # after the batch before was read
 
-    def _build(self, shapes: Mapping[str, tuple[int, ...]]) -> "Iterator[_Engine]":
-        """One engine per group of tensors that fit the memory together."""
-        with _fixed(self._network, shapes):
-            tensors = {value.name: value for value in self._computed}
+
+class _EngineBuilder:
+    """Builds engines that show a network's tensors.
+
+    Args:
+        network: The network.
+        tf32: Whether TensorRT may use TF32.
+        optimization_level: 0 (built fastest) to 5 (runs fastest).
+        memory: The bytes that the tensors of a batch may take; by default 70 % of what is free.
+        tactic_sources: The bits of `tensorrt.TacticSource`; None for TensorRT's own.
+
+    Attributes:
+        network: The `tensorrt.INetworkDefinition`.
+        computed: The float tensors that its layers compute, in the network's order.
+    """
+
+    def __init__(
+        self, network: Network, tf32: bool, optimization_level: int, memory: int | None, tactic_sources: int | None
+    ) -> None:
+        self._logger = Logger()
+        self._builder = start_builder(self._logger)
+        self._label = network.label
+        self.network = parse(self._builder, network, self._logger) if isinstance(network, Model) else network.raw
+        self.computed = _computed(self.network)
+        self._memory = memory
+        config = self._config = self._builder.create_builder_config()
+        config.builder_optimization_level = optimization_level
+        if not tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if tactic_sources is not None:
+            config.set_tactic_sources(tactic_sources)
+
+    def build(self, shapes: Mapping[str, tuple[int, ...]]) -> "Iterator[_Engine]":
+        """Yield one engine per group of tensors that fit the memory together, for inputs of these shapes.
+
+        Raises:
+            ModelError: TensorRT cannot build the network.
+        """
+        with _fixed(self.network, shapes):
+            tensors = {value.name: value for value in self.computed}
             sizes = {name: _bytes(value) for name, value in tensors.items()}
             memory = self._memory or int(SHARE * cupy.cuda.runtime.memGetInfo()[0])
             for group in groups(sizes, memory, "the GPU's memory"):
-                with _outputs(self._network, [tensors[name] for name in group]):
-                    yield _Engine(self._serialize(), group, self._logger)
-
-    def _serialize(self) -> Any:
-        config = self._builder.create_builder_config()
-        config.builder_optimization_level = self._level
-        if not self._tf32:
-            config.clear_flag(trt.BuilderFlag.TF32)
-        if self._tactic_sources is not None:
-            config.set_tactic_sources(self._tactic_sources)
-        plan = self._builder.build_serialized_network(self._network, config)
-        if plan is None:
-            raise FastcalError(
-                f"TensorRT cannot build {self._label} with every tensor visible: "
-                f"{self._logger.reasons()}; use backend='onnxruntime'"
-            )
-        return plan
+                with _outputs(self.network, [tensors[name] for name in group]):
+                    plan = self._builder.build_serialized_network(self.network, self._config)
+                    if plan is None:
+                        raise ModelError(
+                            f"TensorRT cannot build {self._label} with every tensor visible: {self._logger.reasons()}; "
+                            "use backend='onnxruntime'"
+                        )
+                    yield _Engine(plan, group, self._logger)
 
 
 class _Engine:
-    """An engine, and the arrays that it writes some of the network's tensors to.
+    """An engine, and the arrays to which it writes some of the network's tensors.
 
     Attributes:
-        bytes: How much memory those arrays take.
+        bytes: The memory that those arrays take.
     """
 
     def __init__(self, plan: Any, names: Sequence[str], logger: Logger) -> None:
@@ -185,7 +206,7 @@ class _Engine:
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         context = None if self._engine is None else self._engine.create_execution_context()
         if context is None:
-            raise FastcalError(f"TensorRT cannot run the network: {logger.reasons()}; use a smaller batch size")
+            raise ModelError(f"TensorRT cannot run the network: {logger.reasons()}; use a smaller batch size")
         self._context: Any = context
         self._logger = logger
         tensors = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -202,17 +223,17 @@ class _Engine:
         self._shown: dict[str, Any] = {}
 
     def write_to(self, block: Any) -> None:
-        """Have the arrays in a block of the GPU's memory, of `bytes` at least."""
+        """Put the arrays into a block of the GPU's memory of at least `bytes`."""
         for name, (shape, dtype, offset) in self._places.items():
             self._shown[name] = cupy.ndarray(shape, dtype, block.data + offset)
             self._context.set_tensor_address(name, self._shown[name].data.ptr)
 
     def run(self, arrays: Mapping[str, Any], stream: Any) -> dict[str, Any]:
-        """Enqueue one batch; the tensors by name as float32 arrays, there when the stream has come so far."""
+        """Enqueue one batch; return the tensors by name as float32 arrays, filled in the stream's order."""
         for name in self._inputs:
             self._context.set_tensor_address(name, arrays[name].data.ptr)
         if not self._context.execute_async_v3(stream.ptr):
-            raise FastcalError(f"TensorRT cannot run the network: {self._logger.reasons()}")
+            raise ModelError(f"TensorRT cannot run the network: {self._logger.reasons()}")
         return {name: self._shown[name].astype(np.float32, copy=False) for name in self._names}
 
 
@@ -229,7 +250,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _computed(network: Any) -> list[Any]:
-    """The float tensors that layers compute, in the network's order."""
+    """Return the float tensors that layers compute, in the network's order."""
     values = (
         layer.get_output(index)
         for layer in _layers(network)
@@ -240,7 +261,7 @@ def _computed(network: Any) -> list[Any]:
 
 
 def _constants(network: Any) -> dict[str, Any]:
-    """The values of the float constants, by the names of their tensors: TensorRT gives them scales too."""
+    """Return the values of the float constants by tensor name: TensorRT gives them scales too."""
     constants = {}
     for layer in _layers(network):
         if layer.type == trt.LayerType.CONSTANT and _is_float(layer.get_output(0)):
@@ -250,12 +271,12 @@ def _constants(network: Any) -> dict[str, Any]:
 
 
 def _elements(weights: Any) -> Any:
-    """The weights of a layer; NumPy 2 finds a stride of 0 in those of TensorRT 8.6, which was built for NumPy 1."""
+    """Return the weights of a layer; NumPy 2 finds a stride of 0 in those of TensorRT 8.6, built for NumPy 1."""
     return np.lib.stride_tricks.as_strided(weights, strides=(weights.itemsize,))
 
 
 def _pooled(network: Any) -> dict[str, str]:
-    """The outputs of pooling layers, which take their inputs' scales: see `Model.shared_scales`."""
+    """Return the outputs of pooling layers, which take their inputs' scales: see `Model.shared_scales`."""
     sources: dict[str, str] = {}
     for layer in _layers(network):
         if layer.type == trt.LayerType.POOLING:
@@ -265,10 +286,10 @@ def _pooled(network: Any) -> dict[str, str]:
 
 
 def _bytes(value: Any) -> int:
-    """How many bytes of the GPU's memory it takes to count a tensor."""
+    """Return the bytes of the GPU's memory that it takes to count a tensor."""
     shape = tuple(value.shape)
     if min(shape, default=0) < 0:
-        raise FastcalError(
+        raise ModelError(
             f"the shape of tensor {value.name!r} is {format_shape(known_sizes(shape))} even "
             "for inputs of fixed shapes: it depends on the data; use backend='onnxruntime'"
         )
@@ -278,13 +299,13 @@ def _bytes(value: Any) -> int:
 
 
 def _aligned(size: int) -> int:
-    """So many bytes and a few more, for what comes next in a block of memory."""
+    """Return a size rounded up to TensorRT's alignment."""
     return max(-(-size // _ALIGNMENT), 1) * _ALIGNMENT
 
 
 @contextmanager
 def _fixed(network: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
-    """The network's inputs with these shapes."""
+    """Give the network's inputs these shapes for the time of the context."""
     inputs = _inputs(network)
     before = [tuple(value.shape) for value in inputs]
     try:
@@ -298,7 +319,7 @@ def _fixed(network: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None
 
 @contextmanager
 def _outputs(network: Any, values: Sequence[Any]) -> Iterator[None]:
-    """The network with these tensors as its outputs."""
+    """Make these tensors the network's outputs for the time of the context."""
     before = [network.get_output(index) for index in range(network.num_outputs)]
     for value in before:
         network.unmark_output(value)

@@ -100,10 +100,10 @@ def test_parts_counted_apart_are_appended_to_the_same_counts(parts, lag):
     for part in parts:
         # A part knows the range of some time ago, as when several are under way.
         counted = histogram_of(*part, start=known[-lag])
-        if not total.fits(counted):
+        if not total.can_append(counted):
             assert known[-lag] == 0
             counted = histogram_of(*part, start=total.range)
-        assert total.fits(counted)
+        assert total.can_append(counted)
         total.append(counted)
         known.append(total.range)
     assert_equal(total, whole)
@@ -130,11 +130,11 @@ def test_an_element_equal_to_the_range_falls_in_a_part_where_it_would_in_one():
 
 def test_a_part_that_began_with_a_range_of_its_own_does_not_fit():
     total = histogram_of([3.0])
-    assert not total.fits(histogram_of([1.0]))
-    assert total.fits(histogram_of([1.0], start=3.0))
-    assert total.fits(histogram_of([100.0], start=6.0))
-    assert total.fits(histogram_of([0.0]))
-    assert Histogram().fits(histogram_of([1.0]))
+    assert not total.can_append(histogram_of([1.0]))
+    assert total.can_append(histogram_of([1.0], start=3.0))
+    assert total.can_append(histogram_of([100.0], start=6.0))
+    assert total.can_append(histogram_of([0.0]))
+    assert Histogram().can_append(histogram_of([1.0]))
 
 
 def test_the_range_doubles_until_it_fits():

@@ -19,6 +19,7 @@ import pytest
 
 import fastcal
 from conftest import DIGITS
+from fastcal.algorithm import Algorithm
 from fastcal.model import Model
 from fastcal.observe.backends import OnnxRuntimeBackend
 from fastcal.observe.with_ray import RayBackend
@@ -77,7 +78,7 @@ def digits(images=DIGITS / "images", **options):
 def no_actor_left():
     """No test leaves an actor behind."""
     yield
-    wait_for(lambda: not processes(b"ray::_Worker"))
+    wait_for(lambda: not processes(b"ray::Worker"))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,8 @@ def test_the_cache_is_that_of_one_process(cluster, alone, workers):
     found = calibrate(MODEL, digits(), workers=workers, progress=lambda p: seen.append((p.batches, p.images, p.total)))
     assert found.to_bytes() == alone.to_bytes()
     for algorithm in ("minmax", "percentile"):  # picked from the same histograms
-        assert found.observed.scales(algorithm, 0.999) == alone.observed.scales(algorithm, 0.999)
+        picks = Algorithm.of(algorithm, 0.999)
+        assert picks.scales(found.observed) == picks.scales(alone.observed)
     assert seen[-1] == (37, 259, 37)
     assert seen == sorted(set(seen))
 
@@ -202,7 +204,7 @@ def meanwhile(*actions):
     def act():
         for number, action in enumerate(actions, start=1):
             wait_for(lambda number=number: state.batches > 8 * number)
-            (process, *_) = wait_for(lambda: set(processes(b"ray::_Worker.count")) - set(used))
+            (process, *_) = wait_for(lambda: set(processes(b"ray::Worker.count")) - set(used))
             action(process)
             used.append(process)
 
@@ -361,7 +363,7 @@ def test_a_feed_that_cannot_be_divided(cluster, onnx_file):
 
 
 def test_a_network_that_is_no_file(cluster):
-    with pytest.raises(fastcal.FastcalError, match="workers run ONNX files, not a SimpleNamespace; leave workers"):
+    with pytest.raises(fastcal.FastcalError, match="workers run ONNX files, not an INetworkDefinition; leave workers"):
         calibrate(SimpleNamespace(num_inputs=0), fastcal.ArrayFeed([{"x": np.ones((1, 3), "f4")}]), workers=1)
 
 
@@ -376,7 +378,7 @@ def test_a_cluster_that_is_not_there(spawn_fastcal, tmp_path):
 def test_workers_share_the_cpus_of_nodes_that_have_room(gpus):
     nodes = [{"CPU": 64.0, "GPU": 2.0}, {"CPU": 64.0, "GPU": 2.0}, {"CPU": 8.0}, {}]
     for workers, cpus in ((1, 64), (2, 64), (3, 32), (4, 32), (5, 21 if not gpus else 1)):
-        assert with_ray._cpus_each(nodes, workers, bool(gpus)) == cpus
+        assert with_ray.cpus_each(nodes, workers, bool(gpus)) == cpus
 
 
 def test_the_command_line_is_the_same_with_workers(cluster, run_fastcal, spawn_fastcal, tmp_path):
@@ -399,9 +401,9 @@ def test_ctrl_c_leaves_no_actor_behind(cluster, tmp_path, joins):
         [*command, *(("--ray-address", cluster.address) if joins else ())], cwd=tmp_path, stderr=subprocess.PIPE,
         text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    wait_for(lambda: len(processes(b"ray::_Worker.count")) == 2)
+    wait_for(lambda: len(processes(b"ray::Worker.count")) == 2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.communicate(timeout=30)[1].splitlines()[-1] == "interrupted; nothing was written"
     assert process.returncode == 130
     assert os.listdir(tmp_path) == ["list.txt"]
-    wait_for(lambda: not processes(b"ray::_Worker"))
+    wait_for(lambda: not processes(b"ray::Worker"))

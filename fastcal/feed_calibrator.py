@@ -1,0 +1,290 @@
+"""`FeedCalibrator`: the part that TensorRT's five calibrator classes share.
+
+TensorRT takes an exception in `get_batch` for the end of the data, builds the engine and writes a cache from the first
+batches (seen on 8.6.0). These calibrators remember the exception, write no cache, and raise the exception as soon as
+they can: when `with calibrator:` around the build ends, or at `calibrator.check()`.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from fastcal.algorithm import Algorithm
+from fastcal.cache.record import check_cache_writable
+from fastcal.calibration import Calibration
+from fastcal.definition import Definition, as_network
+from fastcal.errors import GPU_EXTRAS, ModelError, UnavailableError
+from fastcal.feed.arrays import ArrayFeed
+from fastcal.feed.feed import Feed
+from fastcal.handout import CalibratorStats, Handout
+from fastcal.model import Model
+from fastcal.observe.backends import TensorRTBackend
+from fastcal.progress import Progress
+from fastcal.versions import check_tensorrt_version
+
+try:
+    import tensorrt as trt
+except (ImportError, OSError) as error:
+    raise UnavailableError(
+        f"TensorRT's calibrators need TensorRT 8.6 to 10.16, which cannot be imported ({error}): {GPU_EXTRAS}; "
+        "without it, fastcal calibrate writes a cache",
+        "TensorRT",
+    ) from error
+if not hasattr(trt, "IInt8EntropyCalibrator2"):
+    raise UnavailableError(
+        f"TensorRT {trt.__version__} has no calibrators (gone from 11.0): calibrate with fastcal calibrate, and carry "
+        "the scales in the model as QuantizeLinear and DequantizeLinear nodes",
+        "TensorRT",
+    )
+
+__all__ = ["FeedCalibrator", "trt"]
+
+_log = logging.getLogger("fastcal")
+
+
+class FeedCalibrator:
+    """The part that the five classes share: the calls that TensorRT makes, and the errors that it must not lose.
+
+    Args:
+        feed: The batches: a `Feed`, or anything that `ArrayFeed` takes, named after the inputs of `model`. A feed's
+            arrays on the GPU are read where they are; others are copied there.
+        cache: The file of the cache. It is reused as long as it is up to date: its header and the record beside it must
+            name the same algorithm, TensorRT version, model (if known), samples in order and preprocessing. Otherwise
+            TensorRT calibrates again, and the log names the difference. The old file is replaced when the new one is
+            complete.
+        model: The ONNX file that will be calibrated, for that record.
+        progress: Called in `get_batch` before a batch is fetched, with the batches that TensorRT has finished; the
+            builder waits for it.
+
+    Attributes:
+        feed: The batches.
+    """
+
+    #: TensorRT's class, and the algorithm.
+    _base: Any
+    _algorithm: Algorithm
+
+    def __init__(
+        self,
+        feed: Any,
+        *,
+        cache: str | os.PathLike[str] | None = None,
+        model: str | os.PathLike[str] | Model | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self._base.__init__(self)
+        network = None if model is None else Model.of(model)
+        self._owns_feed = not isinstance(feed, Feed)
+        names = None if network is None else network.input_names
+        self.feed: Feed = ArrayFeed(feed, names) if self._owns_feed else feed
+        self._progress = progress
+        self._handout = Handout(self.feed, progress)
+        version = check_tensorrt_version(trt.__version__)
+        #: The calibration that TensorRT makes, and the one of the build at hand.
+        self._default = Calibration(self.feed, self._algorithm, network, TensorRTBackend(), version)
+        self._calibration = self._default
+        self._cache = None if cache is None else Path(cache)
+        self._error: BaseException | None = None
+        self._finished = False  # whether TensorRT has had its cache written
+        self._ready: bytes | None = None  # a finished cache to hand over
+
+    @property
+    def stats(self) -> CalibratorStats:
+        """The statistics of the calibration under way, or of the last one."""
+        return self._handout.stats
+
+    # What TensorRT calls.
+
+    def get_batch_size(self) -> int:
+        """Return the number of samples in a batch; 1 if the feed fails to tell, and then there is no batch."""
+        try:
+            return self.feed.batch_size
+        except BaseException as error:
+            self._fail(error)
+            return 1
+
+    def get_batch(self, names: Sequence[str], *_: Any) -> list[int] | None:
+        """Return the device addresses of the next batch.
+
+        Args:
+            names: The network's inputs, in the order in which TensorRT wants them.
+
+        Returns:
+            One address per name, valid until the next call; None at the end of the data, or after an error.
+        """
+        if self._error is not None:
+            return None
+        try:
+            return self._handout.next(names)
+        except BaseException as error:  # even Ctrl-C: TensorRT would take it for the end of the data
+            self._fail(error)
+            return None
+
+    def read_calibration_cache(self) -> bytes | None:
+        """Return the cache if it is up to date; else None, and TensorRT calibrates.
+
+        TensorRT 8.6.0 asks twice: before the first batch, and after the last one, before it has the cache written.
+        """
+        if self._finished:
+            self.rewind()  # another build
+        if self._ready is not None:
+            return self._ready
+        if self._handout.ended or self._error is not None:
+            return None
+        try:
+            return self._reuse()
+        except BaseException as error:
+            self._fail(error)
+            return None
+
+    def write_calibration_cache(self, cache: Any) -> None:
+        """Keep `cache`, the bytes that TensorRT made, with a record of what it was made from.
+
+        After an error nothing is kept.
+        """
+        self._finished = True
+        if self._cache is None or self._ready is not None:
+            return
+        try:
+            if self._error is not None:
+                _log.info("%s is not written: the calibration failed", self._cache)
+            elif not self._handout.ended:
+                _log.warning("%s is not written: TensorRT has not asked for all batches", self._cache)
+            else:
+                self._calibration.record.skipping(self.feed.skipped).save(self._cache, bytes(cache))
+        except BaseException as error:
+            self._fail(error)
+
+    # What the application calls.
+
+    def rewind(self) -> None:
+        """Begin again: the next `get_batch` hands out the first batch, and an earlier error is forgotten."""
+        self._handout.begin_anew()
+        self._calibration = replace(self._default)  # the record anew: files may have changed
+        self._error = self._ready = None
+        self._finished = False
+
+    def calibrate(
+        self,
+        network: Any,
+        *,
+        tf32: bool = False,
+        optimization_level: int | None = None,
+        tactic_sources: int | Iterable[str] | None = None,
+    ) -> None:
+        """Calibrate now as `fastcal.calibrate` does, so that TensorRT is given a finished cache and asks for no batch.
+
+        Belongs inside `with calibrator:`, before the build. Does nothing if the cache on the disk is up to date, or if
+        only TensorRT knows the algorithm: Legacy calibration with a regression cutoff below 1.
+
+        Args:
+            network: The `INetworkDefinition` that will be built, or its ONNX file.
+            tf32: Whether TensorRT may observe the network in TF32: faster, and an amax differs by about 1e-3.
+            optimization_level: As for `fastcal.calibrate`.
+            tactic_sources: As for `fastcal.calibrate`.
+
+        Raises:
+            ModelError: TensorRT cannot run the network with every tensor visible.
+            DataError: The batches do not fit the network.
+            Exception: As the feed.
+        """
+        if not self._algorithm.is_known:
+            _log.info(
+                "TensorRT calibrates itself: Legacy calibration is a plain percentile with regression cutoff 1 only"
+            )
+            return
+        known, wanted = self._default.network, as_network(network)
+        if isinstance(wanted, Definition):
+            wanted = replace(wanted, digest=None if known is None else known.digest)
+        sources = tuple(tactic_sources) if isinstance(tactic_sources, Iterable) else tactic_sources
+        backend = TensorRTBackend(tf32, optimization_level, sources)
+        self._calibration = replace(self._default, network=wanted, backend=backend)
+        if self._reuse() is not None:
+            return
+        cache = self._calibration.run(self._progress)
+        if self._cache is not None:
+            cache.save(self._cache)
+        self._ready = cache.to_bytes()
+
+    def check(self) -> None:
+        """Raise the error of the last calibration, if there was one."""
+        if self._error is not None:
+            raise self._error
+
+    def check_network(self, network: Any, config: Any) -> None:
+        """Tell the calibrator what TensorRT will read: never beyond a batch, never a part of one.
+
+        From now on a batch of another shape or type than the network's inputs is an error.
+
+        Args:
+            network: The `INetworkDefinition` that will be calibrated.
+            config: The `IBuilderConfig`. If an input is dynamic, TensorRT reads the shape of the config's calibration
+                profile, whatever shape the batches have.
+
+        Raises:
+            ModelError: An input is dynamic and the config has no calibration profile.
+        """
+        inputs = [network.get_input(index) for index in range(network.num_inputs)]
+        self._handout.expect(
+            {value.name: (_calibrated_shape(value, config), np.dtype(trt.nptype(value.dtype))) for value in inputs}
+        )
+
+    def __enter__(self) -> "FeedCalibrator":
+        self.rewind()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._handout.end()
+        if self._owns_feed:
+            self.feed.close()
+        if error is None:
+            self.check()
+        elif self._error not in (None, error) and isinstance(error, Exception):
+            raise self._error from error  # the missing engine, for instance, is a consequence
+
+    def __del__(self) -> None:
+        if (handout := getattr(self, "_handout", None)) is not None:  # None after an error in __init__
+            handout.end()
+
+    def _reuse(self) -> bytes | None:
+        """Return the cache on the disk if it is up to date; else None, after checking that it can be written."""
+        if self._cache is None:
+            return None
+        self._calibration = replace(self._calibration)  # the record anew: files may have changed
+        data, reason = self._calibration.reuse(self._cache)
+        if data is None:
+            _log.info("calibrating: %s is not reused, %s", self._cache, reason)
+            network = self._calibration.network
+            check_cache_writable(self._cache, () if network is None else network.activations)
+        else:
+            _log.info("%s is reused: it was made from the same model, samples and settings", self._cache)
+        return data
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = error
+        self._handout.end()
+        _log.error("calibration failed: %s", error)
+
+
+def _calibrated_shape(value: Any, config: Any) -> tuple[int, ...]:
+    """Return the shape of an input that TensorRT reads when it calibrates."""
+    shape = tuple(value.shape)
+    if -1 not in shape:
+        return shape
+    profile = config.get_calibration_profile()
+    if profile is None:
+        if not config.num_optimization_profiles:
+            raise ModelError(f"input {value.name!r} is dynamic; add an optimization profile to the config")
+        raise ModelError(
+            f"input {value.name!r} is dynamic and the config has no calibration profile; set one of the batches' shape "
+            "with config.set_calibration_profile"
+        )
+    return tuple(profile.get_shape(value.name)[1])
