@@ -238,6 +238,9 @@ def forget_modules_on(dependency):
             if getattr(sys.modules[package], attribute, None) is sys.modules.pop(name):
                 delattr(sys.modules[package], attribute)
         gone.update(found)
+    for name, value in [*vars(fastcal).items()]:  # names that were loaded lazily
+        if getattr(value, "__module__", None) in gone:
+            delattr(fastcal, name)
 
 
 @pytest.fixture
