@@ -1,6 +1,6 @@
-"""Calibrates a SqueezeNet with ONNX Runtime's own entropy calibrater and with fastcal, in turn.
+"""Calibrate a SqueezeNet with ONNX Runtime's own entropy calibrater and with fastcal, in turn.
 
-Each run is a process of its own and sees the same batches of 4 random images, made one at a time. Measured are the
+Each run is a process of its own with the same batches of 4 random images, made one at a time. The program measures the
 wall-clock time from the first import of the library to the finished scales, and the process's peak memory.
 
     python benchmarks/against_onnxruntime.py [--images 64 256] [--runs 3]
@@ -55,7 +55,7 @@ LIBRARIES = {"onnxruntime": with_onnxruntime, "fastcal": with_fastcal}
 
 
 def work(library, model, images):
-    """What one process does."""
+    """Calibrate in this process, and print its time and memory."""
     start = time.perf_counter()
     tensors = LIBRARIES[library](model, images)
     seconds = time.perf_counter() - start

@@ -1,9 +1,9 @@
-"""What a calibrator costs TensorRT's builder, for a ResNet-50-shaped network and JPEG files.
+"""Measure how long TensorRT's builder waits for a calibrator, for a ResNet-50-shaped network and JPEG files.
 
-By turns: batches that lie on the GPU already (what no feed can beat), fastcal's feed, Polygraphy's Calibrator over a
-loader in PIL and NumPy, and the usual sample calibrator (PIL, NumPy, one copy to the GPU). TensorRT's own time for a
-batch varies from run to run, so what counts is the time inside `get_batch`. Each run is a process of its own, as builds
-are, and ends with the last batch: what TensorRT does after it is not measured.
+In turn: batches that lie on the GPU already (the lower limit of every feed), fastcal's feed, Polygraphy's Calibrator
+over a loader in PIL and NumPy, and the usual sample calibrator (PIL, NumPy, one copy to the GPU). TensorRT's own time
+for a batch varies from run to run, so the time inside `get_batch` is measured. Each run is a process of its own, like a
+build, and ends with the last batch; the rest of the build is not measured.
 
     python benchmarks/builder.py [--photographs FOLDER] [--batches 16] [--runs 5] [--size 500x400] [--ways ...]
 """
@@ -37,7 +37,7 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 def load(path, side):
-    """One image as torchvision prepares it."""
+    """Return an image as torchvision prepares it."""
     image = Image.open(path).convert("RGB")
     scale = int(side / 0.875) / min(image.size)
     image = image.resize((int(image.width * scale), int(image.height * scale)), Image.Resampling.BILINEAR)
@@ -52,12 +52,12 @@ def pil_batches(paths, side):
 
 
 def resident(paths, side, base):
-    """Batches that lie on the GPU already."""
+    """Return a calibrator over batches that lie on the GPU already."""
     return make_calibrator(base, [{"input": cupy.asarray(batch)} for batch in pil_batches(paths, side)], BATCH_SIZE)
 
 
 def sample(paths, side, base):
-    """What samples and tutorials do: one array, copied to again and again."""
+    """Return a calibrator as in samples and tutorials: every batch is copied to the same array."""
     array = cupy.empty((BATCH_SIZE, 3, side, side), cupy.float32)
 
     def batches():
@@ -91,7 +91,7 @@ WAYS = {"resident": resident, "fastcal": with_fastcal, "polygraphy": polygraphy,
 
 
 def work(way, path, images, side, algorithm):
-    """What one process does: prints the seconds inside the calls of get_batch, and those between them."""
+    """Build in this process, and print the seconds inside the calls of `get_batch` and those between the calls."""
     calibrator = WAYS[way](sorted(map(str, images.iterdir())), side, CLASSES[algorithm])
     original, inside, between, left = calibrator.get_batch, [], [], None
 
@@ -115,9 +115,11 @@ def work(way, path, images, side, algorithm):
 
 
 def measure(*arguments):
-    """Seconds of the first get_batch, of the later ones' median and worst, their share of the builder's time, and it.
+    """Measure one run, in a process of its own.
 
-    The builder's time is that between the calls, of which the median is returned.
+    Returns:
+        The seconds of the first `get_batch`; the median and the worst of the later ones; their share of the builder's
+        time, which is the time between the calls; and the median of the times between the calls.
     """
     command = [sys.executable, __file__, "--work", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)

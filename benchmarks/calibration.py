@@ -1,8 +1,8 @@
-"""How fast a ResNet-50-shaped network is calibrated on a GPU, from JPEG files to the finished cache.
+"""Measure the calibration of a ResNet-50-shaped network on a GPU, from JPEG files to the finished cache.
 
 In one process: the feed alone, the network with its histograms alone, both together (`fastcal.calibrate`), the counting
-kernel against a copy, the scales; then the peers over the same images: TensorRT's own calibration with batches from the
-same feed, Polygraphy's Calibrator and ONNX Runtime's calibrater, where they are installed.
+kernel against a copy, and the scales. Then the peers over the same images, if they are installed: TensorRT's own
+calibration with batches from the same feed, Polygraphy's Calibrator and ONNX Runtime's calibrater.
 
     python benchmarks/calibration.py [--photographs FOLDER] [--images 10000] [--peers tensorrt polygraphy onnxruntime]
 """
@@ -31,7 +31,7 @@ from fastcal.observe.with_tensorrt import TensorRTObserver
 
 
 def milliseconds(work, runs=20):
-    """The median time of something enqueued on CuPy's current stream."""
+    """Return the median time of work that is enqueued on CuPy's current stream."""
     stream = cupy.cuda.get_current_stream()
     first, last, found = cupy.cuda.Event(), cupy.cuda.Event(), []
     for run in range(runs + 3):
@@ -54,7 +54,12 @@ def feed_alone(feed):
 
 
 def network_alone(model, batch, tf32, level):
-    """Images per second with a batch that lies on the GPU; and what the counting kernel does with its tensors."""
+    """Measure the network with its histograms over a batch that lies on the GPU.
+
+    Returns:
+        Images per second; the number of tensors; GB/s of the counting kernel over these tensors, and of a copy; and the
+        seconds of picking the scales.
+    """
     size = len(batch["input"])
     with TensorRTObserver(model, tf32=tf32, optimization_level=level, tactic_sources=TACTICS) as observer:
         observer.observe(batch)
@@ -79,7 +84,7 @@ def network_alone(model, batch, tf32, level):
 
 
 def whole(path, feed, tf32, level):
-    """Seconds from nothing to the cache, and images per second from the second batch on."""
+    """Return the seconds from the start to the cache, and the images per second from the second batch on."""
     times = []
     start = time.perf_counter()
     cache = fastcal.calibrate(
@@ -92,7 +97,7 @@ def whole(path, feed, tf32, level):
 
 
 def inside_builder(path, calibrator, batch_size):
-    """Seconds of a build whose calibrator TensorRT asks for batches."""
+    """Return the seconds of a build in which TensorRT asks the calibrator for batches."""
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = parse(builder, Model(path), logger)
@@ -136,7 +141,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photographs", help="a folder of JPEG files to make the images from")
     parser.add_argument("--images", type=int, default=10000)
-    parser.add_argument("--files", type=int, default=2000, help="how many different files")
+    parser.add_argument("--files", type=int, default=2000, help="the number of different files")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--optimization-levels", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--precisions", nargs="+", default=["FP32", "TF32"], choices=["FP32", "TF32"])
@@ -148,7 +153,7 @@ def main():
         onnx.save(resnet50(), path)
         files = write_photographs(Path(folder) / "images", arguments.files, (500, 400), arguments.photographs)
         for file in files.iterdir():
-            file.read_bytes()  # into memory: storage is not what is measured
+            file.read_bytes()  # into memory: storage is not measured
         paths = list(itertools.islice(itertools.cycle(sorted(map(str, files.iterdir()))), arguments.images))
 
         def feed_of(paths, size):
@@ -157,7 +162,7 @@ def main():
         for precision, level in itertools.product(arguments.precisions, arguments.optimization_levels):
             tf32 = precision == "TF32"
             feed = feed_of(paths, arguments.batch_size)
-            took, together = whole(path, feed, tf32, level)  # first: nothing is warm yet
+            took, together = whole(path, feed, tf32, level)  # first, while nothing is warm
             alone = feed_alone(feed)
             batch = {name: array.copy() for name, array in next(iter(feed)).items()}
             feed.close()

@@ -1,4 +1,4 @@
-"""Writes networks of other families, with random weights, as ONNX files: what benchmarks/scales.py compares.
+"""Write networks of other families, with random weights, to ONNX files for benchmarks/scales.py.
 
 ShuffleNet V2 has Concat and channel shuffles, MobileNet V3 hard-swish and squeeze-and-excitation. Needs torchvision.
 
@@ -22,7 +22,7 @@ def main():
         network = make().train()
         for layer in network.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.momentum = None  # statistics of all that it sees: else hardly a signal is left in the last layers
+                layer.momentum = None  # over all batches: otherwise the last layers have hardly any signal
         with torch.no_grad():
             for _ in range(30):
                 network(torch.randn(16, *SHAPE[1:]))

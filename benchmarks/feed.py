@@ -1,8 +1,8 @@
-"""How fast the feed delivers on a GPU, against DALI alone.
+"""Measure the feed on a GPU, against DALI alone.
 
-In one process and by turns: (a) DALI's own file reader and `run()`, the batches left where they are; (b) `for batch
-in feed`; (c) `get_batch` called as TensorRT calls it, where TensorRT is installed. JPEG files of 400x500, decoded,
-resized, cropped to 224x224 and normalized, batch 64.
+In one process and in turn: (a) DALI's own file reader and `run()`, whose batches stay where they are; (b) `for batch in
+feed`; (c) if TensorRT is installed, `get_batch` as TensorRT calls it. JPEG files of 400x500 are decoded, resized,
+cropped to 224x224 and normalized, in batches of 64.
 
     python benchmarks/feed.py [--photographs FOLDER] [--runs 5]
 """
@@ -36,7 +36,7 @@ def bare_dali(paths, batch_size, threads, load, depth):
 
 
 def rate(batches, batch_size):
-    """Images per second over all but the first of the batches that a function hands out."""
+    """Return the images per second over all batches but the first."""
     count = 0
     for _ in batches:
         if count == 0:
@@ -53,7 +53,7 @@ def main():
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--hw-decoder-load", type=float, default=0.9)
     parser.add_argument("--prefetch-queue-depth", type=int, default=4)
-    parser.add_argument("--passes", type=int, default=4, help="how often a run goes through the images")
+    parser.add_argument("--passes", type=int, default=4, help="the number of passes over the images in a run")
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
     size, load, depth = arguments.batch_size, arguments.hw_decoder_load, arguments.prefetch_queue_depth

@@ -1,4 +1,4 @@
-"""INT8 builds that TensorRT calibrates, and the least calibrator there can be, for the benchmarks."""
+"""INT8 builds that TensorRT calibrates, and a minimal calibrator, for the benchmarks."""
 
 import time
 
@@ -14,9 +14,15 @@ CLASSES = {"minmax": trt.IInt8MinMaxCalibrator, "entropy2": trt.IInt8EntropyCali
 
 
 def make_calibrator(base, batches, batch_size, ready=None):
-    """One of TensorRT's calibrators over batches on the GPU, dicts by input name; or one that has a finished cache.
+    """Return one of TensorRT's calibrators.
 
-    It counts in `asked` how often it is asked for a batch, and keeps the cache that TensorRT writes in `cache`.
+    Its `asked` counts the batches that TensorRT asks for, and its `cache` is the cache that TensorRT writes.
+
+    Args:
+        base: The calibrator class.
+        batches: Dicts by input name of arrays on the GPU.
+        batch_size: The number of samples in a batch.
+        ready: A finished cache to give to TensorRT.
     """
 
     class Calibrator(base):
@@ -42,10 +48,10 @@ def make_calibrator(base, batches, batch_size, ready=None):
 
 
 def build(builder, network, calibrator, shape=None):
-    """Build an engine, and throw it away; returns the seconds that TensorRT took.
+    """Build an engine, discard it, and return the seconds that TensorRT took.
 
-    The caller holds the logger that the builder was made with until this returns. `shape` is that of an input named
-    "input" whose batch is dynamic.
+    The caller keeps the builder's logger until then. If the batch is dynamic, `shape` is the shape of the network's
+    input, named "input".
     """
     config = builder.create_builder_config()
     config.set_flag(trt.BuilderFlag.INT8)

@@ -1,4 +1,4 @@
-"""JPEG files for the benchmarks, made on the spot from the photographs in a folder, or from noise."""
+"""JPEG files for the benchmarks, made from the photographs in a folder or from noise."""
 
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path

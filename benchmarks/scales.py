@@ -1,8 +1,8 @@
-"""The scales that fastcal picks on a GPU, against those of TensorRT's own calibration of the same batches.
+"""Compare the scales that fastcal picks on a GPU with those of TensorRT's own calibration of the same batches.
 
-For each model: TensorRT calibrates it twice, MinMax and Entropy2, each in a process of its own, on batches of random
-numbers; fastcal observes the same; and TensorRT is handed fastcal's cache. TensorRT picks the kernels that it
-calibrates with by timing them, so what differs between its own two runs says how near another can come.
+For each model, TensorRT calibrates twice with MinMax and twice with Entropy2, each time in a process of its own, on
+batches of random numbers. fastcal observes the same batches, and TensorRT then reads fastcal's cache. TensorRT picks
+the kernels of its calibration by timing them, so the difference of its own two runs is the limit of any comparison.
 
     python benchmarks/scales.py MODEL.onnx ... [--batches 8]
 """
@@ -30,7 +30,7 @@ from fastcal.observe.with_tensorrt import TensorRTObserver
 
 
 class Warnings(logging.Handler):
-    """Counts what TensorRT says about missing scales."""
+    """A counter of TensorRT's messages about missing scales."""
 
     missing = 0
 
@@ -45,7 +45,7 @@ def random_batches(model, count):
 
 
 def work(path, algorithm, count, target):
-    """What a process of TensorRT's does: it ends when the cache is written, before an engine is built."""
+    """Calibrate with TensorRT; the process ends when the cache is written, before an engine is built."""
 
     def finish(cache):
         Path(target).write_bytes(bytes(cache))
@@ -59,7 +59,7 @@ def work(path, algorithm, count, target):
 
 
 def calibrate_with_tensorrt(path, count, folder):
-    """The scales of two runs for each algorithm, by its name."""
+    """Return the scales of two runs of each algorithm, by the algorithm's name."""
     targets = {algorithm: [Path(folder) / f"{algorithm}.{run}" for run in range(2)] for algorithm in CLASSES}
     processes = [
         subprocess.Popen([sys.executable, __file__, "--work", path, algorithm, str(count), target])
@@ -72,15 +72,15 @@ def calibrate_with_tensorrt(path, count, folder):
 
 
 def distances(scales, reference):
-    """By how much of itself each scale of `reference` is missed."""
+    """Return the relative difference to each scale of `reference`, by tensor name."""
     assert scales.keys() == reference.keys(), scales.keys() ^ reference.keys()
     return {name: abs(scales[name] - scale) / (scale or 1) for name, scale in reference.items()}
 
 
 def excess(histogram, scale):
-    """By how much more than the smallest divergence that of a scale is, as a share of the smallest."""
+    """Return the divergence of a scale less the smallest divergence, as a share of the smallest."""
     bins = round(scale * 127 / histogram.width - 0.5)
-    if bins > BINS:  # a later batch exceeded the first in TensorRT's run, and its range doubled
+    if bins > BINS:  # in TensorRT's run, a later batch exceeded the first and the range doubled
         histogram = deepcopy(histogram)
         histogram.widen(histogram.range * (1 + 1e-6))
         bins = round(scale * 127 / histogram.width - 0.5)
@@ -97,11 +97,11 @@ def compare(path, count):
     with TensorRTObserver(model, tactic_sources=TACTICS) as observer:
         for batch in random_batches(model, count):
             observer.observe(batch)
-        histograms, sources = observer.histograms(), observer.sources
+        histograms, shared = observer.histograms(), observer.shared_scales
 
     def pick(algorithm):
         scales = Algorithm.of(algorithm).pick_all(histograms)
-        return scales | {name: scales[source] for name, source in sources.items()}
+        return scales | {name: scales[source] for name, source in shared.items()}
 
     first, second = theirs["minmax"]
     row = [path.stem, len(first), f"{max(distances(pick('minmax'), first).values()):.1e}",
@@ -114,7 +114,7 @@ def compare(path, count):
     for name in differ:
         print(f"{path.stem}: {name} TensorRT {first[name]:.8g} and {second[name]:.8g}, fastcal {ours[name]:.8g}")
     row += [f"{len(ours) - len(some)} ({1 - len(some) / len(ours):.1%})" for some in (differ, differ_too)]
-    row.append(f"{max((excess(histograms[sources.get(n, n)], first[n]) for n in differ), default=0):.3%}")
+    row.append(f"{max((excess(histograms[shared.get(n, n)], first[n]) for n in differ), default=0):.3%}")
     warnings = Warnings()
     logging.getLogger("fastcal.tensorrt").addHandler(warnings)
     builder = start_builder(logger)

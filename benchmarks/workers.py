@@ -1,8 +1,9 @@
-"""Calibrates a SqueezeNet 1.1 in this process, with one Ray worker and with two, by turns, with one thread each.
+"""Calibrate a SqueezeNet 1.1 in this process, with one Ray worker and with two, in turn, with one thread each.
 
-Rates are images over the time from the first batch asked for to the last one counted; beside them is the whole of
-`fastcal.calibrate`, the start of the workers' processes with their imports included, with Ray running already. The
-caches must be the same bytes. Medians of several runs; so are the ratios, of those within each run.
+A rate is the number of images over the time from the first request for a batch to the last count. The program also
+prints the time of all of `fastcal.calibrate`, with the start of the workers' processes and their imports; Ray is
+running already. The caches must have the same bytes. Rates, times and ratios are medians of several runs; a ratio is
+taken within each run.
 
     python benchmarks/workers.py [--images 512] [--runs 5]
 """
@@ -26,7 +27,7 @@ BATCH_SIZE = 4
 
 
 def run(model, paths, workers):
-    """One calibration; returns its rate, its seconds in all, and the cache."""
+    """Calibrate once; return the rate, the seconds in all, and the cache's bytes."""
     feed = fastcal.ImageFeed(paths, model=model, batch_size=BATCH_SIZE, threads=1)
     last = []
     start = time.perf_counter()
@@ -47,10 +48,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         model = str(Path(folder) / "squeezenet.onnx")
         onnx.save(squeezenet(), model)
-        # Small files, since a feed decodes beside the one thread that runs the network.
+        # Small files: the feed decodes beside the one thread that runs the network.
         paths = sorted(write_photographs(Path(folder) / "images", arguments.images, (256, 256)).iterdir())
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-        run(model, paths[:BATCH_SIZE], None)  # what is imported now is not again
+        run(model, paths[:BATCH_SIZE], None)  # the imports of the first run are not measured
         runs = []
         for number in range(arguments.runs):
             runs.append({way: run(model, paths, workers) for way, workers in ways.items()})

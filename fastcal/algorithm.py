@@ -70,7 +70,7 @@ class Algorithm:
 
     @classmethod
     def of(cls, algorithm: "str | Algorithm", quantile: float = DEFAULT_QUANTILE) -> "Algorithm":
-        """Return `algorithm` itself, or the one of that name with this quantile if it has one.
+        """Return `algorithm` itself, or the one of that name, with `quantile` if it has one.
 
         Raises:
             FastcalError: There is no such algorithm, or the quantile is not in (0, 1].
@@ -83,7 +83,7 @@ class Algorithm:
 
     @classmethod
     def of_header(cls, line: str) -> "tuple[Algorithm, str | None] | None":
-        """Return the algorithm and the TensorRT version that a cache's header names; None if it is not a header."""
+        """Return the algorithm and the TensorRT version in `line`, a cache's header; None if it is not a header."""
         match = re.fullmatch(r"TRT-(\d{4,6})-(\w+)\s*", line)
         for name, kind in _KINDS.items():
             if match and kind.header == match[2]:
@@ -129,16 +129,16 @@ class Algorithm:
         return self.cutoff in (None, _NO_REGRESSION)
 
     def pick(self, histogram: Histogram) -> float:
-        """Return a tensor's scale, exactly a float32; 0.0 for a tensor that is always 0."""
+        """Return the scale for a tensor's `histogram`, exactly a float32; 0.0 for a tensor that is always 0."""
         return _KINDS[self.name].pick(histogram, self)
 
     def pick_all(self, histograms: Mapping[str, Histogram]) -> dict[str, float]:
-        """Return the scale of every tensor by its histogram, in the same order, picked on all cores."""
+        """Return the scale of every tensor in `histograms`, in the same order, picked on all cores."""
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "fastcal-scales") as pool:
             return dict(zip(histograms, pool.map(self.pick, histograms.values()), strict=True))
 
     def scales(self, observed: Observations) -> dict[str, float]:
-        """Return the scale of every tensor that a calibration observed; shared scales are shared."""
+        """Return the scale of every tensor in `observed`, a calibration's observations; shared scales are shared."""
         scales = self.pick_all(observed.histograms)
         shared = observed.shared_scales.items()
         return scales | {name: scales[source] for name, source in shared if {name, source} <= scales.keys()}

@@ -156,7 +156,7 @@ class Calibration:
         return reuse(path, self.header, self.record)
 
     def cache(self, scales: dict[str, float]) -> CalibrationCache:
-        """Return a cache of these scales with the calibration's header and record."""
+        """Return a cache of `scales` with the calibration's header and record."""
         version = self.tensorrt_version if self.algorithm.has_version else None
         return CalibrationCache(scales, self.algorithm, version, self.record.skipping(self.feed.skipped))
 

@@ -13,7 +13,7 @@ griffe = pytest.importorskip("griffe", reason="no mkdocs: pip install '.[docs]'"
 
 
 def public_objects():
-    """Every public name, and their public methods and properties, as griffe reads them from the source."""
+    """Yield every public name, and its public methods and properties, as griffe reads them from the source."""
     package = griffe.load("fastcal", search_paths=[ROOT], docstring_parser="google", resolve_aliases=True)
     for name in fastcal.__all__:
         thing = package[name]
@@ -25,14 +25,14 @@ def public_objects():
 
 
 def parameters(thing):
-    """The parameters of a function, or of a class's construction, that its docstring must explain."""
+    """Return the parameters of a function, or of a class's construction, that its docstring must explain."""
     if thing.is_class:
         thing = thing.all_members.get("__init__", thing)
     return [p.name for p in getattr(thing, "parameters", []) if p.name not in ("self", "cls", "_")]
 
 
 def explained(thing):
-    """What the docstring explains, by name, and by mention in its text."""
+    """Return the names that a docstring explains, in a list of arguments or in its text."""
     sections = thing.docstring.parsed if thing.docstring else []
     texts = [section.value for section in sections if section.kind.value == "text"]
     items = [
@@ -59,5 +59,5 @@ def test_it_builds_without_a_warning_and_holds_every_public_name(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
-    page = (tmp_path / "index.html").read_text()
+    page = (tmp_path / "reference.html").read_text()
     assert [name for name in fastcal.__all__ if f'id="fastcal.{name}"' not in page] == []

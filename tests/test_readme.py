@@ -1,22 +1,25 @@
-"""Every code block of the README and of the examples' READMEs, run as it stands.
+"""Every code block of the README, of the examples' READMEs and of the documentation's pages, run as it stands.
 
-A block runs in a copy of a folder that has what it names: the digits sample as `model.onnx` and `images/`, a cache of
-it, the examples, and a `.venv`. What a block would install is installed: `pip` and the making of a `.venv` do nothing.
+A block runs in a copy of a folder with the files that blocks name: the digits sample as `model.onnx` and `images/`, a
+cache of it, the examples, and a `.venv`. Packages are installed already: `pip` and the making of a `.venv` do nothing.
 """
 
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 
 from conftest import DIGITS, ROOT
+from fastcal.device import resolve
 
-#: What a block that uses TensorRT's objects is given, beside what it names itself.
+#: The objects of TensorRT's that a block uses and does not make.
 BUILDER = """
 import fastcal
 from fastcal.model import Model
@@ -32,14 +35,29 @@ config.add_optimization_profile(profile)
 config.set_calibration_profile(profile)
 """
 
-NEEDS_GPU = re.compile(r"fastcal build |build\.py|build\.sh|int8_calibrator")
+NEEDS_GPU = re.compile(r"fastcal build |build\.py|build\.sh|build_engine\(|int8_calibrator")
+
+#: Stands in for trtexec: reads the files that it is told to read, and writes the engine's file.
+TRTEXEC = """
+for option; do
+  case $option in
+    --onnx=*|--calib=*) test -s "${option#*=}" || { echo "no ${option#*=}" >&2; exit 1; } ;;
+    --saveEngine=*) echo > "${option#*=}" ;;
+    --int8|--fp16) ;;
+    *) echo "unknown option $option" >&2; exit 1 ;;
+  esac
+done
+"""
+
+#: A line of the shell that starts `fastcal` and uses no other feature of the shell.
+FASTCAL = re.compile(r"fastcal [^#$&;<>|\\]*")
 
 #: Packages that a block may show fastcal together with, and that the tests do without.
 OTHERS = ("modelopt", "polygraphy", "torch")
 
 
 def marks(code):
-    """Why a block cannot run everywhere."""
+    """Return the marks of a block that cannot run everywhere."""
     found = []
     if NEEDS_GPU.search(code):
         found.append(pytest.mark.gpu)
@@ -54,28 +72,37 @@ def marks(code):
 
 
 READMES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+PAGES = sorted((ROOT / ".docs" / "pages").glob("*.md"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?<=\n\n)(?:    .*\n)+")
+LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
+
+
+def blocks_of(path):
+    """Yield the language and the text of each code block of a page."""
+    text = path.read_text()
+    yield from FENCED.findall(text)
+    if path in READMES:
+        yield from (("sh", textwrap.dedent(code)) for code in INDENTED.findall(FENCED.sub("", text)))
 
 
 def blocks():
-    """The code blocks of all READMEs: the folder they run in, their language and text."""
-    for path in READMES:
-        text = path.read_text()
-        found = FENCED.findall(text) + [
-            ("sh", textwrap.dedent(code)) for code in INDENTED.findall(FENCED.sub("", text))
-        ]
-        assert found, f"{path} has no code block"
+    """Yield the code blocks of all pages: the folder that a block runs in, its language and its text, each once."""
+    seen = set()
+    for path in READMES + PAGES:
+        folder = path.parent.relative_to(ROOT) if path in READMES else "."
+        found = list(blocks_of(path))
+        assert found or path in PAGES, f"{path} has no code block"
         for number, (language, code) in enumerate(found, start=1):
-            if language == "text":  # a figure
+            if language == "text" or (str(folder), code) in seen:  # a figure, or a block that another page has
                 continue
-            folder = path.parent.relative_to(ROOT)
+            seen.add((str(folder), code))
             yield pytest.param(folder, language, code, id=f"{path.relative_to(ROOT)}-{number}", marks=marks(code))
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """The folder that the blocks run in copies of."""
+    """A folder of which every block gets a copy."""
     folder = tmp_path_factory.mktemp("readme")
     left_out = shutil.ignore_patterns("*.cache*", "__pycache__", "images", "test")
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=left_out)
@@ -85,12 +112,15 @@ def sample(tmp_path_factory):
     (folder / "examples" / "digits" / "test").symlink_to(DIGITS / "test")
     bin_folder = folder / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
-    for name, script in {
+    scripts = {
         "fastcal": f'exec "{sys.executable}" -m fastcal "$@"',
         "python": f'exec "{sys.executable}" "$@"',
         "python3": f'[ "$*" = "-m venv .venv" ] || exec "{sys.executable}" "$@"',
         "pip": "exit 0",
-    }.items():
+    }
+    if resolve("auto") is None or shutil.which("trtexec") is None:
+        scripts["trtexec"] = TRTEXEC
+    for name, script in scripts.items():
         (bin_folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (bin_folder / name).chmod(0o755)
     run(folder, ["fastcal", "calibrate", "model.onnx", "images/", "-o", "model.cache"], folder)
@@ -110,12 +140,27 @@ def run(top, command, folder):
 
 
 @pytest.mark.parametrize(("folder", "language", "code"), list(blocks()))
-def test_block(tmp_path, sample, folder, language, code):
+def test_block(tmp_path, monkeypatch, run_fastcal, sample, folder, language, code):
     top = tmp_path / "top"
     shutil.copytree(sample, top, symlinks=True)
     if language == "python":
+        monkeypatch.chdir(top / folder)
         given = BUILDER if "int8_calibrator" in code else ""
-        run(top, ["python", "-c", given + code], top / folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as a user may
+            exec(compile(given + code, "block", "exec"), {})
+    elif all(map(FASTCAL.fullmatch, code.splitlines())):
+        for line in code.splitlines():
+            done = run_fastcal(*shlex.split(line)[1:], cwd=top / folder)
+            assert done.returncode == 0, done.stdout + done.stderr
     else:
         assert language == "sh", f"say in this test what becomes of {language!r}"
         run(top, ["bash", "-euo", "pipefail", "-c", code], top / folder)
+
+
+@pytest.mark.parametrize(
+    "path", [*READMES, ROOT / "benchmarks" / "README.md"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_links_lead_somewhere(path):
+    links = [link for link in LINK.findall(path.read_text()) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []

@@ -1,4 +1,4 @@
-"""A calibration cache from a DALI pipeline of one's own."""
+"""Write a calibration cache from a DALI pipeline."""
 
 import argparse
 from pathlib import Path
@@ -17,7 +17,7 @@ options = parser.parse_args()
 
 @pipeline_def(batch_size=32, num_threads=4, device_id=options.gpu)
 def digits():
-    """Images of digits as in training, and which digit each is."""
+    """Return images of digits, prepared as in training, and their labels."""
     encoded, labels = fn.readers.file(file_root=str(DIGITS / "images"))
     images = fn.decoders.image(encoded, device="cpu" if options.gpu is None else "mixed")
     images = fn.resize(images, size=(36, 36), antialias=True)
@@ -31,8 +31,7 @@ def digits():
     return images, labels
 
 
-# The outputs are named after the model's inputs in their order: it has one, so the labels are left out. Given the
-# function and not what it returns, the feed makes a new pipeline for every pass.
+# The model has one input, so the labels are left out. From the function, the feed makes a new pipeline for every pass.
 with fastcal.ArrayFeed(digits, names=["image"]) as feed:
     cache = fastcal.calibrate(DIGITS / "digits.onnx", feed)
 cache.save(options.output)

@@ -1,4 +1,4 @@
-"""A calibration cache from the PyTorch DataLoader that a network is evaluated with."""
+"""Write a calibration cache from the PyTorch DataLoader of an evaluation."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ import fastcal
 
 DIGITS = Path(__file__).parent.parent / "digits"
 sys.path.append(str(DIGITS))
-from prepare import prepare  # noqa: E402 - what the network was trained on
+from prepare import prepare  # noqa: E402 - the preprocessing of the training
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--output", default="digits.cache")
@@ -20,7 +20,7 @@ options = parser.parse_args()
 
 
 class Digits(Dataset):
-    """Images of digits and which digit each is, as in training."""
+    """Images of digits, prepared as in training, and their labels."""
 
     def __init__(self, folder):
         self.paths = sorted(folder.rglob("*.jpg"))
@@ -34,7 +34,7 @@ class Digits(Dataset):
 
 
 loader = DataLoader(Digits(DIGITS / "images"), batch_size=32, num_workers=options.workers)
-# The loader gives (images, labels): the model has one input, so the labels are left out.
+# The loader gives (images, labels). The model has one input, so the labels are left out.
 cache = fastcal.calibrate(DIGITS / "digits.onnx", loader)
 cache.save(options.output)
 print(f"{options.output}: {len(cache.scales)} scales from {len(loader.dataset)} images")

@@ -1,8 +1,8 @@
-"""Trains the classifier in digits.onnx on scikit-learn's handwritten digits and draws the images beside it.
+"""Train the classifier in digits.onnx on scikit-learn's handwritten digits, and draw the images beside it.
 
 The 8x8 grey digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0) are drawn as 40x40 JPEG files, in a warm
-ink on a cool paper, so that the sample has what photographs have: three channels that must not be swapped, and a file
-format to decode. The network takes ImageNet's preprocessing at 32x32.
+ink on a cool paper. Like photographs, they have three channels that must not be swapped, and a file format to decode.
+The network takes ImageNet's preprocessing at 32x32.
 
     pip install torch onnx numpy pillow scikit-learn
     python train.py
@@ -22,7 +22,7 @@ CALIBRATION_IMAGES = 256
 
 
 def draw(digit, random):
-    """A JPEG-ready image of an 8x8 array of 0..16."""
+    """Return a 40x40 image of a digit, an 8x8 array of values from 0 to 16."""
     ink = random.integers([170, 60, 20], [256, 130, 90])
     paper = random.integers([20, 70, 140], [100, 150, 230])
     strength = Image.fromarray(np.uint8(digit / 16 * 255)).resize((32, 32), Image.Resampling.BICUBIC)
@@ -102,7 +102,7 @@ def main():
     with torch.no_grad():
         print(f"top-1 of {len(labels)} test images: {(model(images).argmax(1) == labels).float().mean():.4f}")
     for index, path in enumerate(sorted((HERE / "training").rglob("*.jpg"), key=lambda path: path.name)):
-        if index < CALIBRATION_IMAGES:  # drawn at random from all digits, as `order` is
+        if index < CALIBRATION_IMAGES:  # a random choice of all digits, since `order` is random
             target = HERE / "images" / path.parent.name / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)

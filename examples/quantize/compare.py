@@ -1,4 +1,4 @@
-"""Top-1 of the digits sample in FP32 and in INT8, with scales by three algorithms."""
+"""Print the top-1 accuracy of the digits sample in FP32 and in INT8, with the scales of several algorithms."""
 
 import argparse
 from pathlib import Path
@@ -21,7 +21,7 @@ options = parser.parse_args()
 
 
 def top1(path):
-    """The share of test images that the model in a file classifies correctly."""
+    """Return the share of test images that the model in a file classifies correctly."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     with fastcal.ImageFeed(options.test, model=options.model, batch_size=BATCH, device="cpu") as feed:
         scores = np.concatenate([session.run(None, batch)[0] for batch in feed])

@@ -1,4 +1,4 @@
-"""An INT8 engine with TensorRT's own API, calibrated with a folder of images."""
+"""Build an INT8 engine with TensorRT's own API, calibrated with a folder of images."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=DIGITS / "digits.onnx")
 parser.add_argument("--images", default=DIGITS / "images")
 parser.add_argument("--output", default="digits.engine", type=Path)
-parser.add_argument("--tactic-sources", nargs="+", metavar="NAME", help="where TensorRT takes kernels from")
+parser.add_argument("--tactic-sources", nargs="+", metavar="NAME", help="the sources of TensorRT's kernels")
 options = parser.parse_args()
 
 logger = trt.Logger(trt.Logger.WARNING)
@@ -28,7 +28,7 @@ config.set_flag(trt.BuilderFlag.INT8)
 if options.tactic_sources:
     config.set_tactic_sources(sum(1 << int(getattr(trt.TacticSource, name)) for name in options.tactic_sources))
 
-# The model's batch is dynamic: one profile says which batches the engine will run, one which TensorRT calibrates with.
+# The model's batch is dynamic: one profile has the batches of the engine, the other the batches of the calibration.
 image = network.get_input(0)
 size = tuple(image.shape)[1:]
 run, calibrate = builder.create_optimization_profile(), builder.create_optimization_profile()
@@ -41,7 +41,7 @@ feed = fastcal.ImageFeed(options.images, preprocess="imagenet", model=options.mo
 calibrator = fastcal.EntropyCalibrator2(feed, cache=options.output.with_suffix(".cache"), model=options.model)
 config.int8_calibrator = calibrator
 calibrator.check_network(network, config)
-with feed, calibrator:  # at its end the calibrator raises what went wrong, which TensorRT swallows
+with feed, calibrator:  # at its end the calibrator raises an error that TensorRT swallowed
     engine = builder.build_serialized_network(network, config)
 if engine is None or trt.Runtime(logger).deserialize_cuda_engine(engine) is None:
     raise SystemExit("TensorRT built no engine that it can load; its messages say why")

@@ -1,10 +1,10 @@
 #!/bin/sh
-# An INT8 engine with trtexec, from a calibration cache that fastcal writes here without TensorRT and without a GPU.
+# Build an INT8 engine with trtexec, from a calibration cache that fastcal writes without TensorRT and without a GPU.
 #
 #   build.sh [OPTION OF TRTEXEC...]      e.g. build.sh --tacticSources=-CUBLAS,-CUBLAS_LT,-CUDNN
 #
-# Makes digits.cache and digits.engine in this folder. MODEL, IMAGES, SHAPE (input:CxHxW without the batch) and TENSORRT
-# (the version that will read the cache, where trtexec is not here to tell) may be set in the environment.
+# Writes digits.cache and digits.engine to this folder. Variables: MODEL, IMAGES, SHAPE (input:CxHxW without the batch),
+# TENSORRT (the version that will read the cache; by default trtexec's).
 set -eu
 digits=$(cd "$(dirname "$0")/../digits" && pwd)
 model=${MODEL:-$digits/digits.onnx}
@@ -13,7 +13,7 @@ shape=${SHAPE:-image:3x32x32}
 name=$(basename "$model" .onnx)
 input=${shape%%:*} size=${shape#*:}
 
-# TensorRT takes a cache of its own version only. trtexec introduces itself as [TensorRT v8601] or [TensorRT v101601].
+# TensorRT reads a cache of its own version only. trtexec introduces itself as [TensorRT v8601] or [TensorRT v101601].
 version=${TENSORRT:-}
 trtexec=$(command -v trtexec || true)
 if [ -z "$version" ] && [ -n "$trtexec" ]; then

@@ -1,4 +1,4 @@
-"""A calibration cache for a network with two image inputs."""
+"""Write a calibration cache for a network with two image inputs."""
 
 import argparse
 from pathlib import Path
@@ -16,7 +16,7 @@ options = parser.parse_args()
 
 
 def siamese(path):
-    """The classifier in a file twice, and how far its scores for two images are apart."""
+    """Return a network of a classifier twice, whose output is the difference of its scores for two images."""
     left = onnx.compose.add_prefix(onnx.load(path), "left_")
     right = onnx.compose.add_prefix(onnx.load(path), "right_")
     pair = onnx.compose.merge_models(left, right, io_map=[])

@@ -1,4 +1,4 @@
-"""A calibration cache from images in tar shards."""
+"""Write a calibration cache from images in tar shards."""
 
 import argparse
 import io
@@ -18,7 +18,7 @@ options = parser.parse_args()
 
 
 def pack(images, folder):
-    """Write images and their labels, the names of their folders, into shards; returns the pattern of these."""
+    """Write images and their labels, the names of their folders, to shards; return the shards' pattern."""
     folder.mkdir(exist_ok=True)
     for first in range(0, len(images), PER_SHARD):
         with tarfile.open(folder / f"digits-{first // PER_SHARD:06}.tar", "w") as shard:

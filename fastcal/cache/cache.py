@@ -111,10 +111,10 @@ class CalibrationCache:
 
     @classmethod
     def from_json(cls, data: bytes, origin: str) -> "CalibrationCache":
-        """Read the JSON object that `to_json` returns; scales are rounded to float32.
+        """Read `data`, a JSON object as `to_json` returns; `origin` names it in error texts. Scales become float32.
 
         Raises:
-            CacheError: The text is not such an object; `origin` names it.
+            CacheError: The text is not such an object.
         """
         try:
             content = json.loads(data)

@@ -40,7 +40,7 @@ class Record:
         return cls(json.loads(json.dumps(entries)))
 
     def skipping(self, samples: Sequence[str]) -> "Record":
-        """Return this record with the samples that a calibration found unreadable and left out, if there are any.
+        """Return this record with `samples`, which a calibration found unreadable and left out, if there are any.
 
         `differences` ignores the samples that only an earlier record lists: a file that was unreadable still is.
         """
@@ -58,7 +58,7 @@ class Record:
         return found
 
     def save(self, cache_path: str | os.PathLike[str], cache: bytes) -> None:
-        """Write a cache with the contents `cache`, and this record beside it: both or neither.
+        """Write a cache with the contents `cache` to `cache_path`, and this record beside it: both or neither.
 
         Raises:
             FastcalError: One of the two files cannot be written.

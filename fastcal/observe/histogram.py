@@ -116,7 +116,7 @@ class Histogram:
         return not later.amax or math.frexp(self.range)[0] == math.frexp(later.start)[0]
 
     def append(self, later: "Histogram") -> None:
-        """Add the histogram of later batches, as if they had been counted here."""
+        """Add `later`, the histogram of later batches, as if they had been counted here."""
         before, self.range = self.range, max(self.range, later.range)
         if self.range:
             self.counts = _paired(self.counts, _doublings(before or self.range, self.range))
