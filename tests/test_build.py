@@ -72,7 +72,7 @@ def test_without_a_gpu_tensorrt_does_not_start(error_of, options):
     )
 
 
-def test_what_tensorrt_said_last_is_the_reason(trt_bindings):
+def test_tensorrts_last_errors_are_the_reason(trt_bindings):
     from fastcal.network import Logger
 
     severities = trt_bindings.ILogger

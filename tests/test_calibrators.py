@@ -110,7 +110,7 @@ def test_all_five_are_instances_of_tensorrts_classes(trt_bindings):
     assert (legacy.get_quantile(), legacy.get_regression_cutoff()) == (0.99, 0.5)
 
 
-def test_algorithms_that_the_plain_calibrator_does_not_take(trt_bindings):
+def test_algorithms_that_the_plain_calibrator_rejects(trt_bindings):
     legacy = trt_bindings.CalibrationAlgoType.LEGACY_CALIBRATION
     with pytest.raises(FastcalError, match=r"^there is no algorithm 'entropy2'; give a tensorrt.CalibrationAlgoType$"):
         fastcal.Calibrator(Numbered(), algorithm="entropy2")
@@ -181,7 +181,7 @@ OTHER_NAMES = (
         ({"names": ("a", "b", "c")}, 0, DataError, OTHER_NAMES.format("'b', 'c'")),
     ],
 )
-def test_what_goes_wrong_is_remembered_and_nothing_is_written(trt_bindings, feed, batches, kind, message):
+def test_an_error_is_remembered_and_no_cache_is_written(trt_bindings, feed, batches, kind, message):
     calibrator = fastcal.EntropyCalibrator2(Numbered(**feed), cache="x.cache")
 
     def build():
@@ -205,9 +205,7 @@ def test_what_goes_wrong_is_remembered_and_nothing_is_written(trt_bindings, feed
         (None, RuntimeError("no engine"), "of the build", None),
     ],
 )
-def test_what_came_first_is_raised_where_the_build_itself_raises(
-    trt_bindings, of_the_feed, of_the_build, raised, cause
-):
+def test_the_first_error_is_raised_if_the_build_raises_too(trt_bindings, of_the_feed, of_the_build, raised, cause):
     errors = {"of the feed": of_the_feed, "of the build": of_the_build, None: None}
 
     def build():
@@ -221,7 +219,7 @@ def test_what_came_first_is_raised_where_the_build_itself_raises(
     assert caught.value.__cause__ is errors[cause]
 
 
-def test_a_build_that_ends_before_its_cache_leaves_the_next_no_excuse(trt_bindings):
+def test_a_build_that_ends_before_its_cache_does_not_count_for_the_next(trt_bindings):
     calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="x.cache")
     assert len(serve(calibrator, write=False)) == 3
     assert calibrator.read_calibration_cache() is None
@@ -231,7 +229,7 @@ def test_a_build_that_ends_before_its_cache_leaves_the_next_no_excuse(trt_bindin
     assert not Path("x.cache").exists()
 
 
-def test_a_cache_of_as_many_batches_as_it_took_is_not_that_of_all():
+def test_a_cache_of_some_batches_is_not_reused_for_all():
     all_of_them = Record.of(Numbered().describe(), None, algorithm="entropy2")
     some_of_them = Record.of(Numbered().describe(), None, algorithm="entropy2", until_stable=1)
     cache = fastcal.CalibrationCache({"a": 1.0}, "entropy2", "10.16.1")
@@ -242,7 +240,7 @@ def test_a_cache_of_as_many_batches_as_it_took_is_not_that_of_all():
     assert reuse("x.cache", cache.header, all_of_them)[1] == ""
 
 
-def test_the_cache_is_used_only_while_it_is_true(trt_bindings, caplog):
+def test_the_cache_is_reused_only_while_it_is_up_to_date(trt_bindings, caplog):
     caplog.set_level(logging.INFO)
 
     def calibrate(samples="same", kind=fastcal.EntropyCalibrator2):
@@ -288,7 +286,7 @@ def test_the_old_cache_is_kept_when_the_new_one_fails(trt_bindings):
     assert Path("x.cache").read_bytes() == before
 
 
-def test_a_cache_that_cannot_be_written_is_found_out_before_the_work(trt_bindings):
+def test_a_cache_that_cannot_be_written_is_an_error_before_the_first_batch(trt_bindings):
     calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="nowhere/x.cache")
     assert serve(calibrator) == []
     with pytest.raises(FastcalError, match=r"^cannot write nowhere/x.cache: there is no folder"):
@@ -305,7 +303,7 @@ def test_a_folder_that_is_gone_at_the_end_fails_the_calibration(trt_bindings):
         calibrator.check()
 
 
-def test_progress_is_what_tensorrt_is_through_with(trt_bindings):
+def test_progress_counts_the_batches_that_tensorrt_has_finished(trt_bindings):
     reports, seen = [], []
     calibrator = fastcal.EntropyCalibrator2(Numbered(count=3), progress=reports.append)
     calibrator.read_calibration_cache()
@@ -342,7 +340,7 @@ def test_batches_that_fail_where_tensorrt_asks_for_their_size(trt_bindings):
         calibrator.check()
 
 
-def test_a_pass_that_another_ends_is_no_whole_one(trt_bindings):
+def test_a_pass_that_another_pass_ends_is_incomplete(trt_bindings):
     feed = fastcal.ArrayFeed(lambda: ({"a": np.ones((2, 3), "f4")} for _ in range(5)), device="cpu")
     calibrator = fastcal.EntropyCalibrator2(feed)
     calibrator._handout._on_device = lambda name, array: OnDevice(1, array.shape)  # as if there were a GPU
@@ -401,7 +399,7 @@ class Counted(fastcal.Feed):
         ("LegacyCalibrator", "percentile", {"quantile": 0.9}),
     ],
 )
-def test_a_calibration_of_our_own_looks_at_the_samples_once_and_is_handed_over(
+def test_a_calibration_by_fastcal_describes_the_feed_once_and_is_handed_over(
     trt_bindings, on_a_cpu, onnx_file, kind, algorithm, options
 ):
     model = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }")
@@ -434,7 +432,7 @@ class Given(Numbered):
         return iter([{"x": OnDevice(1) if self.device else np.ones((4, 3), np.float32)}])
 
 
-def test_the_record_says_in_which_precision_and_what_was_left_out(trt_bindings, on_a_cpu, onnx_file):
+def test_the_record_has_the_precision_and_the_skipped_files(trt_bindings, on_a_cpu, onnx_file):
     feed = Given()
     calibrator = fastcal.EntropyCalibrator2(feed, cache="x.cache")
 
