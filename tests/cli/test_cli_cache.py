@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from conftest import DATA, DIGITS
-from fastcal import CalibrationCache
+from fastcal import Algorithm, CalibrationCache
 
 MODEL = DIGITS / "digits.onnx"
 SQUEEZENET = DATA / "squeezenet1_1.entropy2.cache"
@@ -95,25 +95,24 @@ def test_tensors_in_only_one_and_other_headers(run_fastcal, work):
 def test_convert(run_fastcal, calibrated):
     for arguments in (
         "digits.cache -o digits.json",
-        "digits.json -o digits.flatbuffers",
-        "digits.flatbuffers -o table.cache --tensorrt 10.3.0",
+        "digits.json -o newer.cache --tensorrt 10.3.0",
         "digits.cache -o older.cache --tensorrt 8.6.1",
         "digits.cache -o minmax.cache --algorithm minmax",
     ):
         done = run_fastcal("cache", "convert", *arguments.split(), cwd=calibrated)
         assert (done.returncode, done.stderr) == (0, "")
     first = CalibrationCache.load(calibrated / "digits.cache")
-    table = CalibrationCache.load(calibrated / "table.cache")
-    assert (table.scales, table.header) == (first.scales, "TRT-100300-EntropyCalibration2")
+    newer = CalibrationCache.load(calibrated / "newer.cache")
+    assert (newer.scales, newer.header) == (first.scales, "TRT-100300-EntropyCalibration2")
     older = CalibrationCache.load(calibrated / "older.cache")
     assert (older.scales, older.header, older.record) == (first.scales, "TRT-8601-EntropyCalibration2", first.record)
     assert CalibrationCache.load(calibrated / "minmax.cache").header.endswith("-MinMaxCalibration")
     assert json.loads((calibrated / "digits.json").read_text())["made_from"] == first.record.entries
-    assert not (calibrated / "digits.flatbuffers.json").exists()
+    assert not (calibrated / "digits.json.json").exists()
 
 
 def test_legacy_calibration_under_another_header(run_fastcal, tmp_path):
-    CalibrationCache({"x": 1.0}, "percentile", None, 0.9999, 1.0).save(tmp_path / "legacy.cache")
+    CalibrationCache({"x": 1.0}, Algorithm("percentile", 0.9999, 1.0), None).save(tmp_path / "legacy.cache")
     options = "-o x.json --algorithm entropy2 --tensorrt 10.3.0"
     assert run_fastcal("cache", "convert", "legacy.cache", *options.split(), cwd=tmp_path).returncode == 0
     assert json.loads((tmp_path / "x.json").read_text()) == {
@@ -138,7 +137,7 @@ def test_legacy_calibration_under_another_header(run_fastcal, tmp_path):
     ],
 )
 def test_what_is_wrong_is_one_line(run_fastcal, work, arguments, message):
-    CalibrationCache({"x": 1.0}, "percentile", None, 0.9999, 1.0).save(work / "legacy.cache")
+    CalibrationCache({"x": 1.0}, Algorithm("percentile", 0.9999, 1.0), None).save(work / "legacy.cache")
     shutil.copy(MODEL, work / "model.onnx")
     before = sorted(os.listdir(work))
     done = run_fastcal("cache", *arguments.split(), cwd=work)
