@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures and helpers that several test files share."""
 
 import contextlib
 import ctypes
