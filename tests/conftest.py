@@ -1,12 +1,19 @@
-"""What several test files share."""
+"""Fixtures and helpers that several test files share."""
 
+import contextlib
+import ctypes
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -14,7 +21,9 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+import fastcal
 from fastcal.batch import UNNAMED
+from fastcal.errors import UnavailableError
 
 settings.register_profile("untimed", deadline=None)  # a first example may wait for numba
 settings.load_profile("untimed")
@@ -95,13 +104,68 @@ def onnx_file(tmp_path):
     return write
 
 
-@pytest.fixture
-def run_fastcal():
+@pytest.fixture(scope="session")
+def spawn_fastcal():
     """A function that runs the command line in a process of its own."""
 
     def run(*arguments, **options):
         command = [sys.executable, "-m", "fastcal", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+    return run
+
+
+@contextlib.contextmanager
+def as_in_a_new_process(cwd, env):
+    """Give the block a folder and variables of its own, and undo what the command line leaves behind."""
+    from fastcal.cli.terminal import Output, output
+
+    folder, hook, logger = os.getcwd(), sys.excepthook, logging.getLogger("fastcal")
+    level = logger.level
+    with mock.patch.dict(os.environ, os.environ if env is None else env, clear=True):
+        os.chdir(folder if cwd is None else cwd)
+        try:
+            yield
+        finally:
+            os.chdir(folder)
+            sys.excepthook = hook  # typer sets one
+            logger.setLevel(level)
+            vars(output).update(vars(Output()))
+
+
+@contextlib.contextmanager
+def captured():
+    """Yield two files that receive what the block, C libraries included, writes to the standard output and error."""
+    with contextlib.ExitStack() as stack:
+        files = []
+        for descriptor, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
+            file = stack.enter_context(tempfile.TemporaryFile())
+            stream, copy = getattr(sys, name), os.dup(descriptor)
+            stack.callback(os.close, copy)
+            stack.callback(os.dup2, copy, descriptor)
+            stack.callback(setattr, sys, name, stream)
+            stream.flush()
+            os.dup2(file.fileno(), descriptor)
+            mine = open(descriptor, "w", encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115 - below
+            setattr(sys, name, stack.enter_context(mine))
+            files.append(file)
+        yield files
+
+
+@pytest.fixture(scope="session")
+def run_fastcal():
+    """A function that runs the command line in this process, and returns what `subprocess.run` would return."""
+    from fastcal.cli import app
+
+    def run(*arguments, cwd=None, env=None):
+        words = [*map(str, arguments)]
+        with captured() as files:
+            with as_in_a_new_process(cwd, env), pytest.raises(SystemExit) as ended:
+                app(words, prog_name="fastcal")
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            texts = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in files]
+        return subprocess.CompletedProcess(words, ended.value.code or 0, *texts)
 
     return run
 
@@ -150,17 +214,47 @@ def tensorrt_bindings(tmp_path_factory):
     return {"PYTHONPATH": path, "LD_LIBRARY_PATH": str(folder)}
 
 
+@pytest.fixture(scope="session")
+def loaded_bindings(tensorrt_bindings):
+    """The module `tensorrt_bindings`, loaded into this process."""
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("TensorRT itself is installed: its libraries and the stand-ins do not go into one process")
+    for library in sorted(Path(tensorrt_bindings["LD_LIBRARY_PATH"]).glob("*.so.10")):
+        ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+    return importlib.import_module("tensorrt_bindings")
+
+
+def forget_modules_on(dependency):
+    """Remove the modules of fastcal that use a module, directly or through another module, from where imports look."""
+    gone = {dependency.__name__}
+
+    def depends(module):
+        values = [*vars(module).values()]
+        return any(value is dependency or getattr(value, "__module__", None) in gone for value in values)
+
+    while found := [name for name, module in [*sys.modules.items()] if name.startswith("fastcal.") and depends(module)]:
+        for name in found:
+            package, _, attribute = name.rpartition(".")
+            if getattr(sys.modules[package], attribute, None) is sys.modules.pop(name):
+                delattr(sys.modules[package], attribute)
+        gone.update(found)
+    for name, value in [*vars(fastcal).items()]:  # names that were loaded lazily
+        if getattr(value, "__module__", None) in gone:
+            delattr(fastcal, name)
+
+
 @pytest.fixture
-def run_on_bindings(tensorrt_bindings, tmp_path):
-    """A function that runs a program in an empty folder, with TensorRT's bindings."""
-
-    def run(program):
-        return subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60,
-            env={**os.environ, **tensorrt_bindings},
-        )  # fmt: skip
-
-    return run
+def trt_bindings(loaded_bindings, monkeypatch):
+    """TensorRT 10.16.1's Python bindings, which `import tensorrt` gives for the length of a test."""
+    tensorrt = module_from_spec(ModuleSpec("tensorrt", None))
+    vars(tensorrt).update({name: value for name, value in vars(loaded_bindings).items() if name[0] != "_"})
+    tensorrt.__version__ = loaded_bindings.__version__
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
+    yield tensorrt
+    forget_modules_on(tensorrt)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(UnavailableError):
+        fastcal.EntropyCalibrator2  # noqa: B018 - nothing is left of the bindings
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,7 @@
-"""What an application writes that uses all of fastcal's public names; mypy reads it, strictly, and nothing runs it."""
+"""An application that uses all of fastcal's public names. mypy checks it, strictly; nothing runs it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,14 +60,32 @@ def scales(folder: Path) -> fastcal.CalibrationCache:
     try:
         with feeds(folder)[0] as feed:
             cache = fastcal.calibrate(folder / "model.onnx", feed, algorithm="minmax", until_stable=1, progress=show)
+    except fastcal.UnavailableError as error:
+        assert_type(error.package, str)
+        raise SystemExit(f"install {error.package}") from error
+    except (fastcal.ModelError, fastcal.DataError, fastcal.CacheError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
     except fastcal.FastcalError as error:
         raise SystemExit(str(error)) from error
     assert_type(cache.scales, dict[str, float])
     assert_type(cache.header, str)
     assert_type(fastcal.CalibrationCache.from_bytes(cache.to_bytes()), fastcal.CalibrationCache)
-    for form in ("tensorrt", "json", "onnxruntime"):
+    for form in ("tensorrt", "json"):
         cache.save(folder / form, form=form)
     return cache
+
+
+def pick(observed: fastcal.Observations) -> dict[str, float]:
+    assert_type(observed.progress, Sequence[fastcal.Progress])
+    widest: fastcal.Histogram = max(observed.histograms.values(), key=lambda histogram: histogram.amax)
+    print(widest.clipped(widest.amax / 2))
+    return fastcal.Algorithm.of("percentile", 0.999).scales(observed)
+
+
+def first_line(calibration: fastcal.Calibration) -> str:
+    record: fastcal.Record = calibration.record
+    print(record.entries)
+    return calibration.header
 
 
 def judge(folder: Path, cache: fastcal.CalibrationCache) -> bool:
@@ -86,12 +104,15 @@ def look(folder: Path, cache: fastcal.CalibrationCache) -> str:
     images, arrays, *_ = feeds(folder)
     preview = fastcal.preview(images, count=8)
     assert_type(preview, fastcal.Preview)
-    assert_type([channel.mean for channel in preview.channels], list[float])
+    channel: fastcal.Channel = preview.channels[0]
+    assert_type(channel.mean, float)
     preview.save(folder / "sheet.png")
     assert_type(fastcal.preview(arrays, preprocess="unit", input_name="input").pixels, npt.NDArray[np.float32])
     comparison = fastcal.compare("model.onnx", images, caches={"mine": cache, "old": "old.cache"}, progress=show)
     assert_type(comparison, fastcal.Comparison)
-    for name, tensor in comparison.qualities[comparison.best].tensors.items():
+    quality: fastcal.Quality = comparison.qualities[comparison.best]
+    tensor: fastcal.TensorQuality
+    for name, tensor in quality.tensors.items():
         assert_type(tensor.sqnr, float | None)
         print(name, tensor.sqnr, tensor.clipped, comparison.float_top1)
     if cache.observed is not None:
@@ -103,10 +124,10 @@ def look(folder: Path, cache: fastcal.CalibrationCache) -> str:
 
 
 def models(folder: Path, config: Any, network: Any, builder: Any) -> bytes:
-    quantized = fastcal.quantize("model.onnx", scales(folder), exclude=["Gemm"])
+    quantized = fastcal.quantize(fastcal.Model.of("model.onnx"), scales(folder), exclude=["Gemm"])
     assert_type(quantized, onnx.ModelProto)
     feed = feeds(folder)[2]
-    calibrators = (
+    calibrators: Sequence[fastcal.FeedCalibrator] = (
         fastcal.EntropyCalibrator2(feed, cache="model.cache", model=folder / "model.onnx", progress=show),
         fastcal.EntropyCalibrator(feed),
         fastcal.MinMaxCalibrator([{"input": np.zeros((1, 3, 8, 8), np.float32)}]),
@@ -118,7 +139,8 @@ def models(folder: Path, config: Any, network: Any, builder: Any) -> bytes:
     with calibrators[0] as calibrator:
         calibrator.calibrate(network, tf32=True)
         builder.build_serialized_network(network, config)
-    assert_type(calibrators[0].stats.waited, float)
+    stats: fastcal.CalibratorStats = calibrators[0].stats
+    assert_type(stats.waited, float)
     engine = fastcal.build_engine("model.onnx", feed, fp16=False, max_batch=8, timing_cache="timings")
     assert_type(engine, bytes)
     return engine

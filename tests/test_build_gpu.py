@@ -57,12 +57,12 @@ def rows(stdout):
 
 
 @pytest.mark.parametrize("calibration", ["fastcal", "tensorrt"])
-def test_it_builds_an_engine_and_says_what_it_did(trt, run_fastcal, tmp_path, calibration):
+def test_it_builds_an_engine_and_says_what_it_did(trt, spawn_fastcal, tmp_path, calibration):
     paths = {"-o": tmp_path / "x.engine", "--cache": tmp_path / "x.cache", "--timing-cache": tmp_path / "timings"}
     words = [word for pair in paths.items() for word in pair]
     words += ["--calibration", calibration]
     batches = ("--batch-size", 60, "--min-batch", 2, "--opt-batch", 45, "--max-batch", 90, "--workspace", 256)
-    done = run_fastcal("build", MODEL, IMAGES, *words, *batches, *FAST)
+    done = spawn_fastcal("build", MODEL, IMAGES, *words, *batches, *FAST)
     assert done.returncode == 0, done.stderr
     assert not re.search(r"^(error|Traceback)", done.stderr, re.MULTILINE)
     assert all(re.match("note: |warning: ", line) for line in done.stderr.splitlines()), done.stderr
@@ -83,7 +83,7 @@ def test_it_builds_an_engine_and_says_what_it_did(trt, run_fastcal, tmp_path, ca
     assert accuracy(trt, engine) > 0.98
 
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in ("x.cache", "x.cache.json")}
-    again = run_fastcal("build", MODEL, IMAGES, *words, *batches, *FAST)
+    again = spawn_fastcal("build", MODEL, IMAGES, *words, *batches, *FAST)
     assert again.returncode == 0, again.stderr
     assert "x.cache is used" in again.stderr
     assert "is not used" not in again.stderr
@@ -122,8 +122,8 @@ def test_a_feed_is_enough(trt, tmp_path):
         ("percentile", r"0 3ff0000000000000 3fefae147ae147ae$"),  # cutoff 1, quantile 0.99
     ],
 )
-def test_the_algorithm_is_the_one_asked_for(trt, run_fastcal, tmp_path, algorithm, header):
-    done = run_fastcal(
+def test_the_algorithm_is_the_one_asked_for(trt, spawn_fastcal, tmp_path, algorithm, header):
+    done = spawn_fastcal(
         "build", MODEL, IMAGES, "-o", tmp_path / "x.engine", "--cache", tmp_path / "x.cache", "--no-fp16",
         "--algorithm", algorithm, "--quantile", 0.99, *FAST,
     )  # fmt: skip
@@ -133,25 +133,25 @@ def test_the_algorithm_is_the_one_asked_for(trt, run_fastcal, tmp_path, algorith
 
 
 @pytest.mark.parametrize("calibration", ["fastcal", "tensorrt"])
-def test_a_dynamic_size_is_that_of_the_images(trt, run_fastcal, tmp_path, onnx_file, calibration):
+def test_a_dynamic_size_is_that_of_the_images(trt, spawn_fastcal, tmp_path, onnx_file, calibration):
     model = onnx_file("f (float[N, 3, H, W] image) => (float[N, 3, H, W] y) { y = Relu(image) }")
     words = ("-o", tmp_path / "x.engine", "--calibration", calibration, "--size", "24x40", "--max-batch", 40)
-    done = run_fastcal("build", model, IMAGES, *words, *FAST)
+    done = spawn_fastcal("build", model, IMAGES, *words, *FAST)
     assert done.returncode == 0, done.stderr
     shapes = load(trt, tmp_path / "x.engine").get_tensor_profile_shape("image", 0)
     assert [tuple(shape) for shape in shapes] == [(batch, 3, 24, 40) for batch in (1, 32, 40)]
 
 
-def test_a_timing_cache_that_is_none_is_replaced(run_fastcal, tmp_path):
+def test_a_timing_cache_that_is_none_is_replaced(spawn_fastcal, tmp_path):
     (tmp_path / "timings").write_bytes(b"garbage")
     words = ("-o", tmp_path / "x.engine", "--timing-cache", tmp_path / "timings")
-    done = run_fastcal("build", MODEL, IMAGES, *words, *FAST)
+    done = spawn_fastcal("build", MODEL, IMAGES, *words, *FAST)
     assert done.returncode == 0, done.stderr
     assert "timings was rejected: it is of another TensorRT or GPU, or is not a timing cache" in done.stderr
     assert len((tmp_path / "timings").read_bytes()) > len(b"garbage")
 
 
-def test_what_is_wrong_is_one_line_and_no_engine(run_fastcal, tmp_path, onnx_file):
+def test_what_is_wrong_is_one_line_and_no_engine(spawn_fastcal, tmp_path, onnx_file):
     images = tmp_path / "images"
     images.mkdir()
     for number, path in enumerate(sorted(IMAGES.rglob("*.jpg"))[:12]):
@@ -173,7 +173,7 @@ def test_what_is_wrong_is_one_line_and_no_engine(run_fastcal, tmp_path, onnx_fil
         ((MODEL, IMAGES, "--timing-cache", MODEL), r".*digits.onnx is the model itself; name another file for the tim"),
         ((MODEL, IMAGES, "--min-batch", 0), r"the engine's batches are min_batch 0, opt_batch 32, max_batch 32; they"),
     ):
-        done = run_fastcal("build", "-o", tmp_path / "x.engine", *arguments)
+        done = spawn_fastcal("build", "-o", tmp_path / "x.engine", *arguments)
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         errors = [line for line in done.stderr.splitlines() if not re.match("note: |warning: ", line)]
         assert len(errors) == 1, done.stderr
@@ -182,9 +182,9 @@ def test_what_is_wrong_is_one_line_and_no_engine(run_fastcal, tmp_path, onnx_fil
     assert not cache.exists()
 
 
-def test_a_gpu_that_cuda_does_not_see(run_fastcal, tmp_path):
+def test_a_gpu_that_cuda_does_not_see(spawn_fastcal, tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = run_fastcal("build", MODEL, IMAGES, "-o", tmp_path / "x.engine", env=environment)
+    done = spawn_fastcal("build", MODEL, IMAGES, "-o", tmp_path / "x.engine", env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: fastcal build needs CuPy and an NVIDIA GPU, and CUDA sees none here; fastcal calibrate works here\n"

@@ -3,536 +3,538 @@
 What TensorRT does with a calibrator is in test_calibrators_gpu.py.
 """
 
-import subprocess
+import json
+import logging
 import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-PRELUDE = """
-import json, logging, sys
-from pathlib import Path
-import numpy as np
-import tensorrt as trt
 import fastcal
+from fastcal.algorithm import ALGORITHMS, Algorithm
+from fastcal.batch import UNNAMED
+from fastcal.cache.record import Record
+from fastcal.cache.reuse import reuse
+from fastcal.errors import DataError, FastcalError
+from fastcal.observe.backends import OnnxRuntimeBackend, TensorRTBackend
+
+CACHE = b"TRT-101601-EntropyCalibration2\na: 3c010a14\n"
+
 
 class OnDevice:
-    "An array that says it lies on a GPU; nothing here reads it."
+    """An array that says it lies on a GPU; nothing here reads it."""
+
     def __init__(self, address, shape=(4, 3, 8, 8), strides=None):
         self.shape, self.dtype = shape, np.dtype("f4")
         self.__cuda_array_interface__ = {
             "data": (address, False), "shape": shape, "typestr": "<f4", "version": 3, "strides": strides,
-            "stream": None}  # nothing to wait for
+            "stream": None,  # nothing to wait for
+        }  # fmt: skip
+
 
 class Numbered(fastcal.Feed):
-    "Batches whose addresses tell which batch and which input it is."
+    """Batches whose addresses tell the batch and the input."""
+
     batch_size = 4
-    def __init__(self, count=3, names=("a", "b"), error=None, says=None, samples="same"):
-        self.count, self.names, self.error, self.says, self.samples = count, names, error, says or count, samples
+
+    def __init__(self, count=3, names=("a", "b"), error=None, announced=None, samples="same"):
+        self.count, self.names, self.error, self.sample_digest = count, names, error, samples
+        self.announced = announced or count
+
     def __len__(self):
-        return self.says
+        return self.announced
+
     def __iter__(self):
         for batch in range(self.count):
             yield {name: OnDevice(100 * (batch + 1) + place) for place, name in enumerate(self.names)}
         if self.error:
             raise self.error
+
     def describe(self):
-        return {"samples": self.samples}
+        return {"samples": self.sample_digest}
+
+
+def addresses(calibrator, names=("a", "b")):
+    """Return the addresses of all batches that are left."""
+    return list(iter(lambda: calibrator.get_batch(list(names)), None))
+
 
 def serve(calibrator, names=("a", "b"), write=True):
-    "What TensorRT does: returns the addresses it was given, or the cache it was."
+    """Call a calibrator as TensorRT does; return the cache that it gave, or else the addresses of its batches."""
     cache = calibrator.read_calibration_cache()
     if cache is not None:
         return cache
-    given = list(iter(lambda: calibrator.get_batch(list(names)), None))
+    given = addresses(calibrator, names)
     assert calibrator.read_calibration_cache() is None  # it asks again
     if write and given:
-        calibrator.write_calibration_cache(memoryview(b"TRT-101601-EntropyCalibration2\\na: 3c010a14\\n"))
+        calibrator.write_calibration_cache(memoryview(CACHE))
     return given
 
-def error_of(function):
-    try:
-        function()
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-"""
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Run each test in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def run(run_on_bindings):
-    """A function that runs a program after the prelude and returns what it printed."""
-
-    def run(program):
-        done = run_on_bindings(PRELUDE + program)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
-
-
-def test_all_five_are_instances_of_tensorrts_classes(run):
-    printed = run("""
-print(trt.__version__)
-for name in ("EntropyCalibrator2", "EntropyCalibrator", "MinMaxCalibrator", "LegacyCalibrator"):
-    calibrator = getattr(fastcal, name)(Numbered())
-    assert isinstance(calibrator, getattr(trt, "IInt8" + name)) and isinstance(calibrator, trt.IInt8Calibrator)
-    print(name, calibrator.get_algorithm().name, calibrator.get_batch_size())
-for algorithm in trt.CalibrationAlgoType.__members__.values():
-    calibrator = fastcal.Calibrator(Numbered(), algorithm=algorithm)
-    assert isinstance(calibrator, trt.IInt8Calibrator)
-    assert calibrator.get_algorithm() == algorithm
-legacy = fastcal.LegacyCalibrator(Numbered(), quantile=0.99, regression_cutoff=0.5)
-print(legacy.get_quantile(), legacy.get_regression_cutoff())
-""")
-    assert printed.splitlines() == [
-        "10.16.1.11",
-        "EntropyCalibrator2 ENTROPY_CALIBRATION_2 4",
-        "EntropyCalibrator ENTROPY_CALIBRATION 4",
-        "MinMaxCalibrator MINMAX_CALIBRATION 4",
-        "LegacyCalibrator LEGACY_CALIBRATION 4",
-        "0.99 0.5",
-    ]
-
-
-def test_algorithms_that_the_plain_calibrator_does_not_take(run):
-    printed = run("""
-legacy = trt.CalibrationAlgoType.LEGACY_CALIBRATION
-print(error_of(lambda: fastcal.Calibrator(Numbered(), algorithm="entropy2")))
-print(error_of(lambda: fastcal.Calibrator(Numbered(), algorithm=legacy, cache="x.cache")))
-print(len(serve(fastcal.Calibrator(Numbered(), algorithm=legacy))))
-""")
-    assert printed.splitlines() == [
-        "FastcalError: there is no algorithm 'entropy2'; give a tensorrt.CalibrationAlgoType",
-        "FastcalError: a cache of Legacy calibration names its quantile: use LegacyCalibrator, or keep no cache",
-        "3",
-    ]
-
-
-def test_a_feed_that_never_knows_its_length(run):
-    printed = run("""
-class Endless(Numbered):
-    def __len__(self):
-        raise TypeError("who knows")
-for count in (3, 0):
-    with fastcal.EntropyCalibrator2(Endless(count=count), cache=f"{count}.cache") as calibrator:
-        print(len(serve(calibrator)), Path(f"{count}.cache").exists(), error_of(calibrator.check))
-        calibrator.rewind()
-""")
-    assert printed.splitlines() == [
-        "3 True None",
-        "0 False DataError: the feed gave no batches; a calibration needs at least one",
-    ]
-
-
-def test_addresses_come_in_the_order_asked_for_and_again_after_the_end(run):
-    printed = run("""
-calibrator = fastcal.EntropyCalibrator2(Numbered())
-print(serve(calibrator, ("b", "a")))
-print(serve(calibrator, ("a", "b")))
-print(calibrator.stats.batches, calibrator.stats.images)
-calibrator.get_batch(["a", "b"])
-calibrator.rewind()
-print(calibrator.get_batch(["a", "b"]))
-""")
-    assert printed.splitlines() == [
-        "[[101, 100], [201, 200], [301, 300]]",
-        "[[100, 101], [200, 201], [300, 301]]",
-        "3 12",
-        "[100, 101]",
-    ]
-
-
-def test_one_nameless_array_goes_to_the_one_input(run):
-    printed = run("""
-from fastcal.batch import UNNAMED
-feed = Numbered(count=1, names=(UNNAMED,))
-print(serve(fastcal.EntropyCalibrator2(feed), ("pixels",)))
-feed = Numbered(count=1, names=("input",))
-calibrator = fastcal.EntropyCalibrator2(feed)
-print(serve(calibrator, ("pixels",)), error_of(calibrator.check))
-""")
-    assert printed.splitlines()[0] == "[[100]]"
-    assert printed.splitlines()[1] == (
-        "[] DataError: the network takes the inputs 'pixels', the batches have 'input'; name the batches' arrays "
-        "after the inputs"
+def on_a_cpu(monkeypatch):
+    """Let the backend TensorRT run the network with ONNX Runtime, for want of a GPU."""
+    monkeypatch.setattr(
+        TensorRTBackend, "observer", lambda _, network, gpu: OnnxRuntimeBackend().observer(network, gpu)
     )
 
 
-def test_what_goes_wrong_is_remembered_and_nothing_is_written(run, tmp_path):
-    printed = run("""
-for feed in (
-    Numbered(error=OSError("the disk is gone")), Numbered(error=KeyboardInterrupt()), Numbered(count=2, says=5),
-    Numbered(names=("a", "c")), Numbered(names=("a", "b", "c")),
-):
-    calibrator = fastcal.EntropyCalibrator2(feed, cache="x.cache")
+def test_all_five_are_instances_of_tensorrts_classes(trt_bindings):
+    trt = trt_bindings
+    assert trt.__version__ == "10.16.1.11"
+    for name, algorithm in (
+        ("EntropyCalibrator2", "ENTROPY_CALIBRATION_2"),
+        ("EntropyCalibrator", "ENTROPY_CALIBRATION"),
+        ("MinMaxCalibrator", "MINMAX_CALIBRATION"),
+        ("LegacyCalibrator", "LEGACY_CALIBRATION"),
+    ):
+        calibrator = getattr(fastcal, name)(Numbered())
+        assert isinstance(calibrator, getattr(trt, f"IInt8{name}"))
+        assert isinstance(calibrator, trt.IInt8Calibrator)
+        assert calibrator.get_algorithm().name == algorithm
+        assert calibrator.get_batch_size() == 4
+    for algorithm in trt.CalibrationAlgoType.__members__.values():
+        calibrator = fastcal.Calibrator(Numbered(), algorithm=algorithm)
+        assert isinstance(calibrator, trt.IInt8Calibrator)
+        assert calibrator.get_algorithm() == algorithm
+    legacy = fastcal.LegacyCalibrator(Numbered(), quantile=0.99, regression_cutoff=0.5)
+    assert (legacy.get_quantile(), legacy.get_regression_cutoff()) == (0.99, 0.5)
+
+
+def test_algorithms_that_the_plain_calibrator_rejects(trt_bindings):
+    legacy = trt_bindings.CalibrationAlgoType.LEGACY_CALIBRATION
+    with pytest.raises(FastcalError, match=r"^there is no algorithm 'entropy2'; give a tensorrt.CalibrationAlgoType$"):
+        fastcal.Calibrator(Numbered(), algorithm="entropy2")
+    with pytest.raises(
+        FastcalError,
+        match=r"^a cache of Legacy calibration names its quantile: use LegacyCalibrator, or keep no cache$",
+    ):
+        fastcal.Calibrator(Numbered(), algorithm=legacy, cache="x.cache")
+    assert len(serve(fastcal.Calibrator(Numbered(), algorithm=legacy))) == 3
+
+
+class Endless(Numbered):
+    """A feed that never knows its length."""
+
+    def __len__(self):
+        raise TypeError("who knows")
+
+
+def test_a_feed_that_never_knows_its_length(trt_bindings):
+    with fastcal.EntropyCalibrator2(Endless(), cache="3.cache") as calibrator:
+        assert len(serve(calibrator)) == 3
+        assert Path("3.cache").exists()
+        calibrator.check()
+        calibrator.rewind()
+    with fastcal.EntropyCalibrator2(Endless(count=0), cache="0.cache") as calibrator:
+        assert serve(calibrator) == []
+        assert not Path("0.cache").exists()
+        with pytest.raises(DataError, match=r"^the feed gave no batches; a calibration needs at least one$"):
+            calibrator.check()
+        calibrator.rewind()
+
+
+def test_addresses_come_in_the_order_asked_for_and_again_after_the_end(trt_bindings):
+    calibrator = fastcal.EntropyCalibrator2(Numbered())
+    assert serve(calibrator, ("b", "a")) == [[101, 100], [201, 200], [301, 300]]
+    assert serve(calibrator, ("a", "b")) == [[100, 101], [200, 201], [300, 301]]
+    assert (calibrator.stats.batches, calibrator.stats.images) == (3, 12)
+    calibrator.get_batch(["a", "b"])
+    calibrator.rewind()
+    assert calibrator.get_batch(["a", "b"]) == [100, 101]
+
+
+def test_one_nameless_array_goes_to_the_one_input(trt_bindings):
+    nameless = fastcal.EntropyCalibrator2(Numbered(count=1, names=(UNNAMED,)))
+    assert serve(nameless, ("pixels",)) == [[100]]
+    named = fastcal.EntropyCalibrator2(Numbered(count=1, names=("input",)))
+    assert serve(named, ("pixels",)) == []
+    with pytest.raises(
+        DataError,
+        match=r"^the network takes the inputs 'pixels', the batches have 'input'; "
+        r"name the batches' arrays after the inputs$",
+    ):
+        named.check()
+
+
+OTHER_NAMES = (
+    "the network takes the inputs 'a', 'b', the batches have 'a', {}; name the batches' arrays after the inputs"
+)
+
+
+@pytest.mark.parametrize(
+    ("feed", "batches", "kind", "message"),
+    [
+        ({"error": OSError("the disk is gone")}, 3, OSError, "the disk is gone"),
+        ({"error": KeyboardInterrupt()}, 3, KeyboardInterrupt, ""),
+        ({"count": 2, "announced": 5}, 2, DataError, "the feed ended after 2 of 5 batches; it was to give all"),
+        ({"names": ("a", "c")}, 0, DataError, OTHER_NAMES.format("'c'")),
+        ({"names": ("a", "b", "c")}, 0, DataError, OTHER_NAMES.format("'b', 'c'")),
+    ],
+)
+def test_an_error_is_remembered_and_no_cache_is_written(trt_bindings, feed, batches, kind, message):
+    calibrator = fastcal.EntropyCalibrator2(Numbered(**feed), cache="x.cache")
+
     def build():
         with calibrator:
-            print(len(serve(calibrator)), "batches")
-    print(error_of(build))
-    print(error_of(build) == error_of(calibrator.check))  # once more, with the same object
-print(list(Path().iterdir()))
-""")
-    other_names = "DataError: the network takes the inputs 'a', 'b', the batches have 'a', {}; name the batches' arrays"
-    expected = []
-    for batches, error in (
-        (3, "OSError: the disk is gone"),
-        (3, "KeyboardInterrupt: "),
-        (2, "DataError: the feed ended after 2 of 5 batches; it was to give all"),
-        (0, other_names.format("'c'") + " after the inputs"),
-        (0, other_names.format("'b', 'c'") + " after the inputs"),
-    ):
-        expected += [f"{batches} batches", error, f"{batches} batches", "True"]
-    assert printed.splitlines() == [*expected, "[]"]
+            assert len(serve(calibrator)) == batches
+
+    for attempt in (build, build, calibrator.check):  # once more, with the same object
+        with pytest.raises(kind) as raised:
+            attempt()
+        assert type(raised.value) is kind
+        assert str(raised.value) == message
+    assert list(Path().iterdir()) == []
 
 
-def test_what_came_first_is_raised_where_the_build_itself_raises(run):
-    printed = run("""
-def build(feed, error):
-    with fastcal.EntropyCalibrator2(feed) as calibrator:
-        serve(calibrator)
-        raise error
-for feed, error in (
-    (Numbered(error=OSError("the disk is gone")), RuntimeError("no engine")),
-    (Numbered(error=KeyboardInterrupt()), RuntimeError("no engine")),
-    (Numbered(error=OSError("the disk is gone")), KeyboardInterrupt()),
-    (Numbered(), RuntimeError("no engine")),
-):
-    try:
-        build(feed, error)
-    except BaseException as error:
-        print(repr(error), repr(error.__cause__))
-""")
-    assert printed.splitlines() == [
-        "OSError('the disk is gone') RuntimeError('no engine')",
-        "KeyboardInterrupt() RuntimeError('no engine')",
-        "KeyboardInterrupt() None",
-        "RuntimeError('no engine') None",
-    ]
+@pytest.mark.parametrize(
+    ("of_the_feed", "of_the_build", "raised", "cause"),
+    [
+        (OSError("the disk is gone"), RuntimeError("no engine"), "of the feed", "of the build"),
+        (KeyboardInterrupt(), RuntimeError("no engine"), "of the feed", "of the build"),
+        (OSError("the disk is gone"), KeyboardInterrupt(), "of the build", None),
+        (None, RuntimeError("no engine"), "of the build", None),
+    ],
+)
+def test_the_first_error_is_raised_if_the_build_raises_too(trt_bindings, of_the_feed, of_the_build, raised, cause):
+    errors = {"of the feed": of_the_feed, "of the build": of_the_build, None: None}
+
+    def build():
+        with fastcal.EntropyCalibrator2(Numbered(error=of_the_feed)) as calibrator:
+            serve(calibrator)
+            raise of_the_build
+
+    with pytest.raises((OSError, RuntimeError, KeyboardInterrupt)) as caught:
+        build()
+    assert caught.value is errors[raised]
+    assert caught.value.__cause__ is errors[cause]
 
 
-def test_a_build_that_ends_before_its_cache_leaves_the_next_no_excuse(run):
-    assert run("""
-calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="x.cache")
-assert len(serve(calibrator, write=False)) == 3
-assert calibrator.read_calibration_cache() is None
-calibrator.get_batch(["a", "b"])  # one of three
-calibrator.write_calibration_cache(b"x")
-print(calibrator.stats.batches, Path("x.cache").exists())
-""").split() == ["1", "False"]
+def test_a_build_that_ends_before_its_cache_does_not_count_for_the_next(trt_bindings):
+    calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="x.cache")
+    assert len(serve(calibrator, write=False)) == 3
+    assert calibrator.read_calibration_cache() is None
+    calibrator.get_batch(["a", "b"])  # one of three
+    calibrator.write_calibration_cache(b"x")
+    assert calibrator.stats.batches == 1
+    assert not Path("x.cache").exists()
 
 
-def test_a_cache_of_as_many_batches_as_it_took_is_not_that_of_all(run):
-    printed = run("""
-from fastcal.cache.cache import CalibrationCache
-from fastcal.cache.record import Record
-from fastcal.cache.reuse import reuse
-all_of_them = Record.of(Numbered().describe(), None, algorithm="entropy2")
-cache = CalibrationCache({"a": 1.0}, "entropy2", "10.16.1")
-Record.of(Numbered().describe(), None, algorithm="entropy2", until_stable=1).save("x.cache", cache.to_bytes())
-print(reuse("x.cache", cache.header, all_of_them)[1])
-all_of_them.save("x.cache", cache.to_bytes())
-print(reuse("x.cache", cache.header, all_of_them)[1] == "")
-""")
-    assert printed.splitlines() == [
-        "it was made from other until_stable (1 then: perhaps not all batches)", "True",
-    ]  # fmt: skip
+def test_a_cache_of_some_batches_is_not_reused_for_all():
+    all_of_them = Record.of(Numbered().describe(), None, algorithm="entropy2")
+    some_of_them = Record.of(Numbered().describe(), None, algorithm="entropy2", until_stable=1)
+    cache = fastcal.CalibrationCache({"a": 1.0}, "entropy2", "10.16.1")
+    some_of_them.save("x.cache", cache.to_bytes())
+    reason = "it was made from other until_stable (1 then: perhaps not all batches)"
+    assert reuse("x.cache", cache.header, all_of_them) == (None, reason)
+    all_of_them.save("x.cache", cache.to_bytes())
+    assert reuse("x.cache", cache.header, all_of_them)[1] == ""
 
 
-def test_the_cache_is_used_only_while_it_is_true(run, tmp_path):
-    printed = run("""
-logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-def calibrate(kind=fastcal.EntropyCalibrator2, **feed):
-    with kind(Numbered(**feed), cache="x.cache") as calibrator:
-        got = serve(calibrator)
-    print("served" if isinstance(got, bytes) else f"calibrated with {len(got)}")
-calibrate()
-calibrate()
-calibrate(samples="others")
-calibrate(samples="others")
-calibrate(fastcal.MinMaxCalibrator, samples="others")
-Path("x.cache").write_text(Path("x.cache").read_text().replace("101601", "8600"))
-calibrate(samples="others")
-record = Path("x.cache.json").read_text()
-Path("x.cache.json").write_text(record.replace("FP32", "TF32"))
-calibrate(samples="others")
-Path("x.cache.json").unlink()
-calibrate(samples="others")
-Path("x.cache").write_text("garbage")
-calibrate(samples="others")
-""")
+def test_the_cache_is_reused_only_while_it_is_up_to_date(trt_bindings, caplog):
+    caplog.set_level(logging.INFO)
+
+    def calibrate(samples="same", kind=fastcal.EntropyCalibrator2):
+        caplog.clear()
+        with kind(Numbered(samples=samples), cache="x.cache") as calibrator:
+            got = serve(calibrator)
+        return [*caplog.messages, "served" if isinstance(got, bytes) else f"calibrated with {len(got)}"]
+
+    def not_reused(reason):
+        return [f"calibrating: x.cache is not reused, {reason}", "calibrated with 3"]
+
+    reused = ["x.cache is reused: it was made from the same model, samples and settings", "served"]
     entropy2 = "TRT-101601-EntropyCalibration2"
-    assert printed.splitlines() == [
-        "calibrating: x.cache is not reused, there is none yet",
-        "calibrated with 3",
-        "x.cache is reused: it was made from the same model, samples and settings",
-        "served",
-        "calibrating: x.cache is not reused, it was made from other samples",
-        "calibrated with 3",
-        "x.cache is reused: it was made from the same model, samples and settings",
-        "served",
-        f"calibrating: x.cache is not reused, its header is {entropy2}, not TRT-101601-MinMaxCalibration",
-        "calibrated with 3",
-        f"calibrating: x.cache is not reused, its header is TRT-8600-EntropyCalibration2, not {entropy2}",
-        "calibrated with 3",
-        "calibrating: x.cache is not reused, it was made from other precision (TF32 then, FP32 now)",
-        "calibrated with 3",
-        "calibrating: x.cache is not reused, nothing tells what it was made from: its record, x.cache.json, is missing",
-        "calibrated with 3",
-        "calibrating: x.cache is not reused, x.cache is not a TensorRT calibration cache: its first line is 'garbage'",
-        "calibrated with 3",
-    ]
+    cache, record = Path("x.cache"), Path("x.cache.json")
+    assert calibrate() == not_reused("there is none yet")
+    assert calibrate() == reused
+    assert calibrate("others") == not_reused("it was made from other samples")
+    assert calibrate("others") == reused
+    assert calibrate("others", fastcal.MinMaxCalibrator) == not_reused(
+        f"its header is {entropy2}, not TRT-101601-MinMaxCalibration"
+    )
+    cache.write_text(cache.read_text().replace("101601", "8600"))
+    assert calibrate("others") == not_reused(f"its header is TRT-8600-EntropyCalibration2, not {entropy2}")
+    record.write_text(record.read_text().replace("FP32", "TF32"))
+    assert calibrate("others") == not_reused("it was made from other precision (TF32 then, FP32 now)")
+    record.unlink()
+    assert calibrate("others") == not_reused(
+        "nothing tells what it was made from: its record, x.cache.json, is missing"
+    )
+    cache.write_text("garbage")
+    assert calibrate("others") == not_reused("x.cache is not a TensorRT calibration cache: its first line is 'garbage'")
 
 
-def test_the_old_cache_is_kept_when_the_new_one_fails(run, tmp_path):
-    run("""
-serve(fastcal.EntropyCalibrator2(Numbered(), cache="x.cache"))
-before = Path("x.cache").read_bytes()
-serve(fastcal.EntropyCalibrator2(Numbered(error=OSError(), samples="others"), cache="x.cache"))
-assert Path("x.cache").read_bytes() == before
-one = fastcal.EntropyCalibrator2(Numbered(samples="others"), cache="x.cache")
-one.read_calibration_cache()
-one.get_batch(["a", "b"])
-one.write_calibration_cache(b"TRT-101601-EntropyCalibration2\\na: 0\\n")  # a builder that stops after one batch
-assert Path("x.cache").read_bytes() == before
-""")
+def test_the_old_cache_is_kept_when_the_new_one_fails(trt_bindings):
+    serve(fastcal.EntropyCalibrator2(Numbered(), cache="x.cache"))
+    before = Path("x.cache").read_bytes()
+    serve(fastcal.EntropyCalibrator2(Numbered(error=OSError(), samples="others"), cache="x.cache"))
+    assert Path("x.cache").read_bytes() == before
+    one = fastcal.EntropyCalibrator2(Numbered(samples="others"), cache="x.cache")
+    one.read_calibration_cache()
+    one.get_batch(["a", "b"])
+    one.write_calibration_cache(b"TRT-101601-EntropyCalibration2\na: 0\n")  # a builder that stops after one batch
+    assert Path("x.cache").read_bytes() == before
 
 
-def test_a_cache_that_cannot_be_written_is_found_out_before_the_work(run):
-    printed = run("""
-calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="nowhere/x.cache")
-print(serve(calibrator), error_of(calibrator.check))
-""")
-    assert printed.startswith("[] FastcalError: cannot write nowhere/x.cache: there is no folder")
+def test_a_cache_that_cannot_be_written_is_an_error_before_the_first_batch(trt_bindings):
+    calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="nowhere/x.cache")
+    assert serve(calibrator) == []
+    with pytest.raises(FastcalError, match=r"^cannot write nowhere/x.cache: there is no folder"):
+        calibrator.check()
 
 
-def test_a_folder_that_is_gone_at_the_end_fails_the_calibration(run):
-    printed = run("""
-Path("here").mkdir()
-calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="here/x.cache")
-assert len(serve(calibrator, write=False)) == 3
-Path("here").rmdir()
-calibrator.write_calibration_cache(b"TRT-101601-EntropyCalibration2\\na: 0\\n")
-print(error_of(calibrator.check))
-""")
-    assert printed.startswith("FastcalError: cannot write here/x.cache: there is no folder")
+def test_a_folder_that_is_gone_at_the_end_fails_the_calibration(trt_bindings):
+    Path("here").mkdir()
+    calibrator = fastcal.EntropyCalibrator2(Numbered(), cache="here/x.cache")
+    assert len(serve(calibrator, write=False)) == 3
+    Path("here").rmdir()
+    calibrator.write_calibration_cache(b"TRT-101601-EntropyCalibration2\na: 0\n")
+    with pytest.raises(FastcalError, match=r"^cannot write here/x.cache: there is no folder"):
+        calibrator.check()
 
 
-def test_progress_is_what_tensorrt_is_through_with(run):
-    printed = run("""
-reports = []
-calibrator = fastcal.EntropyCalibrator2(Numbered(count=3), progress=reports.append)
-import time
-calibrator.read_calibration_cache()
-while calibrator.get_batch(["a", "b"]):
-    print(calibrator.stats.batches, [(state.batches, state.images, state.total) for state in reports])
-    time.sleep(0.05)
-print([(state.batches, state.images, state.total) for state in reports])
-print(all(state.seconds >= 0.05 * state.batches > 0.04 > state.waited > 0 for state in reports))
-""")
-    assert printed.splitlines() == [
-        "1 []",
-        "2 [(1, 4, 3)]",
-        "3 [(1, 4, 3), (2, 8, 3)]",
-        "[(1, 4, 3), (2, 8, 3), (3, 12, 3)]",
-        "True",
-    ]
+def test_progress_counts_the_batches_that_tensorrt_has_finished(trt_bindings):
+    reports, seen = [], []
+    calibrator = fastcal.EntropyCalibrator2(Numbered(count=3), progress=reports.append)
+    calibrator.read_calibration_cache()
+    while calibrator.get_batch(["a", "b"]):
+        seen.append((calibrator.stats.batches, len(reports)))
+        time.sleep(0.05)
+    assert seen == [(1, 0), (2, 1), (3, 2)]
+    assert [(state.batches, state.images, state.total) for state in reports] == [(1, 4, 3), (2, 8, 3), (3, 12, 3)]
+    assert all(state.waited > 0 for state in reports)
+    assert all(state.seconds - state.waited >= 0.05 * state.batches for state in reports)  # the builder's time
 
 
-def test_an_error_in_the_progress_report_is_an_error_of_the_calibration(run):
-    printed = run("""
-def report(state):
-    raise OSError("no terminal")
-calibrator = fastcal.EntropyCalibrator2(Numbered(), progress=report)
-print(len(serve(calibrator)), error_of(calibrator.check))
-""")
-    assert printed == "1 OSError: no terminal\n"
+def test_an_error_in_the_progress_report_is_an_error_of_the_calibration(trt_bindings):
+    error = OSError("no terminal")
+
+    def report(state):
+        raise error
+
+    calibrator = fastcal.EntropyCalibrator2(Numbered(), progress=report)
+    assert len(serve(calibrator)) == 1
+    with pytest.raises(OSError, match=r"^no terminal$") as raised:
+        calibrator.check()
+    assert raised.value is error
 
 
-def test_batches_that_fail_where_tensorrt_asks_for_their_size(run):
-    printed = run("""
-def batches():
-    raise OSError("no such host")
-    yield
-calibrator = fastcal.EntropyCalibrator2(batches())
-print(calibrator.get_batch_size(), calibrator.get_batch(["a"]), error_of(calibrator.check))
-""")
-    assert printed == "1 None OSError: no such host\n"
+def test_batches_that_fail_where_tensorrt_asks_for_their_size(trt_bindings):
+    def batches():
+        raise OSError("no such host")
+        yield
+
+    calibrator = fastcal.EntropyCalibrator2(batches())
+    assert (calibrator.get_batch_size(), calibrator.get_batch(["a"])) == (1, None)
+    with pytest.raises(OSError, match=r"^no such host$"):
+        calibrator.check()
 
 
-def test_a_pass_that_another_ends_is_no_whole_one(run):
-    printed = run("""
-feed = fastcal.ArrayFeed(lambda: ({"a": np.ones((2, 3), "f4")} for _ in range(5)), device="cpu")
-calibrator = fastcal.EntropyCalibrator2(feed)
-calibrator._handout._on_device = lambda name, array: OnDevice(1, array.shape)  # as if there were a GPU
-print(calibrator.get_batch_size(), calibrator.get_batch(["a"]))
-next(iter(feed))
-while calibrator.get_batch(["a"]):
-    pass
-print(error_of(calibrator.check))
-calibrator.rewind()
-print(len(list(iter(lambda: calibrator.get_batch(["a"]), None))), error_of(calibrator.check), len(feed))
-""")
-    assert printed.splitlines() == [
-        "2 [1]",
-        "FastcalError: the pass was cut off: its feed was closed, or another pass begun, before this one had come to "
-        "its end",
-        "5 None 5",
-    ]
+def test_a_pass_that_another_pass_ends_is_incomplete(trt_bindings):
+    feed = fastcal.ArrayFeed(lambda: ({"a": np.ones((2, 3), "f4")} for _ in range(5)), device="cpu")
+    calibrator = fastcal.EntropyCalibrator2(feed)
+    calibrator._handout._on_device = lambda name, array: OnDevice(1, array.shape)  # as if there were a GPU
+    assert (calibrator.get_batch_size(), calibrator.get_batch(["a"])) == (2, [1])
+    next(iter(feed))
+    addresses(calibrator, ["a"])
+    cut_off = "the pass was cut off: its feed was closed, or another pass begun, before this one had come to its end"
+    with pytest.raises(FastcalError, match=f"^{cut_off}$"):
+        calibrator.check()
+    calibrator.rewind()
+    assert len(addresses(calibrator, ["a"])) == 5
+    calibrator.check()
+    assert len(feed) == 5
 
 
-def test_a_calibrator_by_the_name_of_its_algorithm(run):
-    printed = run("""
-from fastcal.calibrators import make_calibrator
-for algorithm in fastcal.algorithm.ALGORITHMS:
-    calibrator = make_calibrator(fastcal.algorithm.Algorithm.of(algorithm, 0.25), Numbered(), cache="x.cache")
-    print(algorithm, calibrator.get_algorithm().name, getattr(calibrator, "get_quantile", lambda: None)())
-print(error_of(lambda: fastcal.LegacyCalibrator(Numbered(), quantile=2.0)))
-""")
-    assert printed.splitlines() == [
-        "entropy2 ENTROPY_CALIBRATION_2 None",
-        "entropy ENTROPY_CALIBRATION None",
-        "minmax MINMAX_CALIBRATION None",
-        "percentile LEGACY_CALIBRATION 0.25",
-        "FastcalError: quantile 2.0 is not in (0, 1]; 0.9999 clips one value in ten thousand",
-    ]
+def test_a_calibrator_by_the_name_of_its_algorithm(trt_bindings):
+    from fastcal.calibrators import make_calibrator
 
+    made = {name: make_calibrator(Algorithm.of(name, 0.25), Numbered(), cache="x.cache") for name in ALGORITHMS}
+    assert {name: calibrator.get_algorithm().name for name, calibrator in made.items()} == {
+        "entropy2": "ENTROPY_CALIBRATION_2",
+        "entropy": "ENTROPY_CALIBRATION",
+        "minmax": "MINMAX_CALIBRATION",
+        "percentile": "LEGACY_CALIBRATION",
+    }
+    quantiles = {name: made[name].get_quantile() for name in made if hasattr(made[name], "get_quantile")}
+    assert quantiles == {"percentile": 0.25}
+    with pytest.raises(
+        FastcalError, match=r"^quantile 2.0 is not in \(0, 1\]; 0.9999 clips one value in ten thousand$"
+    ):
+        fastcal.LegacyCalibrator(Numbered(), quantile=2.0)
 
-def test_a_calibration_of_our_own_looks_at_the_samples_once_and_is_handed_over(run, onnx_file):
-    path = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }")
-    printed = run(f"""
-from fastcal.observe.backends import OnnxRuntimeBackend, TensorRTBackend
-TensorRTBackend.observer = lambda _, network, gpu: OnnxRuntimeBackend().observer(network, gpu)  # as if on a GPU
 
 class Counted(fastcal.Feed):
+    """Two batches; counts how often it described them."""
+
     batch_size = 4
     looked = 0
+
     def __len__(self):
         return 2
+
     def __iter__(self):
-        return iter([{{"x": np.linspace(-1, 3, 12, dtype="f4").reshape(4, 3) * scale}} for scale in (1, 2)])
+        return iter([{"x": np.linspace(-1, 3, 12, dtype="f4").reshape(4, 3) * scale} for scale in (1, 2)])
+
     def describe(self):
         self.looked += 1
-        return {{"samples": "same"}}
+        return {"samples": "same"}
 
-model, version = {str(path)!r}, trt.__version__
-for kind, algorithm, options in (
-    (fastcal.EntropyCalibrator2, "entropy2", {{}}), (fastcal.MinMaxCalibrator, "minmax", {{}}),
-    (fastcal.LegacyCalibrator, "percentile", {{"quantile": 0.9}}),
+
+@pytest.mark.parametrize(
+    ("kind", "algorithm", "options"),
+    [
+        ("EntropyCalibrator2", "entropy2", {}),
+        ("MinMaxCalibrator", "minmax", {}),
+        ("LegacyCalibrator", "percentile", {"quantile": 0.9}),
+    ],
+)
+def test_a_calibration_by_fastcal_describes_the_feed_once_and_is_handed_over(
+    trt_bindings, on_a_cpu, onnx_file, kind, algorithm, options
 ):
+    model = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }")
     Path("x.cache").write_text("another calibration's")
     feed, reports = Counted(), []
+    kind = getattr(fastcal, kind)
     with kind(feed, cache="x.cache", model=model, progress=reports.append, **options) as calibrator:
         calibrator.calibrate(model)
-        looked = feed.looked
+        assert feed.looked == 1
         served = serve(calibrator)
-    options |= {{"backend": "onnxruntime", "tensorrt_version": version}}
-    expected = fastcal.calibrate(model, feed, algorithm=algorithm, **options)
+    version = trt_bindings.__version__
+    expected = fastcal.calibrate(
+        model, feed, algorithm=algorithm, backend="onnxruntime", tensorrt_version=version, **options
+    )
     assert served == Path("x.cache").read_bytes() == expected.to_bytes()
     assert fastcal.CalibrationCache.load("x.cache").record == expected.record
-    print(looked, len(reports), calibrator.stats.batches)
-""")
-    assert printed.splitlines() == ["1 2 0"] * 3
+    assert len(reports) == 2
+    assert calibrator.stats.batches == 0
 
-
-def test_the_record_says_in_which_precision_and_what_was_left_out(run, onnx_file):
-    path = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }")
-    printed = run(f"""
-from fastcal.observe.backends import OnnxRuntimeBackend, TensorRTBackend
-TensorRTBackend.observer = lambda _, network, gpu: OnnxRuntimeBackend().observer(network, gpu)  # as if on a GPU
 
 class Given(Numbered):
-    batch_size, skipped, device = 4, ["bad.jpg"], False
+    """One batch, on the GPU or not, after an unreadable file."""
+
+    batch_size, skipped, device = 4, ("bad.jpg",), False
+
     def __len__(self):
         return 1
+
     def __iter__(self):
-        return iter([{{"x": OnDevice(1) if self.device else np.ones((4, 3), np.float32)}}])
-
-feed = Given()
-calibrator = fastcal.EntropyCalibrator2(feed, cache="x.cache")
-def made_from(*entries):
-    record = json.loads(Path("x.cache.json").read_text())["made_from"]
-    print(*(record[name] for name in entries))
-with calibrator:
-    calibrator.calibrate({str(path)!r}, tf32=True)
-    serve(calibrator, ["x"])
-made_from("precision", "skipped", "samples")
-feed.device = True
-with calibrator:  # TensorRT calibrates
-    print(len(serve(calibrator, ["x"])))
-made_from("precision", "skipped", "samples")
-feed.samples = "others"
-with calibrator:
-    print(len(serve(calibrator, ["x"])))
-made_from("samples")
-""")
-    assert printed.splitlines() == [
-        "TF32 ['bad.jpg'] same", "1", "FP32 ['bad.jpg'] same", "1", "others",
-    ]  # fmt: skip
+        return iter([{"x": OnDevice(1) if self.device else np.ones((4, 3), np.float32)}])
 
 
-def test_legacy_calibration_with_a_regression_is_left_to_tensorrt(run):
-    printed = run("""
-logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-with fastcal.LegacyCalibrator(Numbered(), regression_cutoff=0.5) as calibrator:
-    calibrator.calibrate("no such model")
-    print(len(serve(calibrator)))
-""")
-    assert printed.splitlines() == [
-        "TensorRT calibrates itself: Legacy calibration is a plain percentile with regression cutoff 1 only", "3",
-    ]  # fmt: skip
+def test_the_record_has_the_precision_and_the_skipped_files(trt_bindings, on_a_cpu, onnx_file):
+    feed = Given()
+    calibrator = fastcal.EntropyCalibrator2(feed, cache="x.cache")
+
+    def made_from(*entries):
+        record = json.loads(Path("x.cache.json").read_text())["made_from"]
+        return [record[name] for name in entries]
+
+    with calibrator:
+        calibrator.calibrate(onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }"), tf32=True)
+        serve(calibrator, ["x"])
+    assert made_from("precision", "skipped", "samples") == ["TF32", ["bad.jpg"], "same"]
+    feed.device = True
+    with calibrator:  # TensorRT calibrates
+        assert len(serve(calibrator, ["x"])) == 1
+    assert made_from("precision", "skipped", "samples") == ["FP32", ["bad.jpg"], "same"]
+    feed.sample_digest = "others"
+    with calibrator:
+        assert len(serve(calibrator, ["x"])) == 1
+    assert made_from("samples") == ["others"]
 
 
-def test_a_dynamic_input_is_read_in_the_shape_its_calibration_profile_is_tuned_for(run):
-    printed = run("""
-from types import SimpleNamespace
-profile = SimpleNamespace(get_shape=lambda name: [(1, 3, 8, 8), (4, 3, 8, 8), (16, 3, 8, 8)])
-config = SimpleNamespace(get_calibration_profile=lambda: profile)
-network = SimpleNamespace(
-    num_inputs=1, get_input=lambda index: SimpleNamespace(name="a", shape=(-1, 3, 8, 8), dtype=trt.float32))
-calibrator = fastcal.EntropyCalibrator2(Numbered(names=("a",)))
-calibrator.check_network(network, config)
-print(len(serve(calibrator, ["a"])), error_of(calibrator.check))
-network.get_input = lambda index: SimpleNamespace(name="b", shape=(2, 3, 8, 8), dtype=trt.float32)
-calibrator.check_network(network, config)
-network.get_input = lambda index: SimpleNamespace(name="a", shape=(2, 3, 8, 8), dtype=trt.float32)
-calibrator.check_network(network, config)
-with calibrator:
-    pass
-print(serve(calibrator, ["a"]), error_of(calibrator.check))
-""")
-    assert printed.splitlines() == [
-        "3 None",
-        "[] DataError: TensorRT reads input 'a' as (2, 3, 8, 8), the batches are (4, 3, 8, 8); give batches, or a "
-        "calibration profile, of that shape",
+def test_legacy_calibration_with_a_regression_is_left_to_tensorrt(trt_bindings, caplog):
+    caplog.set_level(logging.INFO)
+    with fastcal.LegacyCalibrator(Numbered(), regression_cutoff=0.5) as calibrator:
+        calibrator.calibrate("no such model")
+        assert len(serve(calibrator)) == 3
+    assert caplog.messages == [
+        "TensorRT calibrates itself: Legacy calibration is a plain percentile with regression cutoff 1 only"
     ]
 
 
-def test_arrays_that_tensorrt_would_read_wrongly(run):
-    printed = run("""
-class Given(Numbered):
-    def __iter__(self):
-        return iter([{"a": OnDevice(1)}, {"a": self.names}])
-for array in (OnDevice(1, strides=(1, 2, 3, 4)), OnDevice(1, shape=(2, 3, 8, 8))):
-    calibrator = fastcal.EntropyCalibrator2(Given(names=array))
+def test_a_dynamic_input_is_read_in_the_shape_its_calibration_profile_is_tuned_for(trt_bindings):
+    profile = SimpleNamespace(get_shape=lambda name: [(1, 3, 8, 8), (4, 3, 8, 8), (16, 3, 8, 8)])
+    config = SimpleNamespace(get_calibration_profile=lambda: profile)
+
+    def network(name, shape):
+        value = SimpleNamespace(name=name, shape=shape, dtype=trt_bindings.float32)
+        return SimpleNamespace(num_inputs=1, get_input=lambda index: value)
+
+    calibrator = fastcal.EntropyCalibrator2(Numbered(names=("a",)))
+    calibrator.check_network(network("a", (-1, 3, 8, 8)), config)
+    assert len(serve(calibrator, ["a"])) == 3
+    calibrator.check()
+    calibrator.check_network(network("b", (2, 3, 8, 8)), config)
+    calibrator.check_network(network("a", (2, 3, 8, 8)), config)
+    with calibrator:
+        pass
+    assert serve(calibrator, ["a"]) == []
+    with pytest.raises(
+        DataError,
+        match=r"^TensorRT reads input 'a' as \(2, 3, 8, 8\), the batches are \(4, 3, 8, 8\); give batches, or a "
+        "calibration profile, of that shape$",
+    ):
+        calibrator.check()
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (
+            OnDevice(1, strides=(1, 2, 3, 4)),
+            "input 'a' is not contiguous in memory; TensorRT reads it as if it were",
+        ),
+        (
+            OnDevice(1, shape=(2, 3, 8, 8)),
+            "TensorRT reads input 'a' as (4, 3, 8, 8), the batches are (2, 3, 8, 8); give batches, or a calibration "
+            "profile, of that shape",
+        ),
+    ],
+)
+def test_arrays_that_tensorrt_would_read_wrongly(trt_bindings, array, message):
+    class Second(Numbered):
+        def __iter__(self):
+            return iter([{"a": OnDevice(1)}, {"a": array}])
+
+    calibrator = fastcal.EntropyCalibrator2(Second())
     assert calibrator.get_batch(["a"]) == [1]
     assert calibrator.get_batch(["a"]) is None
-    print(error_of(calibrator.check))
-""")
-    assert printed.splitlines() == [
-        "DataError: input 'a' is not contiguous in memory; TensorRT reads it as if it were",
-        "DataError: TensorRT reads input 'a' as (4, 3, 8, 8), the batches are (2, 3, 8, 8); give batches, or a "
-        "calibration profile, of that shape",
-    ]
+    with pytest.raises(DataError) as raised:
+        calibrator.check()
+    assert str(raised.value) == message
 
 
-def test_without_tensorrt_or_with_one_that_has_no_calibrators(tmp_path):
-    for content, message in (
-        ("raise ImportError('no libnvinfer')", "need TensorRT 8.6 to 10.16, which cannot be imported (no libnvinfer)"),
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "raise ImportError('no libnvinfer')",
+            "need TensorRT 8.6 to 10.16, which cannot be imported (no libnvinfer)",
+        ),
         (
             "__version__ = '11.4.0'",
             "TensorRT 11.4.0 has no calibrators (gone from 11.0): calibrate with fastcal calibrate",
         ),
-    ):
-        (tmp_path / "tensorrt.py").write_text(content)
-        program = "import fastcal\ntry: fastcal.EntropyCalibrator2\nexcept fastcal.FastcalError as error: print(error)"
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
-        assert message in done.stdout
+    ],
+)
+def test_without_tensorrt_or_with_one_that_has_no_calibrators(tmp_path, monkeypatch, content, message):
+    (tmp_path / "tensorrt.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("tensorrt", "fastcal.calibrators"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(fastcal.FastcalError) as raised:
+        fastcal.EntropyCalibrator2  # noqa: B018 - imports it
+    assert message in str(raised.value)
+    sys.modules.pop("tensorrt", None)

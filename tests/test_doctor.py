@@ -17,14 +17,14 @@ LIBRARIES = {library.module: library for library in (doctor._DRIVER, *doctor._LI
 
 
 @pytest.fixture
-def examine(run_fastcal, tmp_path):
+def examine(spawn_fastcal, tmp_path):
     """A function that runs the doctor with stand-ins for some modules; returns exit status, findings by label, ok."""
 
     def run(**modules):
         for name, text in modules.items():
             (tmp_path / f"{name}.py").write_text(text)
         path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-        done = run_fastcal("doctor", "--json", env={**os.environ, "PYTHONPATH": path})
+        done = spawn_fastcal("doctor", "--json", env={**os.environ, "PYTHONPATH": path})
         assert done.stdout, done.stderr
         told = json.loads(done.stdout)
         return done.returncode, {finding["label"]: finding for finding in told["libraries"]}, told["ok"]
@@ -178,8 +178,8 @@ def test_a_tensorrt_that_fastcal_cannot_use_is_broken(monkeypatch, tmp_path, tex
 
 
 @no_gpu
-def test_for_people_it_is_text_to_paste(run_fastcal):
-    done = run_fastcal("doctor")
+def test_for_people_it_is_text_to_paste(spawn_fastcal):
+    done = spawn_fastcal("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^ONNX Runtime +works +ran a network +onnxruntime(-gpu)? \d", done.stdout, re.MULTILINE)
     assert re.search(r"^fastcal +\d.*\nPython .*\nsystem .*\npackages +numpy \d", done.stdout)

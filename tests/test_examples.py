@@ -1,8 +1,9 @@
-"""The examples, each as a user runs it: in a process of its own, on the digits sample."""
+"""The examples on the digits sample: what they print and write. test_readme.py runs them as a user does."""
 
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -138,18 +139,22 @@ def test_trtexec_builds_an_engine(tmp_path, commands):
     assert "PASSED" in (folder / "digits.log").read_text()
 
 
-def run_example(script, folder):
-    """Run an example's script; returns what it said."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, EXAMPLES / script]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run_example(tmp_path, monkeypatch, capsys):
+    """A function that runs an example's script in this process, in an empty folder, and returns the text it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script):
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / script)])
+        runpy.run_path(EXAMPLES / script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @needs_cpu_extra
-def test_quantized_digits_are_recognized_as_well(tmp_path):
-    said = run_example("quantize/compare.py", tmp_path)
+def test_quantized_digits_are_recognized_as_well(tmp_path, run_example):
+    said = run_example("quantize/compare.py")
     top1 = {name: float(share.rstrip("%")) for name, share in map(str.split, said.splitlines())}
     assert list(top1) == ["FP32", "minmax", "entropy2", "percentile"]
     assert top1["FP32"] == 99.8  # what examples/digits/README.md says of PyTorch on the same images
@@ -158,8 +163,8 @@ def test_quantized_digits_are_recognized_as_well(tmp_path):
 
 
 @needs_cpu_extra
-def test_shards_make_the_cache_that_the_images_make(tmp_path):
-    said = run_example("webdataset/calibrate.py", tmp_path)
+def test_shards_make_the_cache_that_the_images_make(tmp_path, run_example):
+    said = run_example("webdataset/calibrate.py")
     scales = fastcal.CalibrationCache.load(tmp_path / "digits.cache").scales
     assert said == (
         f"digits.cache: {len(scales)} scales from 256 images, shards/digits-000000.tar:00000000.jpg and so on\n"
@@ -170,8 +175,8 @@ def test_shards_make_the_cache_that_the_images_make(tmp_path):
 
 
 @needs_cpu_extra
-def test_both_inputs_of_a_network_are_fed(tmp_path):
-    said = run_example("two_inputs/calibrate.py", tmp_path)
+def test_both_inputs_of_a_network_are_fed(tmp_path, run_example):
+    said = run_example("two_inputs/calibrate.py")
     scales = fastcal.CalibrationCache.load(tmp_path / "pairs.cache").scales
     assert re.fullmatch(rf"pairs.cache: {len(scales)} scales from 256 pairs; scores are up to [\d.]+ apart\n", said)
     both = {name.removeprefix("left_"): scale for name, scale in scales.items() if name.startswith("left_")}

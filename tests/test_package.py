@@ -1,17 +1,29 @@
+"""The package: how light its import is, its public names, and what it says without an optional package."""
+
+import functools
+import importlib
+import pydoc
 import subprocess
 import sys
+
+import pytest
 
 import fastcal
 from conftest import DIGITS
 
+#: What a program may do before it imports a library that takes long to import.
+LIGHT = {
+    "import": "import fastcal",
+    "dir": "import fastcal; dir(fastcal)",
+}
 
-def test_importing_it_imports_none_of_what_it_can_do_without():
-    program = (
-        "import sys, fastcal; print([name for name in ('nvidia', 'onnx', 'onnxruntime', 'numba', 'numpy', 'ray',"
-        " 'tensorrt', 'cupy', 'matplotlib', 'jinja2') if name in sys.modules])"
-    )
+
+@pytest.mark.parametrize("program", LIGHT.values(), ids=LIGHT)
+def test_what_is_light_imports_no_heavy_library(program):
+    heavy = ("nvidia.dali", "onnx", "onnxruntime", "numba", "numpy", "ray", "tensorrt", "cupy", "matplotlib", "jinja2")
+    program += f"; import sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_all_public_names_are_there():
@@ -26,48 +38,83 @@ def test_all_public_names_are_there():
     assert not hasattr(fastcal, "no_such_name")
 
 
-def test_help_shows_what_can_be_had():
-    program = "import sys; sys.modules['tensorrt'] = None; import fastcal; help(fastcal)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "class ImageFeed(" in done.stdout
-    assert "class EntropyCalibrator2(" not in done.stdout
+@pytest.fixture
+def import_without(monkeypatch):
+    """A function that imports fastcal anew, as if a package were not installed."""
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "fastcal"}
+
+    def import_without(package):
+        for name in [*sys.modules]:
+            if name in before or name == package or name.startswith(f"{package}."):
+                monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+        return importlib.import_module("fastcal")
+
+    yield import_without
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == "fastcal":
+            del sys.modules[name]
+    sys.modules.update(before)
 
 
-def test_a_missing_package_is_named_with_what_brings_it():
-    program = """
-import sys
-sys.modules[sys.argv[1]] = None
-import fastcal
-try:
-    eval("fastcal." + sys.argv[2])
-except fastcal.FastcalError as error:
-    print(error)
-"""
-    run = f"calibrate({str(DIGITS / 'digits.onnx')!r}, [], backend='onnxruntime', tensorrt_version='10.3.0')"
-    for module, name, text in (
+def test_help_shows_what_can_be_had(import_without):
+    text = pydoc.plain(pydoc.render_doc(import_without("tensorrt")))
+    assert "class ImageFeed(" in text
+    assert "class EntropyCalibrator2(" not in text
+
+
+def calibrate(package, *batches, **options):
+    return package.calibrate(
+        DIGITS / "digits.onnx", batches, backend="onnxruntime", tensorrt_version="10.3.0", **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "use", "text"),
+    [
         (
             "nvidia.dali",
-            "ImageFeed",
+            lambda package: package.ImageFeed,
             "ImageFeed needs NVIDIA DALI, which is not installed: pip install 'fastcal[cpu]'; for a GPU "
             "'fastcal[cuda13]' or 'fastcal[cuda12]'",
         ),
         (
             "onnxruntime",
-            run,
+            calibrate,
             "backend onnxruntime needs ONNX Runtime, which is not installed: pip install onnxruntime numba",
         ),
-        ("matplotlib", "preview", "preview needs Matplotlib, which is not installed: pip install 'fastcal[report]'"),
-        ("jinja2", "write_report", "write_report needs Jinja2, which is not installed: pip install 'fastcal[report]'"),
-        ("onnxruntime", "compare", "compare needs ONNX Runtime, which is not installed: pip install onnxruntime numba"),
-        ("numba", run, "backend onnxruntime needs numba, which is not installed: pip install onnxruntime numba"),
+        (
+            "matplotlib",
+            lambda package: package.preview,
+            "preview needs Matplotlib, which is not installed: pip install 'fastcal[report]'",
+        ),
+        (
+            "jinja2",
+            lambda package: package.write_report,
+            "write_report needs Jinja2, which is not installed: pip install 'fastcal[report]'",
+        ),
+        (
+            "onnxruntime",
+            lambda package: package.compare,
+            "compare needs ONNX Runtime, which is not installed: pip install onnxruntime numba",
+        ),
+        (
+            "numba",
+            calibrate,
+            "backend onnxruntime needs numba, which is not installed: pip install onnxruntime numba",
+        ),
         (
             "ray",
-            run.replace("[]", "[], workers=2"),
+            functools.partial(calibrate, workers=2),
             "a calibration with workers needs Ray, which is not installed: pip install 'fastcal[ray]'",
         ),
-    ):
-        command = [sys.executable, "-c", program, module, name]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == text
+    ],
+)
+def test_a_missing_package_is_named_with_what_brings_it(import_without, missing, use, text):
+    package = import_without(missing)
+    with pytest.raises(package.FastcalError) as raised:
+        use(package)
+    assert str(raised.value) == text
 
 
 def test_it_prints_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""A network sees the same whether fastcal prepares an image or the code that it was trained with."""
+"""A network gets the same values from fastcal as from the code that it was trained with."""
 
 import importlib.util
 
@@ -12,7 +12,7 @@ from fastcal import ImageFeed
 
 @pytest.fixture(scope="module")
 def prepare():
-    """What the sample's training code does to an image."""
+    """The function with which the sample's training code prepares an image."""
     specification = importlib.util.spec_from_file_location("prepare", DIGITS / "prepare.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

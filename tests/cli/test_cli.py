@@ -1,5 +1,6 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line as a user meets it."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -33,10 +34,10 @@ def images(tmp_path):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_tensorrt_runs_the_network(run_fastcal, tmp_path):
+def test_on_a_gpu_tensorrt_runs_the_network(spawn_fastcal, tmp_path):
     options = ("--tactic-sources", "EDGE_MASK_CONVOLUTIONS,JIT_CONVOLUTIONS")
     for output, more in (("1.cache", ()), ("2.cache", ("--tf32",))):
-        done = run_fastcal("calibrate", MODEL, DIGITS / "images", "-o", tmp_path / output, *options, *more)
+        done = spawn_fastcal("calibrate", MODEL, DIGITS / "images", "-o", tmp_path / output, *options, *more)
         assert done.returncode == 0, done.stderr
     fp32, tf32 = (fastcal.CalibrationCache.load(tmp_path / name).scales for name in ("1.cache", "2.cache"))
     assert [name for name in fp32 if name.startswith("(Unnamed Layer*")]
@@ -68,7 +69,9 @@ def test_it_stops_when_the_scales_are_stable(run_fastcal, tmp_path):
     words = ("-o", tmp_path / "x", "--algorithm", "minmax", "--batch-size", 8, "--until-stable", 20)
     done = run_fastcal("calibrate", MODEL, DIGITS / "images", *words)
     assert done.returncode == 0, done.stderr
-    images = int(re.search(r"stable after (\d+) images: no scale moved by more than 20 % in", done.stderr)[1])
+    images = int(
+        re.search(r"stable after (\d+) images: no scale moved by more than 20 % at the last \d", done.stderr)[1]
+    )
     assert 32 <= images < 256
     assert f"images     {images} in {images // 8} batches of 8" in done.stdout
 
@@ -216,7 +219,7 @@ def test_a_report_beside_the_cache(run_fastcal, tmp_path, images):
         (("preview", "images", "-o", "x.png", "--model", "no.onnx"), "cannot read model no.onnx"),
         (("compare", MODEL, "images", "--cache", "no.cache"), "cannot read calibration cache no.cache"),
         (("quantize", MODEL, "no.cache", "-o", "x"), "no such file: no.cache; name a calibration cache, or images"),
-        (("compare", MODEL, "images", "--cache", MODEL), "digits.onnx is neither a calibration cache nor"),
+        (("compare", MODEL, "images", "--cache", MODEL), "digits.onnx is not a TensorRT calibration cache: its first"),
         (("compare", MODEL, "images", "--quantile", "0"), r"quantile 0.0 is not in \(0, 1\]"),
         (
             ("calibrate", MODEL, "images", "-o", "x", "--report", "x"),
@@ -337,32 +340,36 @@ def test_what_is_wrong_is_one_line_and_no_cache(run_fastcal, tmp_path, images, c
     assert sorted(os.listdir(tmp_path)) == ["images", "old.cache"]
 
 
-def test_a_list_that_can_be_read_only_once(tmp_path, images):
-    (tmp_path / "list.txt").write_text("\n".join(f"{images}/{path.name}" for path in sorted(images.iterdir())))
-    command = f"{sys.executable} -m fastcal calibrate {MODEL} <(cat list.txt) -o x.cache --preprocess raw"
+def test_a_list_that_can_be_read_only_once(run_fastcal, tmp_path, images):
+    listed = "\n".join(f"{images}/{path.name}" for path in sorted(images.iterdir()))
     for _ in range(2):  # the second time the output is there
-        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        reader, writer = os.pipe()
+        with open(reader), open(writer, "w") as pipe:
+            pipe.write(listed)
+            pipe.close()
+            list_file = f"/dev/fd/{reader}"  # as shells write <(command)
+            done = run_fastcal("calibrate", MODEL, list_file, "-o", "x.cache", "--preprocess", "raw", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
 
-def test_names_that_the_terminal_cannot_show(run_fastcal, tmp_path, images, onnx_file):
+def test_names_that_the_terminal_cannot_show(run_fastcal, spawn_fastcal, tmp_path, images, onnx_file):
     """Names of files may be any bytes, names of tensors any characters."""
-    ascii, utf8 = ({**os.environ, "PYTHONIOENCODING": f"{name}:strict"} for name in ("ascii", "utf-8"))
     model = onnx_file("f (float[N, 3, 32, 32] x) => (float[N, 3, 32, 32] y) { y = Relu(x) }")
     named = onnx.load(model)
     named.graph.node[0].output[0] = named.graph.output[0].name = "\u03b1"
     onnx.save(named, model)
-    done = run_fastcal("calibrate", model, images, "-o", "\udcff.cache", cwd=tmp_path, env=utf8)
+    done = run_fastcal("calibrate", model, images, "-o", "\udcff.cache", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "\\udcff.cache, TRT-" in done.stdout
-    done = run_fastcal("cache", "show", "\udcff.cache", cwd=tmp_path, env=ascii)
+    ascii = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = spawn_fastcal("cache", "show", "\udcff.cache", cwd=tmp_path, env=ascii)
     assert done.returncode == 0, done.stderr
     assert "\\u03b1 " in done.stdout
     shutil.copy(sorted(images.iterdir())[0], images / "\udcff.jpg")
     assert run_fastcal("preview", images / "\udcff.jpg", "-o", "sheet.svg", cwd=tmp_path).returncode == 0
     assert "<!-- \\udcff.jpg -->" in (tmp_path / "sheet.svg").read_text()
     (images / "\udcff.jpg").write_bytes(b"no image")
-    done = run_fastcal("calibrate", MODEL, images, "-o", "x.cache", cwd=tmp_path, env=utf8)
+    done = run_fastcal("calibrate", MODEL, images, "-o", "x.cache", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.match(r"error: .*/\\udcff.jpg cannot be decoded: ", done.stderr.splitlines()[-1])
 
@@ -479,13 +486,13 @@ def test_commands_that_calibrate_share_their_options():
             assert getattr(calibrate[name], what) == getattr(build[name], what), name
 
 
-def test_a_backend_that_is_unavailable(run_fastcal, tmp_path, images):
-    for backend, message in (
-        ("tensorrt", r"backend tensorrt: .*; backend onnxruntime works here"),
-        ("trt", "there is no backend 'trt'; choose one of auto, tensorrt, onnxruntime"),
+def test_a_backend_that_is_unavailable(run_fastcal, spawn_fastcal, tmp_path, images):
+    without_a_gpu = functools.partial(spawn_fastcal, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    for run, backend, message in (
+        (without_a_gpu, "tensorrt", r"backend tensorrt: .*; backend onnxruntime works here"),
+        (run_fastcal, "trt", "there is no backend 'trt'; choose one of auto, tensorrt, onnxruntime"),
     ):
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        done = run_fastcal("calibrate", MODEL, images, "-o", "x.cache", "--backend", backend, env=environment)
+        done = run("calibrate", MODEL, images, "-o", "x.cache", "--backend", backend)
         assert (done.returncode, done.stdout) == (2, "")
         assert re.match(f"error: {message}", done.stderr.splitlines()[-1])
 
@@ -502,9 +509,8 @@ def test_build_without_tensorrt(run_fastcal, tmp_path, images):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed here")
-def test_build_without_cupy(run_fastcal, tensorrt_bindings, tmp_path, images):
-    environment = {**os.environ, **tensorrt_bindings}
-    done = run_fastcal("build", MODEL, images, "-o", tmp_path / "x.engine", env=environment)
+def test_build_without_cupy(run_fastcal, trt_bindings, tmp_path, images):
+    done = run_fastcal("build", MODEL, images, "-o", tmp_path / "x.engine")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: fastcal build needs CuPy and an NVIDIA GPU, and CuPy is not installed "

@@ -4,13 +4,14 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
 from conftest import DATA, DIGITS
-from fastcal import CalibrationCache
+from fastcal import Algorithm, CalibrationCache
 
 MODEL = DIGITS / "digits.onnx"
 SQUEEZENET = DATA / "squeezenet1_1.entropy2.cache"
@@ -28,13 +29,10 @@ def work(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory):
+def calibrated(run_fastcal, tmp_path_factory):
     """A folder with a cache of the digits and its record, as the command line makes them."""
-    import subprocess
-
     folder = tmp_path_factory.mktemp("calibrated")
-    command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, DIGITS / "images", "-o", "digits.cache"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    run_fastcal("calibrate", MODEL, DIGITS / "images", "-o", "digits.cache", cwd=folder).check_returncode()
     return folder
 
 
@@ -97,25 +95,24 @@ def test_tensors_in_only_one_and_other_headers(run_fastcal, work):
 def test_convert(run_fastcal, calibrated):
     for arguments in (
         "digits.cache -o digits.json",
-        "digits.json -o digits.flatbuffers",
-        "digits.flatbuffers -o table.cache --tensorrt 10.3.0",
+        "digits.json -o newer.cache --tensorrt 10.3.0",
         "digits.cache -o older.cache --tensorrt 8.6.1",
         "digits.cache -o minmax.cache --algorithm minmax",
     ):
         done = run_fastcal("cache", "convert", *arguments.split(), cwd=calibrated)
         assert (done.returncode, done.stderr) == (0, "")
     first = CalibrationCache.load(calibrated / "digits.cache")
-    table = CalibrationCache.load(calibrated / "table.cache")
-    assert (table.scales, table.header) == (first.scales, "TRT-100300-EntropyCalibration2")
+    newer = CalibrationCache.load(calibrated / "newer.cache")
+    assert (newer.scales, newer.header) == (first.scales, "TRT-100300-EntropyCalibration2")
     older = CalibrationCache.load(calibrated / "older.cache")
     assert (older.scales, older.header, older.record) == (first.scales, "TRT-8601-EntropyCalibration2", first.record)
     assert CalibrationCache.load(calibrated / "minmax.cache").header.endswith("-MinMaxCalibration")
     assert json.loads((calibrated / "digits.json").read_text())["made_from"] == first.record.entries
-    assert not (calibrated / "digits.flatbuffers.json").exists()
+    assert not (calibrated / "digits.json.json").exists()
 
 
 def test_legacy_calibration_under_another_header(run_fastcal, tmp_path):
-    CalibrationCache({"x": 1.0}, "percentile", None, 0.9999, 1.0).save(tmp_path / "legacy.cache")
+    CalibrationCache({"x": 1.0}, Algorithm("percentile", 0.9999, 1.0), None).save(tmp_path / "legacy.cache")
     options = "-o x.json --algorithm entropy2 --tensorrt 10.3.0"
     assert run_fastcal("cache", "convert", "legacy.cache", *options.split(), cwd=tmp_path).returncode == 0
     assert json.loads((tmp_path / "x.json").read_text()) == {
@@ -140,7 +137,7 @@ def test_legacy_calibration_under_another_header(run_fastcal, tmp_path):
     ],
 )
 def test_what_is_wrong_is_one_line(run_fastcal, work, arguments, message):
-    CalibrationCache({"x": 1.0}, "percentile", None, 0.9999, 1.0).save(work / "legacy.cache")
+    CalibrationCache({"x": 1.0}, Algorithm("percentile", 0.9999, 1.0), None).save(work / "legacy.cache")
     shutil.copy(MODEL, work / "model.onnx")
     before = sorted(os.listdir(work))
     done = run_fastcal("cache", *arguments.split(), cwd=work)
@@ -218,9 +215,10 @@ def test_quiet_leaves_only_what_is_wrong(run_fastcal, tmp_path, work):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
-def test_a_fault_of_our_own_is_not_taken_for_a_difference(run_fastcal, tmp_path, work):
+def test_a_fault_of_our_own_is_not_taken_for_a_difference(spawn_fastcal, tmp_path, work):
     (tmp_path / "sitecustomize.py").write_text("import fastcal.cache.diff as d\nd.diff_caches = None\n")
-    done = run_fastcal("cache", "diff", "a.cache", "b.cache", cwd=work, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = spawn_fastcal("cache", "diff", "a.cache", "b.cache", cwd=work, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 70
     assert "TypeError" in done.stderr
 
@@ -272,8 +270,6 @@ def test_a_cache_does_not_become_its_own_record(run_fastcal, calibrated, tmp_pat
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("words", [["cache", "show", "a.cache"], ["cache", "show", "a.cache", "--json"], ["doctor"]])
 def test_where_nothing_can_be_written(work, words):
-    import subprocess
-
     command = [sys.executable, "-m", "fastcal", *words]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=work, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
@@ -285,8 +281,6 @@ def test_where_nothing_can_be_written(work, words):
 
 @pytest.mark.parametrize("words", ["cache show a.cache", "cache show a.cache --json"])
 def test_a_closed_output_is_none(work, words):
-    import subprocess
-
     command = f"{sys.executable} -m fastcal {words} >&-"
     done = subprocess.run(command, shell=True, cwd=work, stderr=subprocess.PIPE, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -294,8 +288,6 @@ def test_a_closed_output_is_none(work, words):
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_where_nobody_reads_on_that_is_no_answer(work, options):
-    import subprocess
-
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "fastcal", "cache", "diff", "a.cache", "a.cache", *options]
