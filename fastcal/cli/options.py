@@ -89,7 +89,7 @@ class FeedOptions:
 
     def feed(self, network: "Model | None") -> "fastcal.ImageFeed | fastcal.NumpyFeed":
         """The images, or arrays, as batches for the model."""
-        from fastcal.feed.numpy_files import are_arrays
+        from fastcal.feed.dataset import are_arrays
 
         data = _by_input(self.data, network)
         if isinstance(data, str) and are_arrays(data):
@@ -249,18 +249,17 @@ def check_outputs(
 
 def _samples(data: str, network: "Model | None", outputs: Sequence[str]) -> Iterator[str]:
     """The files that samples come from, as far as outputs may be among them: what is wrong with them is said later."""
-    from fastcal.feed.dataset import kind_of, list_files
-    from fastcal.feed.numpy_files import list_arrays
+    from fastcal.feed.dataset import FOR_ARRAYS, kind_of, list_files
 
     by_input = _by_input(data, network)
-    may_be_found = any(kind_of(path) is not None or path.lower().endswith(".npz") for path in outputs)
+    may_be_found = any(kind_of(path) is not None for path in outputs)
     for each in by_input.values() if isinstance(by_input, dict) else [by_input]:
         is_pipe = os.path.exists(each) and not os.path.isfile(each) and not os.path.isdir(each)  # to be read once
         if not is_pipe and (may_be_found or not os.path.isdir(each)):
             with contextlib.suppress(FastcalError):
                 yield from list_files(each).paths
             with contextlib.suppress(FastcalError):
-                yield from list_arrays(each, ".npy", ".npz")
+                yield from list_files(each, FOR_ARRAYS).paths
 
 
 def _by_input(data: str, network: "Model | None") -> str | dict[str, str]:

@@ -12,6 +12,8 @@ from PIL import Image
 import fuzzing
 from conftest import DIGITS
 from fastcal import FastcalError, ImageFeed, Preprocess
+from fastcal.feed.image_pass import ImagePass
+from fastcal.feed.image_plan import Decoding
 from fastcal.feed.sources import UnreadableError
 
 SMALL = Preprocess(size=(8, 8))
@@ -55,11 +57,11 @@ def feed_of(folder, **options):
         ({0, 9}, [[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 4], [5, 6, 7, 8]]),
     ],
 )
-def test_the_next_images_fill_up(tmp_path, ahead, broken, wrap, drop):
+def test_the_next_images_fill_up(tmp_path, monkeypatch, ahead, broken, wrap, drop):
+    monkeypatch.setattr(Decoding, "ahead", ahead)  # as on a GPU
     write_numbered(tmp_path, 10, broken)
     for last_batch, expected in (("wrap", wrap), ("drop", drop)):
         with feed_of(tmp_path, last_batch=last_batch) as feed:
-            feed._ahead = ahead  # as on a GPU
             for _ in range(3):
                 assert [numbers(batch) for batch in feed] == expected
                 assert len(feed) == len(expected)
@@ -76,9 +78,9 @@ def test_suspects_do_not_reach_the_pipeline(tmp_path, monkeypatch, broken, threa
     write_numbered(tmp_path, 10, broken)
     with feed_of(tmp_path, threads=threads) as feed:
         expected = [numbers(batch) for batch in feed]
-    monkeypatch.setattr(ImageFeed, "_recover", lambda *_: pytest.fail("the pipeline got what is unreadable"))
+    monkeypatch.setattr(ImagePass, "_recover", lambda *_: pytest.fail("the pipeline got what is unreadable"))
     with feed_of(tmp_path, threads=threads) as feed:
-        feed._suspects = 100  # as on a GPU, after a failure
+        feed._passes.suspects = 100  # as on a GPU, after a failure
         for _ in range(2):
             assert [numbers(batch) for batch in feed] == expected
         assert feed.skipped == [str(tmp_path / f"{number:02}.jpg") for number in sorted(broken)]
