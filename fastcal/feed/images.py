@@ -142,6 +142,11 @@ class ImageFeed(PlannedFeed):
         super().__init__(plan, ImagePasses)
 
     @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of samples in a pass, without unreadable ones."""
+        return super().samples or 0
+
+    @property
     def paths(self) -> list[str]:
         """The samples, in order, with unreadable ones."""
         return list(self._plan.sample_names or ())

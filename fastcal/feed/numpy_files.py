@@ -107,6 +107,11 @@ class NumpyFeed(PlannedFeed):
             ArrayPasses,
         )
 
+    @property
+    def samples(self) -> int:  # type: ignore[override]
+        """The number of samples."""
+        return self._plan.samples or 0
+
 
 @dataclass(frozen=True, eq=False)
 class _NumpyPlan(ArrayPlan):

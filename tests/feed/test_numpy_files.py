@@ -118,6 +118,50 @@ def test_what_can_name_files(save, tmp_path, monkeypatch):
         assert seen(NumpyFeed(data, batch_size=len(expected), input_name="x")) == [expected]
 
 
+def test_links_list_files_and_ranges(save, tmp_path):
+    folder = save(**{f"{number:02}": batch(number) for number in (8, 9, 10)})
+    elsewhere = save(other__11=batch(11)) / "other"
+    elsewhere.rename(tmp_path / "elsewhere")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "link" / "circle").symlink_to(folder)
+    (folder / "list.txt").write_text("10.npy\n\nlink/11.npy\n")
+    for data, expected in (
+        (folder, [8, 9, 10, 11]),
+        (folder / "list.txt", [10, 11]),
+        (f"{folder}/{{08..10}}.npy", [8, 9, 10]),
+    ):
+        assert are_arrays(str(data))
+        assert seen(NumpyFeed(data, batch_size=len(expected), input_name="x")) == [expected]
+        assert seen(NumpyFeed({"x": data}, batch_size=len(expected))) == [expected]
+    (folder / "list.txt").write_text("10.npy\n12.npy\n")
+    with pytest.raises(FastcalError, match=r"list file .*list.txt, entry 2: no such file: .*12.npy"):
+        NumpyFeed(folder / "list.txt")
+    with pytest.raises(FastcalError, match=r"pattern .*, entry 4: no such file: .*11.npy"):
+        NumpyFeed(f"{folder}/{{08..11}}.npy")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.npy"], True),
+        (["a.npy", "b/c.NPZ", ".hidden.jpg", "notes.txt"], True),
+        (["a.npy", "b/c.jpg"], False),
+        (["a.npy", "b.tar"], False),
+        (["a.jpg"], False),
+        (["notes.txt", ".hidden.npy"], False),
+        ([], False),
+    ],
+)
+def test_a_folder_has_arrays_if_it_has_neither_images_nor_shards(tmp_path, names, expected):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert are_arrays(str(tmp_path)) is expected
+    assert are_arrays(f"{tmp_path}/**") is expected
+    assert are_arrays([tmp_path / name for name in names if not name.startswith(".")]) is expected
+    assert not are_arrays(str(tmp_path / "nowhere"))
+
+
 def test_names_in_capitals(save):
     folder = save(a=batch(0), b={"x": batch(1)})
     npy, npz = (folder / "a.npy").rename(folder / "A.NPY"), (folder / "b.npz").rename(folder / "B.Npz")
