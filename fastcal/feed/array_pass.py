@@ -64,6 +64,7 @@ class ArrayPasses(Passes):
                 "that makes it"
             )
         self._has_begun = True
+        allocator.synchronize()  # the caller's arrays on the GPU are complete
         return ArrayPass(self._whole_batches(allocator))
 
     def length(self) -> int | None:

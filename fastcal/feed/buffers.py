@@ -183,6 +183,13 @@ class Allocator:
             cupy.cuda.get_current_stream().synchronize()
         return [DeviceBuffer(shapes, constants, device, self._stream) for _ in range(count)]
 
+    def synchronize(self) -> None:
+        """Wait until the GPU has done all its work."""
+        if self._gpu is not None:
+            import cupy
+
+            cupy.cuda.Device(self._gpu).synchronize()
+
 
 class Batches(Iterator[Mapping[str, Any]]):
     """The batches of a pass: arrays by input name, each batch valid until the next is asked for."""

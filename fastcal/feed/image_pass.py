@@ -45,14 +45,16 @@ class ImagePasses(Passes):
     def begin(self, allocator: Allocator) -> "ImagePass":
         """Begin a pass, with the pipeline of the last one if it can be used on."""
         pipeline = self.pipeline
-        if pipeline is not None:
-            if pipeline.process != os.getpid():
-                raise FastcalError(
-                    "a feed that was used before its process forked cannot be used in the child: DALI's threads stayed "
-                    "with the parent; make the feed in the child"
-                )
-            if pipeline.under_way or pipeline.ahead < min(self._plan.decoding.ahead, self.length()):
-                self.pipeline = None  # the last pass was cut off, or started its pipeline near its end
+        if pipeline is not None and pipeline.process != os.getpid():
+            raise FastcalError(
+                "a feed that was used before its process forked cannot be used in the child, since DALI's threads are "
+                "the parent's; make the feed in the child"
+            )
+        allocator.synchronize()  # copies from the pipeline, and reads of the last pass's batches, are complete
+        if pipeline is not None and (
+            pipeline.under_way or pipeline.ahead < min(self._plan.decoding.ahead, self.length())
+        ):
+            self.pipeline = None  # the last pass was cut off, or started its pipeline near its end
         return ImagePass(self._plan, self)
 
     def length(self) -> int:
@@ -71,13 +73,13 @@ class ImagePasses(Passes):
         Raises:
             DataError: Images of some kind cannot be decoded.
         """
-        plan = self._plan
+        plan, size = self._plan, self._plan.chunk_size
         if not self._is_tried:
             self._is_tried = True
             self._try_kinds()
         self.pipeline = ImagePipeline(
             plan.images,
-            most=plan.most_in_a_chunk,
+            most=plan.batch_size if size is None else size.most,
             threads=plan.decoding.thread_count,
             gpu=plan.gpu,
             ahead=min(plan.decoding.ahead, batches),

@@ -139,13 +139,6 @@ class ImagePlan(Plan):
         return {name: ((self.batch_size, *shape), dtype) for name, (shape, dtype) in (images | arrays).items()}
 
     @property
-    def most_in_a_chunk(self) -> int:
-        """The largest number of samples in a chunk."""
-        if self.gpu is not None:
-            return self.batch_size
-        return min(self.batch_size, _IMAGES_PER_THREAD * self.decoding.thread_count)
-
-    @property
     def chunk_size(self) -> ChunkSize | None:
         """The largest size of a chunk.
 
@@ -154,11 +147,11 @@ class ImagePlan(Plan):
         """
         if self.gpu is not None:
             return None
-        sources = [value.source for value in self.images.values()]
+        sources, threads = [value.source for value in self.images.values()], self.decoding.thread_count
         return ChunkSize(
-            most=self.most_in_a_chunk,
-            few=self.decoding.thread_count,
-            most_bytes=_BYTES_PER_THREAD * self.decoding.thread_count,
+            most=min(self.batch_size, _IMAGES_PER_THREAD * threads),
+            few=threads,
+            most_bytes=_BYTES_PER_THREAD * threads,
             size_of=lambda number: sum(source.size(number) for source in sources),
         )
 

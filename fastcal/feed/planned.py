@@ -114,11 +114,6 @@ class PlannedFeed(Feed):
     def _begin(self) -> Batches:
         self._end()
         started = self._passes.begin(self._allocator)
-        if self.gpu is not None:
-            import cupy
-
-            # Arrays of the caller's on the GPU are complete then, and no one reads a batch of an earlier pass any more.
-            cupy.cuda.Device(self.gpu).synchronize()
         if not self._buffers:
             self._buffers = self._allocator.allocate(self._plan.depth, self._plan.filled, self._plan.constants)
         # Neither the thread nor the iterator refers to this feed: it can be deleted during a pass.
