@@ -174,7 +174,7 @@ def _check_same_order(first: str, ones: Sequence[str], other: str, others: Seque
         if stem != other_stem and stem in known:
             raise DataError(
                 f"sample {place} is {ones[place]} for input {first!r} and {others[place]} for input {other!r}, though "
-                f"the latter has a {stem!r} too; remove what has no partner, or give lists in the order you mean"
+                f"the latter has a {stem!r} too; remove samples without a partner, or give lists in the intended order"
             )
 
 
@@ -224,7 +224,7 @@ def _name(data: Data) -> _Named:
     name = os.fspath(data)
     if not name:
         raise DataError("the name of the data is empty; name a folder, a pattern, a list file or a file")
-    if os.path.isdir(name):  # which says no, where Path's own raise an error, of a name that is too long
+    if os.path.isdir(name):  # False for a name that is too long, unlike Path's, which raises an error
         return _Named(name, _walk(name), is_found=True, is_folder=True)
     if not os.path.exists(name):
         if _RANGE.search(name):

@@ -157,7 +157,7 @@ class ImagePlan(Plan):
 
     @cached_property
     def has_rgb(self) -> bool:
-        """Whether JPEG files of RGB components are among the first images; a GPU's decoder takes them for YCbCr."""
+        """True if JPEG files of RGB components are among the first images; a GPU's decoder takes them for YCbCr."""
         if self.decoding.on_cpu is not None:
             return self.decoding.on_cpu
         return _find_rgb(value.source for value in self.images.values())

@@ -11,7 +11,7 @@ from fastcal.feed.dataset import Data
 from fastcal.feed.dtypes import as_array
 from fastcal.feed.image_pass import ImagePasses
 from fastcal.feed.image_plan import Decoding, ImagePlan
-from fastcal.feed.inputs import check_inputs, fit_preprocesses, image_input, name_inputs, open_sources
+from fastcal.feed.inputs import check_inputs, fit_preprocesses, fixed_batch_size, name_inputs, open_sources
 from fastcal.feed.plan import BATCH_SIZE, check_settings
 from fastcal.feed.planned import PlannedFeed
 from fastcal.feed.preprocess import Preprocess
@@ -104,8 +104,6 @@ class ImageFeed(PlannedFeed):
             last_batch, ("wrap", "drop"), batch_size=batch_size, limit=limit, depth=depth, threads=threads,
             prefetch_queue_depth=prefetch_queue_depth,
         )  # fmt: skip
-        if not 0 <= hw_decoder_load <= 1:
-            raise FastcalError(f"hw_decoder_load is {hw_decoder_load}; it is a share from 0 to 1")
         if not 0 <= max_unreadable <= 100:
             raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
         network = None if model is None else Model.of(model)
@@ -113,23 +111,12 @@ class ImageFeed(PlannedFeed):
         fixed = {name: as_array(values) for name, values in (constants or {}).items()}
         sources = open_sources(named, key, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
         preprocesses = fit_preprocesses(sources, preprocess, network)
-        if network is not None and batch_size is None:
-            batch_size = image_input(network, next(iter(preprocesses))).shape[0]
-        batch_size = batch_size or BATCH_SIZE
+        batch_size = batch_size or fixed_batch_size(network, preprocesses) or BATCH_SIZE
         check_inputs(network, sources, fixed, batch_size)
-        decoding = Decoding(
-            gpu=resolve(device),
-            stays_on_cpu=device == "cpu",
-            threads=threads,
-            cores=len(os.sched_getaffinity(0)),
-            queue_depth=prefetch_queue_depth,
-            hw_decoder_load=hw_decoder_load,
-        )
-        count = len(next(iter(sources.values())).names)
-        log_last_batch(count, batch_size, last_batch, "images")
-        samples_under_way = (min(decoding.ahead, -(-count // batch_size)) + 1) * batch_size
+        decoding = _decoding(device, threads, prefetch_queue_depth, hw_decoder_load)
+        log_last_batch(len(next(iter(sources.values())).names), batch_size, last_batch, "images")
         plan = ImagePlan(
-            sources={name: source.keeping(samples_under_way) for name, source in sources.items()},
+            sources={name: source.keeping((decoding.ahead + 1) * batch_size) for name, source in sources.items()},
             preprocesses=preprocesses,
             constants=fixed,
             batch_size=batch_size,
@@ -150,3 +137,10 @@ class ImageFeed(PlannedFeed):
     def paths(self) -> list[str]:
         """The samples, in order, with unreadable ones."""
         return list(self._plan.sample_names or ())
+
+
+def _decoding(device: str, threads: int | None, queue_depth: int, hw_decoder_load: float) -> Decoding:
+    if not 0 <= hw_decoder_load <= 1:
+        raise FastcalError(f"hw_decoder_load is {hw_decoder_load}; it is a share from 0 to 1")
+    cores = len(os.sched_getaffinity(0))
+    return Decoding(resolve(device), device == "cpu", threads, cores, queue_depth, hw_decoder_load)

@@ -152,6 +152,11 @@ def fit_preprocesses(
     return preprocesses
 
 
+def fixed_batch_size(model: Model | None, preprocesses: Mapping[str, Preprocess]) -> int | None:
+    """Return the batch size of the model's first input that takes images; None if it is dynamic or not known."""
+    return None if model is None else image_input(model, next(iter(preprocesses))).shape[0]
+
+
 def check_inputs(
     model: Model | None, sources: Mapping[str, Source], constants: Mapping[str, Any], batch_size: int
 ) -> None:

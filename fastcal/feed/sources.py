@@ -131,7 +131,7 @@ class ImageFiles(ImageSource):
 
     @cached_property
     def are_safe(self) -> bool:
-        """Whether DALI may decode all files."""
+        """True if DALI may decode all files."""
         return not any(map(is_hazardous, self.names))
 
     def read_with_dali(self, fetched: Any) -> Any:

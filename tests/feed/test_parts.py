@@ -73,6 +73,19 @@ def test_parts_have_the_batches_of_the_whole(tmp_path, name):
                             np.testing.assert_array_equal(found[key], expected[key])
 
 
+@pytest.mark.parametrize("name", FEEDS)
+def test_a_feed_is_pickled_as_its_plan(tmp_path, name):
+    with FEEDS[name](tmp_path) as feed:
+        whole = copied(feed)
+        next(iter(feed))  # neither a pass under way nor its buffers travel
+        with pickle.loads(pickle.dumps(feed)) as other:
+            assert type(other) is type(feed)
+            assert other.describe() == feed.describe()
+            assert (other.batch_size, other.samples, other.shapes()) == (feed.batch_size, feed.samples, feed.shapes())
+            for found, expected in zip(copied(other), whole, strict=True):
+                np.testing.assert_equal(found, expected)
+
+
 def test_a_part_has_the_threads_of_its_machine_unless_the_feed_was_told():
     def threads(part):
         return part._plan.decoding.thread_count

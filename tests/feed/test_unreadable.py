@@ -65,11 +65,26 @@ def test_the_next_images_fill_up(tmp_path, monkeypatch, ahead, broken, wrap, dro
             for _ in range(3):
                 assert [numbers(batch) for batch in feed] == expected
                 assert len(feed) == len(expected)
+                assert feed.samples == 10 - len(feed.skipped)
+                assert feed.sample_names == [path for path in feed.paths if path not in feed.skipped]
             tried = broken if last_batch == "wrap" else broken - {8, 9}
             assert set(feed.skipped) >= {str(tmp_path / f"{number:02}.jpg") for number in tried}
             assert set(feed.skipped) <= {str(tmp_path / f"{number:02}.jpg") for number in broken}
         assert [numbers(batch) for batch in feed] == expected  # after closing too
         feed.close()
+
+
+def test_a_pipeline_is_used_on_unless_it_was_started_near_the_end_of_a_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr(Decoding, "ahead", 3)  # as on a GPU
+    write_numbered(tmp_path, 10, {9})
+    with feed_of(tmp_path, batch_size=2) as feed:
+        list(feed)
+        assert feed._passes.pipeline.ahead == 1
+        list(feed)
+        used = feed._passes.pipeline
+        assert used.ahead == 3
+        list(feed)
+        assert feed._passes.pipeline is used
 
 
 @pytest.mark.parametrize("threads", [1, 2])
