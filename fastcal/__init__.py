@@ -22,7 +22,7 @@ _load, _names, __all__ = lazy_loader.attach_stub(__name__, __file__)
 _NEEDS = {
     **dict.fromkeys(("Calibrator", "EntropyCalibrator", "EntropyCalibrator2", "FeedCalibrator"), ("tensorrt",)),
     **dict.fromkeys(("LegacyCalibrator", "MinMaxCalibrator", "build_engine"), ("tensorrt",)),
-    **dict.fromkeys(("Comparison", "Quality", "TensorQuality", "compare"), ("onnxruntime", "numba")),
+    "compare": ("onnxruntime", "numba"),
     **dict.fromkeys(("Channel", "Preview", "preview"), ("matplotlib",)),
     "ImageFeed": ("nvidia.dali",),
     "write_report": ("matplotlib", "jinja2"),

@@ -1,4 +1,4 @@
-"""Arrays on a GPU, through CuPy, and in host memory, through NumPy."""
+"""Devices, and arrays on a GPU (CuPy) and in host memory (NumPy)."""
 
 import re
 from typing import Any
@@ -12,14 +12,15 @@ _DLPACK_CUDA = (2, 13)
 
 
 def resolve(device: str) -> int | None:
-    """The number of the GPU that `device` names; None for the CPU.
+    """Return the number of the GPU that `device` names; None for the CPU.
 
     Args:
-        device: "cpu", "cuda" (CuPy's current device), "cuda:N", or "auto": "cuda" where there is a GPU and CuPy, else
+        device: "cpu", "cuda" (CuPy's current device), "cuda:N", or "auto": "cuda" if there are a GPU and CuPy, else
             "cpu".
 
     Raises:
-        FastcalError: There is no such device, or CuPy is missing.
+        FastcalError: `device` is no name of a device.
+        UnavailableError: There is no such device, or CuPy is missing.
     """
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
     if match is None:
@@ -45,7 +46,7 @@ def resolve(device: str) -> int | None:
 
 
 def to_host(array: Any) -> Any:
-    """A NumPy array of the same values: the array itself unless it lies on a GPU."""
+    """Return a NumPy array of the same values: the array itself unless it lies on a GPU."""
     if hasattr(array, "__cuda_array_interface__"):
         import cupy
 
@@ -54,14 +55,14 @@ def to_host(array: Any) -> Any:
 
 
 def is_on_gpu(array: Any) -> bool:
-    """Whether it is an array on a GPU: any library's that has the CUDA array interface or speaks DLPack."""
+    """Return whether an array lies on a GPU; its library must have the CUDA array interface or speak DLPack."""
     if hasattr(array, "__cuda_array_interface__"):
         return True
     return hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in _DLPACK_CUDA
 
 
 def type_of(array: Any) -> np.dtype[Any]:
-    """An array's type as NumPy's, also where the array is not (PyTorch's, say)."""
+    """Return the type of any library's array as a NumPy type."""
     if hasattr(array, "__cuda_array_interface__"):
         array_type: np.dtype[Any] = np.dtype(array.__cuda_array_interface__["typestr"])
     else:
@@ -70,10 +71,10 @@ def type_of(array: Any) -> np.dtype[Any]:
 
 
 def as_cupy(array: Any) -> Any:
-    """Another library's array on a GPU as CuPy's, over the same memory, once it is filled.
+    """Return any library's array on a GPU as a CuPy array over the same memory, once it is filled.
 
     Raises:
-        FastcalError: CuPy is not installed.
+        UnavailableError: CuPy is not installed.
     """
     try:
         import cupy
@@ -82,27 +83,27 @@ def as_cupy(array: Any) -> Any:
             f"a {type(array).__name__} lies on a GPU, and CuPy, which reads it, is not installed: {GPU_EXTRAS}", "CuPy"
         ) from error
     if hasattr(array, "__cuda_array_interface__"):
-        with _device_of(array):  # on another, CuPy would copy it there
+        with _device_of(array):  # if another device is current, CuPy copies the array there
             imported = cupy.asarray(array)
             wait_until_filled(array)
         return imported
-    imported = cupy.from_dlpack(array)  # which CuPy's current stream waits for
+    imported = cupy.from_dlpack(array)  # CuPy's current stream waits for the array
     with imported.device:
         cupy.cuda.get_current_stream().synchronize()
     return imported
 
 
 def upload(array: Any, name: str, kept: dict[str, Any]) -> Any:
-    """Copy a NumPy array to CuPy's current GPU, in the order of its current stream; returns when it was read.
+    """Return a copy of a NumPy array on CuPy's current GPU, made on its current stream; wait until it is made.
 
     Args:
         array: The array, which may lie in pinned memory.
-        name: What it is for.
-        kept: Arrays on the GPU by what they are for: the last one is written again if it is of that shape and type.
+        name: The purpose of the copy.
+        kept: The arrays on the GPU by purpose. The last one is written to again if it has that shape and type.
     """
     import cupy
 
-    array = np.asarray(array, order="C")  # of no dimensions too, unlike ascontiguousarray's
+    array = np.asarray(array, order="C")  # ascontiguousarray would add a dimension to a number
     target = kept.get(name)
     if target is None or (target.shape, target.dtype) != (array.shape, array.dtype):
         target = kept[name] = cupy.empty(array.shape, array.dtype)
@@ -112,20 +113,20 @@ def upload(array: Any, name: str, kept: dict[str, Any]) -> Any:
 
 
 def _device_of(array: Any) -> Any:
-    """The `cupy.cuda.Device` that an array with the CUDA array interface lies on."""
+    """Return the `cupy.cuda.Device` that an array with the CUDA array interface lies on."""
     import cupy
 
     address = array.__cuda_array_interface__["data"][0]
-    # An array without elements may lie nowhere.
+    # An array without elements may have no address.
     return cupy.cuda.Device(cupy.cuda.runtime.pointerGetAttributes(address).device if address else None)
 
 
 def wait_until_filled(array: Any) -> None:
-    """Wait for what another library still does to its array on a GPU, which is current.
+    """Wait until another library has filled its array on the current GPU.
 
-    From its version 3 on the CUDA array interface names the stream to wait for. Where it does not, as PyTorch's does
-    not, DLPack has the library make CuPy's current stream wait for the library's own; an array that speaks neither is
-    taken to be filled on CUDA's default stream.
+    From version 3 on, the CUDA array interface names the stream to wait for. If it does not (as in PyTorch), DLPack has
+    the library make CuPy's current stream wait for the library's stream. If an array has neither, it is assumed to be
+    filled on CUDA's default stream.
     """
     interface = array.__cuda_array_interface__
     stream = interface.get("stream", 1)  # 1 is CUDA's own handle of its default stream

@@ -1,4 +1,4 @@
-"""How much memory there is, and which of a batch's tensors fit it together."""
+"""The memory that is free, and the tensors of a batch that fit into it together."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -6,18 +6,17 @@ from pathlib import Path
 
 from fastcal.errors import FastcalError
 
-#: The share of the free memory that the tensors of one pass may take; the rest is for what runs the network, and the
-#: feed.
+#: The share of the free memory that the tensors of one pass may take; the rest is for the backend and the feed.
 SHARE = 0.7
 
 _log = logging.getLogger("fastcal")
 
 
 def free_memory() -> int | None:
-    """How many bytes this process may still take; None where Linux does not tell.
+    """Return the number of bytes that this process may still take; None if the system does not tell.
 
-    That is what the machine has, or less where control groups (a container's, say) allow less: there, what has been
-    taken counts but for files that are only cached (https://docs.kernel.org/admin-guide/cgroup-v2.html).
+    It is the machine's free memory, or less if control groups (a container's, for instance) allow less. In a control
+    group, cached files do not count as taken (https://docs.kernel.org/admin-guide/cgroup-v2.html).
     """
     try:
         return min([1024 * _numbers(Path("/proc/meminfo"))["MemAvailable:"], *_allowances()])
@@ -26,15 +25,15 @@ def free_memory() -> int | None:
 
 
 def check_room(size: int, what: str, remedy: str) -> None:
-    """Find out whether so much memory is free: Linux gives more than it has, and ends the process that uses it.
+    """Check that memory is free: Linux promises more than it has, and ends the process that uses it.
 
     Args:
-        size: How many bytes.
-        what: What takes them, several things.
-        remedy: What to do where there are fewer.
+        size: The number of bytes.
+        what: The things that take them, in the plural.
+        remedy: The advice if fewer bytes are free.
 
     Raises:
-        FastcalError: There are fewer.
+        FastcalError: Fewer bytes are free.
     """
     free = free_memory()
     if free is not None and size > free:
@@ -44,15 +43,15 @@ def check_room(size: int, what: str, remedy: str) -> None:
 
 
 def groups(sizes: Mapping[str, int], memory: int, place: str) -> list[list[str]]:
-    """The tensors in order, in as few groups as fit the memory each; a warning is logged where they are several.
+    """Return the tensors in order, in as few groups as fit the memory; log a warning if there are several groups.
 
     Args:
-        sizes: The bytes of each tensor of a batch, by name.
-        memory: How many bytes they may take together.
-        place: Where that memory is.
+        sizes: The size in bytes of each tensor of a batch, by name.
+        memory: The number of bytes that a group may take.
+        place: The name of that memory in error texts.
 
     Raises:
-        FastcalError: One of them does not fit by itself.
+        FastcalError: A tensor does not fit by itself.
     """
     found: list[list[str]] = [[]]
     taken = 0
@@ -77,7 +76,7 @@ def groups(sizes: Mapping[str, int], memory: int, place: str) -> list[list[str]]
 
 
 def _allowances() -> Iterator[int]:
-    """How many bytes each of this process's control groups may still take, where it is limited."""
+    """Yield the number of bytes that each of this process's control groups may still take, if it is limited."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, place = line.split(":", 2)
         if controllers == "":
@@ -98,11 +97,11 @@ def _allowance(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int
         allowed, used = int((group / limit).read_text()), int((group / usage).read_text())
         parts = _numbers(group / "memory.stat")
         yield allowed - used + parts[f"{prefix}inactive_file"] + parts[f"{prefix}active_file"]
-    except (OSError, KeyError, ValueError):  # no such group, as seen from a container, or no limit: "max"
+    except (OSError, KeyError, ValueError):  # the group is not visible in a container, or its limit is "max"
         return
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """The numbers in a file of the kernel's, by what stands before them."""
+    """Return the numbers in a file of the kernel by the word before them."""
     rows = (line.split() for line in path.read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows}

@@ -1,18 +1,18 @@
-"""`Progress`: how far a calibration is, wherever it runs."""
+"""`Progress`: the progress of a calibration."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Progress:
-    """How far a calibration is.
+    """The progress of a calibration.
 
     Attributes:
         batches: Batches observed.
-        images: Samples observed: the batches' first dimensions added up.
-        total: Batches there will be; None where the feed does not know.
+        images: Samples observed: the sum of the batches' first dimensions.
+        total: Batches in all; None if the feed does not know.
         seconds: Time since the first batch was asked for.
-        waited: Seconds of these spent waiting for batches.
+        waited: The part of these seconds spent waiting for batches.
     """
 
     batches: int = 0

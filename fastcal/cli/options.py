@@ -96,7 +96,7 @@ class FeedOptions:
             FastcalError: An option is out of range, or is for images and the data are arrays.
             DataError: There are no such data, or they do not fit the model.
         """
-        from fastcal.feed.numpy_files import are_arrays
+        from fastcal.feed.dataset import are_arrays
 
         settings: dict[str, Any] = {
             "model": network, "batch_size": self.batch_size, "input_name": self.input_name, "shuffle": self.shuffle,

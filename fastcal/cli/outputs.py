@@ -51,19 +51,15 @@ def _roles(network: "Model | None", outputs: Sequence[str], read: FeedOptions, d
 
 def _samples_like(outputs: Sequence[str], data: str, network: "Model | None") -> Iterator[str]:
     """Yield the samples' files that have the name of an existing output. Errors in the data are not reported here."""
-    from fastcal.feed.dataset import kind_of, list_files
-    from fastcal.feed.numpy_files import list_arrays
+    from fastcal.feed.dataset import FOR_ARRAYS, FOR_IMAGES, kind_of, list_files
 
     existing = [path for path in outputs if os.path.isfile(path)]
     names = {os.path.basename(place) for path in existing for place in (path, os.path.realpath(path))}
-    in_folders = any(kind_of(name) is not None or name.lower().endswith(".npz") for name in names)
+    in_folders = any(kind_of(name) is not None for name in names)
     by_input = data_by_input(data, network)
     for place in by_input.values() if isinstance(by_input, dict) else [by_input]:
         if not existing or is_pipe(place) or (os.path.isdir(place) and not in_folders):
             continue
-        paths: list[str] = []
-        with contextlib.suppress(FastcalError):
-            paths += list_files(place).paths
-        with contextlib.suppress(FastcalError):
-            paths += list_arrays(place, ".npy", ".npz")
-        yield from (path for path in paths if os.path.basename(path) in names)
+        for kinds in (FOR_IMAGES, FOR_ARRAYS):
+            with contextlib.suppress(FastcalError):
+                yield from (path for path in list_files(place, kinds).paths if os.path.basename(path) in names)

@@ -1,4 +1,4 @@
-"""The slots of a feed's ring: arrays that are filled and read by turns."""
+"""The buffers of a feed's ring: arrays that are filled and read in turn."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -10,21 +10,25 @@ import numpy as np
 from fastcal.device import to_host
 from fastcal.errors import FastcalError
 from fastcal.feed.prefetch import Prefetcher
+from fastcal.memory import check_room
 
 #: The shape and type of an array.
 Shape = tuple[tuple[int, ...], Any]
 
 
 class Buffer:
-    """Arrays in host memory, filled and read by threads that take turns.
+    """Arrays in host memory. One thread fills them, another reads them, in turn.
 
     Args:
         shapes: Shapes and types of the arrays to allocate now, by input name; `reserve` allocates others.
-        constants: Further arrays by input name, which stay as they are.
+        constants: Further arrays by input name, which are never written to.
 
     Attributes:
         arrays: All arrays by input name.
+        stream: On a GPU, the stream that fills; else None.
     """
+
+    stream: Any = None
 
     def __init__(self, shapes: Mapping[str, Shape], constants: Mapping[str, Any]) -> None:
         self.arrays = {name: self._make(*shape) for name, shape in shapes.items()} | dict(constants)
@@ -42,45 +46,43 @@ class Buffer:
         return np.empty(shape, dtype)
 
     def reserve(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
-        """Have an array of that shape and type for an input; for the thread that fills, as is `put`."""
+        """Allocate an array for an input, unless it has one of that shape and type; called by the thread that fills."""
         array = self.arrays.get(name)
         if array is None or (array.shape, array.dtype) != (shape, dtype):
             self.arrays[name] = self._make(shape, dtype)
 
     def put(self, name: str, place: Any, values: Any) -> None:
-        """Copy an array of NumPy's or CuPy's, which is filled, into a part of one of the arrays.
-
-        It may be written to again when this returns.
+        """Copy values into a part of an array; called by the thread that fills.
 
         Args:
             name: The input.
             place: The part: a slice of the first dimension, or ... for all.
-            values: What to copy there.
+            values: A NumPy or CuPy array that is complete. It may be written to again when this method returns.
         """
         np.copyto(self.arrays[name][place], to_host(values))
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """For the thread that fills, while it does."""
+        """Surround the filling, in the thread that fills."""
         yield
 
     def wait(self) -> None:
-        """For the consumer, before it reads."""
+        """Wait until the arrays are filled; called by the consumer before it reads."""
 
     def give_back(self) -> None:
-        """For the consumer, when it has read, or has enqueued its reading on CuPy's current stream."""
+        """Allow the next filling; called by the consumer when it has read, or has enqueued this on CuPy's stream."""
 
 
 class DeviceBuffer(Buffer):
-    """CuPy arrays on a GPU, filled on a stream of the feed's own.
+    """CuPy arrays on a GPU, filled on the feed's own stream.
 
-    An event says when the arrays are filled, another when the consumer's stream is through with them: the host waits
-    for the first before it hands the arrays out, so they can be read on any stream; the feed's stream waits for the
-    second before it fills them again.
+    One event records that the arrays are filled, another that the consumer's stream has read them. The host waits for
+    the first before it hands the arrays out, so that they can be read on any stream; the feed's stream waits for the
+    second before it fills the arrays again.
 
     Args:
         shapes: Shapes and types of the arrays to allocate now, by input name.
-        constants: Further CuPy arrays by input name, which stay as they are.
+        constants: Further CuPy arrays by input name, which are never written to.
         device: The GPU, a `cupy.cuda.Device`.
         stream: The non-blocking stream that fills.
     """
@@ -90,7 +92,7 @@ class DeviceBuffer(Buffer):
 
         self._cupy = cupy
         self._device = device
-        self._stream = stream
+        self.stream = stream
         with device:
             self._filled = cupy.cuda.Event(disable_timing=True)
             self._read = cupy.cuda.Event(disable_timing=True)
@@ -98,26 +100,26 @@ class DeviceBuffer(Buffer):
         self._staging: dict[str, Any] = {}
 
     def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        with self._stream:  # memory that this stream alone has used, or nobody: others may still be using theirs
+        with self.stream:  # gets memory that no other stream has used, and so none still uses
             return self._cupy.empty(shape, dtype)
 
     def put(self, name: str, place: Any, values: Any) -> None:
-        """Copy an array into a part of one of the arrays, on the feed's stream; from the host through pinned memory."""
+        """Copy values into a part of an array, on the feed's stream; from the host through pinned memory."""
         target = self.arrays[name][place]
-        with self._stream:
+        with self.stream:
             if isinstance(values, self._cupy.ndarray):
                 target[...] = values
-                self._stream.synchronize()  # its owner may write to it now, or free it
+                self.stream.synchronize()  # the owner of the values may write to them now, or free them
             else:
                 pinned = self._pinned(name)[place]
                 np.copyto(pinned, values)
-                target.set(pinned, stream=self._stream)
+                target.set(pinned, stream=self.stream)
 
     def _pinned(self, name: str) -> Any:
-        """Pinned memory in the form of one of the arrays, kept for the next batch."""
+        """Return pinned memory in the form of one of the arrays, kept for the next batch."""
         from cupyx import empty_pinned
 
-        self._filled.synchronize()  # the last batch has left it
+        self._filled.synchronize()  # the last batch has been copied from it
         array, pinned = self.arrays[name], self._staging.get(name)
         if pinned is None or (pinned.shape, pinned.dtype) != (array.shape, array.dtype):
             pinned = self._staging[name] = empty_pinned(array.shape, array.dtype)
@@ -125,24 +127,72 @@ class DeviceBuffer(Buffer):
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """For the thread that fills: the device is current, and the stream waits for the last reader."""
+        """Surround the filling: the device is current, and the stream waits for the last reader."""
         with self._device:
-            self._stream.wait_event(self._read)
+            self.stream.wait_event(self._read)
             yield
-            self._filled.record(self._stream)
+            self._filled.record(self.stream)
 
     def wait(self) -> None:
-        """For the consumer: the host waits until the arrays are filled."""
+        """Make the host wait until the arrays are filled."""
         self._filled.synchronize()
 
     def give_back(self) -> None:
-        """For the consumer, when it has read, or has enqueued its reading on CuPy's current stream."""
+        """Allow the next filling; called by the consumer when it has read, or has enqueued this on CuPy's stream."""
         with self._device:
             self._read.record(self._cupy.cuda.get_current_stream())
 
 
+class Allocator:
+    """Allocates the buffers of a feed; on a GPU they share one stream.
+
+    Args:
+        gpu: The number of the GPU; None for host memory.
+    """
+
+    def __init__(self, gpu: int | None) -> None:
+        self._gpu = gpu
+        self._stream: Any = None
+
+    def allocate(
+        self, count: int, shapes: Mapping[str, Shape] | None = None, constants: Mapping[str, Any] | None = None
+    ) -> list[Buffer]:
+        """Return `count` buffers.
+
+        Args:
+            count: The number of buffers.
+            shapes: Shapes and types of the arrays to allocate now, by input name.
+            constants: Further NumPy arrays by input name, the same in all buffers.
+
+        Raises:
+            FastcalError: The arrays do not fit the memory.
+        """
+        shapes, constants = shapes or {}, constants or {}
+        if self._gpu is None:
+            size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
+            samples = max((shape[0] for shape, _ in shapes.values()), default=0)
+            what = f"{count} batches of {samples} samples"
+            check_room(count * size, what, "use a smaller batch size, or make the images smaller")
+            return [Buffer(shapes, constants) for _ in range(count)]
+        import cupy
+
+        device = cupy.cuda.Device(self._gpu)
+        with device:
+            self._stream = self._stream or cupy.cuda.Stream(non_blocking=True)
+            constants = {name: cupy.asarray(values) for name, values in constants.items()}
+            cupy.cuda.get_current_stream().synchronize()
+        return [DeviceBuffer(shapes, constants, device, self._stream) for _ in range(count)]
+
+    def synchronize(self) -> None:
+        """Wait until the GPU has done all its work."""
+        if self._gpu is not None:
+            import cupy
+
+            cupy.cuda.Device(self._gpu).synchronize()
+
+
 class Batches(Iterator[Mapping[str, Any]]):
-    """The batches of a pass, a buffer's arrays by input name, each valid until the next is asked for."""
+    """The batches of a pass: arrays by input name, each batch valid until the next is asked for."""
 
     def __init__(self, prefetcher: Prefetcher[Buffer]) -> None:
         self._prefetcher = prefetcher
@@ -150,7 +200,7 @@ class Batches(Iterator[Mapping[str, Any]]):
         self._is_peeked = False
 
     def __next__(self) -> Mapping[str, Any]:
-        """Wait for the next batch; raises what `Prefetcher.__next__` does."""
+        """Wait for the next batch; raise as `Prefetcher.__next__` does."""
         if self._is_peeked and self._held is not None:
             self._is_peeked = False
             return self._held.arrays
@@ -166,7 +216,7 @@ class Batches(Iterator[Mapping[str, Any]]):
         return self._held.arrays
 
     def peek(self) -> None:
-        """Wait for the next batch, which is then the next to be handed out."""
+        """Wait for the next batch, without handing it out yet."""
         next(self)
         self._is_peeked = True
 

@@ -1,4 +1,4 @@
-"""Which samples there are and in which order."""
+"""The files that samples come from, and the order of the samples."""
 
 import glob
 import logging
@@ -13,18 +13,23 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastcal.errors import FastcalError, check_range
+from fastcal.errors import DataError, check_range
 
-#: What the names of the files that samples come from end in, by kind of file. Images are the formats that DALI decodes.
+#: The extensions of the files that samples come from, by kind of file. Images are the formats that DALI decodes.
 EXTENSIONS = {
     "image": (".bmp", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
     "tar shard": (".tar",),
     "TFRecord": (".tfrecord", ".tfrecords"),
     "array": (".npy",),
+    "array archive": (".npz",),
 }
 _KINDS = {extension: kind for kind, extensions in EXTENSIONS.items() for extension in extensions}
 
-#: How TensorFlow's own tools name the files of a data set: train-00017-of-01024.
+#: The kinds of files that an `ImageFeed` takes, and those that a `NumpyFeed` takes.
+FOR_IMAGES = ("image", "tar shard", "TFRecord", "array")
+FOR_ARRAYS = ("array", "array archive")
+
+#: The names that TensorFlow's own tools give the files of a data set: train-00017-of-01024.
 _TENSORFLOW_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
@@ -32,7 +37,7 @@ _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 #: A range of numbers as WebDataset's users write it: train-{000000..000146}.tar.
 _RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 
-#: What names files that samples come from: see `list_files`.
+#: The user's name for the files that samples come from: see `list_files`.
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _log = logging.getLogger("fastcal")
@@ -44,8 +49,8 @@ class Listing:
 
     Attributes:
         kind: A key of `EXTENSIONS`.
-        paths: Their paths, in order.
-        sorted: Whether they were found and sorted, rather than given in an order.
+        paths: The paths, in order.
+        sorted: Whether the files were found and sorted, rather than given in an order.
     """
 
     kind: str
@@ -53,50 +58,58 @@ class Listing:
     sorted: bool = False
 
 
-def list_files(data: Data) -> Listing:
-    """The files that samples come from, in order.
+def list_files(data: Data, kinds: Sequence[str] = FOR_IMAGES) -> Listing:
+    """Return the files that samples come from, in order.
 
     Args:
-        data: A folder (searched with its folders, sorted by path; hidden files are left out), a list file (one path a
-            line, relative to the file, in its order), one file, a pattern as the shell has them ("train/**/*.jpg",
-            sorted by path; "train-{0000..0146}.tar", in the range's order), or a sequence of paths (in its order).
+        data: A folder (searched with its folders, sorted by path; links are followed, hidden files are left out), a
+            list file (one path a line, relative to the file, in its order), one file, a pattern as the shell has them
+            ("train/**/*.jpg", sorted by path; "train-{0000..0146}.tar", in the range's order), or a sequence of paths
+            (in its order).
+        kinds: The kinds of files to list, keys of `EXTENSIONS`.
 
     Raises:
-        FastcalError: There is no such path, nothing to take samples from in it, or files of several kinds.
+        DataError: There is no such path, nothing to take samples from in it, or files of several kinds.
     """
-    if not isinstance(data, (str, os.PathLike)):
-        return _existing([os.fspath(path) for path in data], "the list of paths")
-    path = Path(data)
-    if not os.fspath(data):
-        raise FastcalError("the name of the data is empty; name a folder of images or a list file")
-    if os.path.isdir(path):  # which says no, where Path's own raise an error, of a name that is too long
-        return _in_folder(path)
-    if not os.path.exists(path):
-        if _RANGE.search(str(path)):
-            return _existing(_expanded(str(path)), f"pattern {path}")
-        if glob.has_magic(str(path)):
-            return _matching(str(path))
-        raise FastcalError(f"no such file or folder: {path}; name a folder of images or a list file")
-    if path.name.lower().endswith(_COMPRESSED):
-        raise FastcalError(f"{path} is compressed; shards are read as they are, so decompress it to a .tar file")
-    if kind_of(path) is not None:
-        return _existing([str(path)], str(path))
-    return _in_list_file(path)
+    named = _name(data)
+    return _choose(named, kinds) if named.is_found else _check(named, kinds)
+
+
+def are_arrays(data: Data) -> bool:
+    """Return whether there are `.npy` or `.npz` files at `data`, and neither images nor shards."""
+    are_found = False
+    try:
+        named = _name(data)
+        for path in named.paths:
+            kind = named.kind_of(path)
+            if kind in FOR_ARRAYS:
+                are_found = True
+            elif kind is not None:
+                return False
+    except DataError:  # raised again by whatever lists the files
+        pass
+    return are_found
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """What kind of file has such a name: a key of `EXTENSIONS`, or None."""
+    """Return the kind of a file with such a name, a key of `EXTENSIONS`; None for other names."""
     kind = _KINDS.get(os.path.splitext(path)[1].lower())
     return "TFRecord" if kind is None and _TENSORFLOW_SHARD.search(os.fspath(path)) else kind
 
 
 def order(paths: Sequence[str], *, shuffle: bool, seed: int, balance: bool, limit: int | None) -> Sequence[int]:
-    """The places in `paths` of those to take, in order.
+    """Return the places in `paths` of the samples to take, in order.
 
-    Shuffled by the seed (the same on every machine), taken from the classes by turns, cut to `limit`.
+    Args:
+        paths: The samples.
+        shuffle: Whether to shuffle the samples first.
+        seed: Decides the shuffled order, which is the same on every machine.
+        balance: Whether to take samples from each class in turn.
+        limit: The number of samples to take at most.
 
     Raises:
-        FastcalError: There is one class only to balance.
+        DataError: There is only one class to balance.
+        FastcalError: The seed is out of range.
     """
     places: Sequence[int] = range(len(paths))
     if shuffle:
@@ -107,10 +120,10 @@ def order(paths: Sequence[str], *, shuffle: bool, seed: int, balance: bool, limi
 
 
 def shuffled(count: int, seed: int) -> npt.NDArray[np.int64]:
-    """The numbers below `count` in an order that the seed decides, the same on every machine.
+    """Return the numbers below `count` in an order that the seed decides, the same on every machine.
 
     Raises:
-        FastcalError: The seed is none of NumPy's.
+        FastcalError: The seed is out of NumPy's range.
     """
     check_range("seed", seed, 0, 2**32 - 1)
     # RandomState's streams are frozen by NumPy's compatibility policy, default_rng's are not.
@@ -118,33 +131,33 @@ def shuffled(count: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 def _by_turns(paths: Sequence[str], places: Sequence[int]) -> list[int]:
-    """One of each class, then the next of each; a class is a folder in the folder that all have in common."""
+    """Return places class by class in turn; a class is a folder in the folder that all paths have in common."""
     root = common_folder(paths)
     classes: dict[str, list[int]] = defaultdict(list)
     for place in places:
         below, _, rest = os.path.relpath(paths[place], root).partition(os.sep)
         classes[below if rest else ""].append(place)
     if len(classes) == 1:
-        raise FastcalError(f"the images in {root} are of one class; balancing needs a folder of folders, one per class")
+        raise DataError(f"the images in {root} are of one class; balancing needs a folder of folders, one per class")
     turns = zip_longest(*(classes[name] for name in sorted(classes)))
     return [place for place in chain.from_iterable(turns) if place is not None]
 
 
 def check_parallel(listings: Mapping[str, Sequence[str]], found: Collection[str]) -> None:
-    """See that what belongs together has the same place in lists of samples.
+    """Check that samples which belong together have the same place in the lists of several inputs.
 
     Args:
-        listings: The samples' names, by input.
-        found: The inputs whose samples were found and sorted. Among these, a name (below the common folder, without
-            its extension) that two inputs have must be at one place.
+        listings: The names of the samples, by input.
+        found: The inputs whose samples were found and sorted. If two of these have samples of one name (below the
+            common folder, without the extension), the samples must have one place.
 
     Raises:
-        FastcalError: Lists differ in length, or in order; both sides are shown.
+        DataError: Lists differ in length, or in order. The text shows both sides.
     """
     first, *others = listings
     for other in others:
         if len(listings[first]) != len(listings[other]):
-            raise FastcalError(
+            raise DataError(
                 f"input {first!r} has {len(listings[first])} samples, input {other!r} has {len(listings[other])}; "
                 f"every sample needs both{_odd_one(listings[first], listings[other])}"
             )
@@ -159,14 +172,14 @@ def _check_same_order(first: str, ones: Sequence[str], other: str, others: Seque
     known = set(other_stems)
     for place, (stem, other_stem) in enumerate(zip(stems, other_stems, strict=True)):
         if stem != other_stem and stem in known:
-            raise FastcalError(
+            raise DataError(
                 f"sample {place} is {ones[place]} for input {first!r} and {others[place]} for input {other!r}, though "
-                f"the latter has a {stem!r} too; remove what has no partner, or give lists in the order you mean"
+                f"the latter has a {stem!r} too; remove samples without a partner, or give lists in the intended order"
             )
 
 
 def _odd_one(ones: Sequence[str], others: Sequence[str]) -> str:
-    """The first sample without a partner of its name, where most have one."""
+    """Return the end of an error text that names the first sample without a partner, if most samples have one."""
     by_stem = dict(zip(_stems(ones), ones, strict=True)), dict(zip(_stems(others), others, strict=True))
     alone = sorted(by_stem[0].keys() ^ by_stem[1].keys())
     if not alone or 2 * len(alone) > len(ones):
@@ -180,92 +193,129 @@ def _stems(paths: Sequence[str]) -> list[str]:
 
 
 def common_folder(paths: Iterable[str]) -> str:
-    """The absolute path of the folder that all files lie in, or in folders of it."""
+    """Return the absolute path of the deepest folder that all files lie below."""
     return os.path.commonpath({os.path.abspath(folder) for folder in {os.path.dirname(path) for path in paths}})
 
 
-def _in_folder(folder: Path) -> Listing:
-    found: dict[str | None, list[str]] = defaultdict(list)
-    others = 0
+@dataclass(frozen=True)
+class _Named:
+    """Files as the user names them.
+
+    Attributes:
+        origin: The name, for error texts.
+        paths: The paths, one by one: a range may have more than there are files.
+        is_found: Whether the paths were found, in no order; else the user gave them.
+        is_folder: Whether they were found in a folder, where hidden files do not count.
+    """
+
+    origin: str
+    paths: Iterable[str]
+    is_found: bool = False
+    is_folder: bool = False
+
+    def kind_of(self, path: str) -> str | None:
+        """Return the kind of one of the paths; None for files to leave out."""
+        return None if self.is_folder and os.path.basename(path).startswith(".") else kind_of(path)
+
+
+def _name(data: Data) -> _Named:
+    if not isinstance(data, (str, os.PathLike)):
+        return _Named("the list of paths", (os.fspath(path) for path in data))
+    name = os.fspath(data)
+    if not name:
+        raise DataError("the name of the data is empty; name a folder, a pattern, a list file or a file")
+    if os.path.isdir(name):  # False for a name that is too long, unlike Path's, which raises an error
+        return _Named(name, _walk(name), is_found=True, is_folder=True)
+    if not os.path.exists(name):
+        if _RANGE.search(name):
+            return _Named(f"pattern {name}", _expand(name))
+        if glob.has_magic(name):
+            return _Named(f"pattern {name}", glob.iglob(name, recursive=True), is_found=True)
+        raise DataError(f"no such file or folder: {name}; name a folder, a pattern, a list file or a file")
+    if name.lower().endswith(_COMPRESSED):
+        raise DataError(f"{name} is compressed; shards are read as they are, so decompress it to a .tar file")
+    if kind_of(name) is not None:
+        return _Named(name, [name])
+    return _Named(f"list file {name}", _read_list(Path(name)))
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Yield the files in a folder and its folders."""
     seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_reject):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        for name in files:
-            kind = None if name.startswith(".") else kind_of(name)
-            if kind is None:
-                others += 1
-            else:
-                found[kind].append(os.path.join(parent, name))
-    if not found:
-        has = f"has {others} files, none of them an image" if others else "is empty"
-        raise FastcalError(f"{folder} {has}; name a folder with {', '.join(EXTENSIONS['image'])} files, or shards")
-    return _of_one_kind(found, str(folder), others)
+        yield from (os.path.join(parent, name) for name in files)
 
 
-def _refuse(error: OSError) -> None:
-    """Fail where a folder in the folder cannot be read: what lies there would be left out silently."""
-    raise FastcalError(f"cannot read folder {error.filename}: {error.strerror}; make it readable, or remove it")
+def _reject(error: OSError) -> None:
+    """Raise DataError for a folder that cannot be read: the files in it would be left out silently."""
+    raise DataError(f"cannot read folder {error.filename}: {error.strerror}; make it readable, or remove it")
 
 
-def _matching(pattern: str) -> Listing:
-    found: dict[str | None, list[str]] = defaultdict(list)
-    for path in glob.iglob(pattern, recursive=True):
-        if (kind := kind_of(path)) is not None:
-            found[kind].append(path)
-    if not found:
-        raise FastcalError(f"no image or shard matches {pattern}; images are {', '.join(EXTENSIONS['image'])} files")
-    return _of_one_kind(found, pattern, 0)
-
-
-def _of_one_kind(found: Mapping[str | None, list[str]], origin: str, others: int) -> Listing:
-    """The files to take samples from: all of one kind, but for arrays that lie beside images or shards."""
-    kinds = [kind for kind in EXTENSIONS if kind in found]
-    if len(kinds) > 1 and kinds[1] != "array":
-        examples = " and ".join(f"{kind}s ({min(found[kind])})" for kind in kinds)
-        raise FastcalError(f"{origin} has {examples}; say which with a pattern, like 'folder/*.tar'")
-    others += sum(len(found[kind]) for kind in kinds[1:])
-    if others:
-        _log.info("%s: left out %d files that are not %ss", origin, others, kinds[0])
-    return Listing(kinds[0], sorted(found[kinds[0]]), sorted=True)
-
-
-def _expanded(pattern: str) -> Iterator[str]:
-    """The paths that a pattern's ranges stand for, one by one: there may be more than there are files."""
+def _expand(pattern: str) -> Iterator[str]:
+    """Yield the paths that a pattern's ranges stand for."""
     match = _RANGE.search(pattern)
     if match is None:
         yield pattern
         return
     first, last = match.groups()
     if int(first) > int(last):
-        raise FastcalError(f"range {match[0]} of pattern {pattern} has no numbers; give the smaller one first")
+        raise DataError(f"range {match[0]} of pattern {pattern} has no numbers; give the smaller one first")
     before, after = pattern[: match.start()], pattern[match.end() :]
     for number in range(int(first), int(last) + 1):
-        yield from _expanded(f"{before}{number:0{len(first)}}{after}")
+        yield from _expand(f"{before}{number:0{len(first)}}{after}")
 
 
-def _in_list_file(path: Path) -> Listing:
+def _read_list(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise FastcalError(f"cannot read list file {path}: {error}; it needs one image path a line") from error
-    return _existing([str(path.parent / line) for line in lines if line.strip()], f"list file {path}")
+        raise DataError(f"cannot read list file {path}: {error}; it needs one path a line") from error
+    return [str(path.parent / line) for line in lines if line.strip()]
 
 
-def _existing(paths: Iterable[str], origin: str) -> Listing:
-    found = []
-    kinds: dict[str, str] = {}
-    for number, path in enumerate(paths, start=1):
+def _choose(named: _Named, kinds: Sequence[str]) -> Listing:
+    """Return the files of the first of these kinds; arrays may lie beside images or shards, other kinds may not."""
+    found: dict[str | None, list[str]] = defaultdict(list)
+    for path in named.paths:
+        found[named.kind_of(path)].append(path)
+    wanted = [kind for kind in kinds if kind in found]
+    if not wanted:
+        count = sum(map(len, found.values()))
+        empty = "is empty" if named.is_folder else "matches nothing"
+        has = f"has {count} files, none of them an {kinds[0]}" if count else empty
+        extensions = ", ".join(extension for kind in kinds for extension in EXTENSIONS[kind])
+        raise DataError(f"{named.origin} {has}; name a folder with {extensions} files")
+    if len(wanted) > 1 and wanted[1] != "array":
+        raise DataError(f"{named.origin} has {_examples(found, wanted)}; say which with a pattern, like 'folder/*.tar'")
+    others = sum(len(paths) for kind, paths in found.items() if kind != wanted[0])
+    if others:
+        _log.info("%s: left out %d files that are not %ss", named.origin, others, wanted[0])
+    return Listing(wanted[0], sorted(found[wanted[0]]), sorted=True)
+
+
+def _check(named: _Named, kinds: Sequence[str]) -> Listing:
+    """Return files that the user gave, which must exist and be of one kind; an unknown extension may be an image's."""
+    paths: list[str] = []
+    found: dict[str | None, list[str]] = {}
+    for number, path in enumerate(named.paths, start=1):
         if not os.path.isfile(path):
-            raise FastcalError(f"{origin}, entry {number}: no such file: {path}; correct or remove it")
-        kinds.setdefault(kind_of(path) or "image", path)
-        found.append(path)
-    if not found:
-        raise FastcalError(f"{origin} is empty; it needs at least one path")
-    if len(kinds) > 1:
-        examples = " and ".join(f"{kind}s ({path})" for kind, path in kinds.items())
-        raise FastcalError(f"{origin} has {examples}; all must be of one kind")
-    return Listing(next(iter(kinds)), found)
+            raise DataError(f"{named.origin}, entry {number}: no such file: {path}; correct or remove it")
+        kind = kind_of(path) or "image"
+        if kind not in kinds:
+            raise DataError(f"{path} is no {' or '.join(kinds)}; name {', '.join(EXTENSIONS[kinds[-1]])} files")
+        found.setdefault(kind, []).append(path)
+        paths.append(path)
+    if not paths:
+        raise DataError(f"{named.origin} is empty; it needs at least one path")
+    if len(found) > 1:
+        raise DataError(f"{named.origin} has {_examples(found, list(found))}; all must be of one kind")
+    return Listing(str(next(iter(found))), paths)
+
+
+def _examples(found: Mapping[str | None, Sequence[str]], kinds: Iterable[str | None]) -> str:
+    return " and ".join(f"{kind}s ({min(found[kind])})" for kind in kinds)

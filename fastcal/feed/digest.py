@@ -1,4 +1,4 @@
-"""What tells samples from others, added to a hash of `hashlib`: their files, or the values of arrays."""
+"""The identity of samples, added to a hash of `hashlib`: their files, or the values of arrays."""
 
 import os
 import stat
@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from fastcal.errors import FastcalError
+from fastcal.errors import DataError
 from fastcal.feed.dataset import common_folder
 
 
 def add_files(digest: Any, paths: Sequence[str], *, lenient: bool = False) -> None:
-    """Add the paths of files below their common folder, in their order, and each file's size and time.
+    """Add the paths of files below their common folder, in order, and the size and time of each file.
 
     Args:
         digest: The hash.
         paths: The files.
-        lenient: Whether files may be missing or unreadable, which is added too.
+        lenient: Whether files may be missing or unreadable; the hash then includes which are.
 
     Raises:
-        FastcalError: A file is missing, or none that can be read twice: a pipe, say.
+        DataError: A file is missing, or cannot be read twice (a pipe, for instance).
     """
     root = common_folder(map(os.path.abspath, paths))
     for path in map(os.path.abspath, paths):
@@ -29,17 +29,17 @@ def add_files(digest: Any, paths: Sequence[str], *, lenient: bool = False) -> No
             status = os.stat(path)
         except OSError as error:
             if not lenient:
-                raise FastcalError(f"cannot read {path}: {error.strerror}; replace or remove it") from error
+                raise DataError(f"cannot read {path}: {error.strerror}; replace or remove it") from error
             digest.update(b"%s\0missing\0" % name)
             continue
         if not stat.S_ISREG(status.st_mode):
-            raise FastcalError(f"{path} is no regular file; replace or remove it")
+            raise DataError(f"{path} is no regular file; replace or remove it")
         digest.update(b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns))
         if lenient:
             digest.update(b"%d\0" % os.access(path, os.R_OK))
 
 
 def add_array(digest: Any, name: str, array: Any) -> None:
-    """Add a NumPy array, its name, type and shape."""
+    """Add the name, type, shape and values of a NumPy array."""
     digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
     digest.update(np.ascontiguousarray(array).tobytes())

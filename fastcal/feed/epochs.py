@@ -1,4 +1,4 @@
-"""A DALI pipeline of the caller's own, as batches that can be iterated over."""
+"""The caller's own DALI pipeline as batches."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,20 +8,19 @@ from nvidia.dali import Pipeline
 from nvidia.dali.backend import TensorListGPU
 
 from fastcal.device import as_cupy
-from fastcal.errors import FastcalError
+from fastcal.errors import DataError
 
 
 class Epochs:
-    """Every iteration runs the pipeline for an epoch and gives its outputs, valid until the next.
+    """The epochs of a pipeline. Every iteration runs one and yields its outputs, each valid until the next.
 
-    With a reader, an epoch is what its shard has; else it ends when the pipeline's sources do. The next one begins
-    where DALI's does: see `__iter__`.
+    If the pipeline has a reader, an epoch is the reader's shard; else it ends when the pipeline's sources end.
 
     Args:
         pipeline: A pipeline that has not been run yet.
 
     Raises:
-        FastcalError: Its readers have epochs of different sizes.
+        DataError: The pipeline's readers have epochs of different sizes.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -30,9 +29,9 @@ class Epochs:
         sizes = {_shard_size(reader) for reader in readers.values()}
         if len(sizes) > 1:
             named = ", ".join(f"{name!r} {_shard_size(reader)}" for name, reader in readers.items())
-            raise FastcalError(f"the pipeline's readers have epochs of different sizes: {named} samples")
+            raise DataError(f"the pipeline's readers have epochs of different sizes: {named} samples")
         self._samples = sizes.pop() if sizes else None
-        #: Whether an epoch's last batch is the end of what the readers give, and not the next epoch's beginning too.
+        #: Whether an epoch's last batch ends the readers' shards, and is not the next epoch's beginning too.
         self._ends_even = all(
             (reader["pad_last_batch"] or not self._samples % pipeline.max_batch_size)
             and (reader["stick_to_shard"] or reader["number_of_shards"] == 1)
@@ -47,13 +46,13 @@ class Epochs:
         """Run an epoch.
 
         Raises:
-            FastcalError: The pipeline stands in the middle of an epoch; or, when an output is asked for, its samples
-                are of different shapes.
+            DataError: The pipeline is in the middle of an epoch; or, when an output is asked for, its samples have
+                different shapes.
         """
         if not self._at_beginning:
-            raise FastcalError(
+            raise DataError(
                 "the pipeline stands in the middle of an epoch, and a pass must begin at its beginning; give ArrayFeed "
-                "the function that makes the pipeline, and every pass has one of its own"
+                "the function that makes the pipeline, so that every pass has its own"
             )
         self._at_beginning = False
         size, left = self._pipeline.max_batch_size, self._samples
@@ -70,13 +69,13 @@ class Epochs:
 
 
 def _shard_size(reader: Any) -> int:
-    """How many samples a reader gives in an epoch: DALI's shards differ by one at most."""
+    """Return the number of samples of a reader in an epoch; DALI's shards differ by at most one."""
     size, shards, shard = reader["epoch_size"], reader["number_of_shards"], reader["shard_id"]
     return int(size * (shard + 1) // shards - size * shard // shards)
 
 
 class _Outputs(Sequence[Any]):
-    """The outputs of a run, each as one array when it is asked for: those that are not may be of any shape."""
+    """The outputs of a run. Each becomes one array when it is asked for; the others may have any shape."""
 
     def __init__(self, outputs: Sequence[Any], most: int | None) -> None:
         self._outputs = outputs
@@ -89,7 +88,7 @@ class _Outputs(Sequence[Any]):
         output = self._outputs[index]
         if not output.is_dense_tensor():
             shapes = sorted(set(output.shape()))
-            raise FastcalError(
+            raise DataError(
                 f"output {index} of the pipeline has samples of different shapes, {shapes[0]} and {shapes[-1]}; make "
                 "them one shape in the pipeline (resize, crop or pad)"
             )

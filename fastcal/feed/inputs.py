@@ -1,25 +1,25 @@
-"""What an `ImageFeed` has for each input: samples in their order and how they are prepared, held against the model."""
+"""The samples and the preprocessing of each input of an `ImageFeed`, checked against the model."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from fastcal.batch import UNNAMED, Input, format_shape, shape_fits
-from fastcal.errors import FastcalError, quoted
+from fastcal.errors import DataError, quoted
 from fastcal.feed import dataset
-from fastcal.feed.dataset import Data
-from fastcal.feed.pipeline import ImageInput
+from fastcal.feed.dataset import Data, Listing
 from fastcal.feed.preprocess import Preprocess
-from fastcal.feed.sources import Arrays, ImageSource, Shards, Source, open_source
+from fastcal.feed.shards import Shards, TarShards, TFRecords
+from fastcal.feed.sources import Arrays, ImageFiles, ImageSource, Source
 from fastcal.model import Model
 
 
 def image_input(model: Model, name: str | None) -> Input:
-    """The input of that name, or the only one."""
+    """Return the input of that name, or the only one."""
     if name is not None:
         return _input_of(model, name)
     if len(model.inputs) != 1:
         names = quoted(value.name for value in model.inputs)
-        raise FastcalError(
+        raise DataError(
             f"{model.path} takes the inputs {names}; name the data of each (NAME=DATA,NAME=DATA, in Python a dict), or "
             "the one that takes the images (input name)"
         )
@@ -27,24 +27,24 @@ def image_input(model: Model, name: str | None) -> Input:
 
 
 def name_inputs(data: Data | Mapping[str, Data], name: str | None, model: Model | None) -> dict[str, Data]:
-    """The data by input.
+    """Return the data by input.
 
     Args:
-        data: What the user names, by input or for the one that there is.
-        name: That one's name; None where it has none.
-        model: The model; None where it is not known.
+        data: The data as the user names them, by input or for one input.
+        name: The name of the one input; None if it has none.
+        model: The model; None if it is not known.
 
     Raises:
-        FastcalError: The model has other inputs, or a name is given for several.
+        DataError: The model has other inputs, or a name is given for several.
     """
     if not isinstance(data, Mapping):
         if model is not None:
             name = image_input(model, name).name
         return {name or UNNAMED: data}
     if name is not None:
-        raise FastcalError(f"input_name {name!r} is for data of one input; a dict of data names its inputs")
+        raise DataError(f"input_name {name!r} is for data of one input; a dict of data names its inputs")
     if not data:
-        raise FastcalError("there is no data; name at least one input and where its samples are")
+        raise DataError("there is no data; name at least one input and where its samples are")
     return dict(data)
 
 
@@ -57,18 +57,18 @@ def open_sources(
     balance: bool,
     limit: int | None,
 ) -> dict[str, Source]:
-    """The samples of each input, in order: those of one number belong together.
+    """Return the samples of each input, in order: those of one number belong together.
 
     Args:
-        data: What the user names, by input.
-        key: What images are called in shards: for all inputs, or by input.
-        shuffle: See `fastcal.ImageFeed`, also for the others.
+        data: The data as the user names them, by input.
+        key: The name of images in shards: for all inputs, or by input.
+        shuffle: Whether to shuffle the samples; see `fastcal.ImageFeed`, also for the others.
         seed: Decides the shuffled order.
-        balance: Whether to take classes by turns.
-        limit: How many samples to take at most.
+        balance: Whether to take samples from each class in turn.
+        limit: The number of samples to take at most.
 
     Raises:
-        FastcalError: There are no samples, or the inputs' do not fit each other.
+        DataError: There are no samples, or those of several inputs do not belong together.
     """
     keys = _by_input("key", key, data)
     in_order = None if shuffle or balance else limit
@@ -76,18 +76,18 @@ def open_sources(
     for name, where in data.items():
         try:
             listing = dataset.list_files(where)
-            sources[name] = open_source(listing, limit=in_order, key=keys[name])
-        except FastcalError as error:
-            raise FastcalError(f"input {name!r}: {error}" if len(data) > 1 else str(error)) from error
+            sources[name] = _open_source(listing, limit=in_order, key=keys[name])
+        except DataError as error:
+            raise DataError(f"input {name!r}: {error}" if len(data) > 1 else str(error)) from error
         if listing.sorted:
             found.append(name)
         if isinstance(sources[name], Shards) and (shuffle or balance):
-            raise FastcalError(
+            raise DataError(
                 f"{listing.paths[0]}: shards are read from front to back, neither shuffled nor balanced; list them in "
                 "another order, or unpack them into folders"
             )
     if not any(isinstance(source, ImageSource) for source in sources.values()):
-        raise FastcalError(
+        raise DataError(
             "the data are arrays alone; give one .npz file with the inputs' names (in Python a NumpyFeed takes these "
             "too), or name data with images too"
         )
@@ -96,61 +96,85 @@ def open_sources(
     first = next(iter(names.values()))
     numbers = dataset.order(first, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
     if numbers != range(len(first)):
-        for source in sources.values():
-            source.select(numbers)
+        sources = {name: source.take(numbers) for name, source in sources.items()}
     return sources
 
 
-def image_inputs(
+def _open_source(listing: Listing, *, limit: int | None, key: str | None) -> Source:
+    """Return the samples in files of one kind.
+
+    Args:
+        listing: The files.
+        limit: For shards: the number of samples after which no further shard is listed.
+        key: For shards: the name of the images.
+
+    Raises:
+        DataError: A key is given for other files, or a shard or array cannot be read.
+    """
+    if listing.kind == "tar shard":
+        return TarShards(listing.paths, limit, key)
+    if listing.kind == "TFRecord":
+        return TFRecords(listing.paths, limit, key)
+    if key is not None:
+        raise DataError(f"key {key!r} is for tar shards and TFRecord, not for {listing.paths[0]}; leave it out")
+    return ImageFiles(listing.paths) if listing.kind == "image" else Arrays.of(listing.paths)
+
+
+def fit_preprocesses(
     sources: Mapping[str, Source], preprocess: str | Preprocess | Mapping[str, str | Preprocess], model: Model | None
-) -> dict[str, ImageInput]:
-    """The inputs that take images, with their preprocessing as the model has it.
+) -> dict[str, Preprocess]:
+    """Return the preprocessing for each input that takes images, with size and layout of the model's input.
 
     Args:
         sources: The samples, by input.
         preprocess: The preprocessing: for all inputs, or by input.
-        model: The model; None where it is not known.
+        model: The model; None if it is not known.
 
     Raises:
-        FastcalError: There is no such preprocessing, or the model contradicts it.
+        DataError: There is no such preprocessing, or the model contradicts it.
     """
     images = {name: source for name, source in sources.items() if isinstance(source, ImageSource)}
-    inputs = {}
+    preprocesses = {}
     for name, wanted in _by_input("preprocess", preprocess, images).items():
         fitted = Preprocess.preset(wanted) if isinstance(wanted, str) else wanted
         if model is not None:
             value = _input_of(model, name)
             if value.dtype.kind != "f":
-                raise FastcalError(
+                raise DataError(
                     f"{model.path} takes {value.dtype} for input {value}, images are prepared as float32; feed it "
                     "arrays instead, .npy files for instance"
                 )
             try:
                 fitted = fitted.fit(value.shape)
-            except FastcalError as error:
-                raise FastcalError(f"{model.path}, input {value}: {error}") from error
-        inputs[name] = ImageInput(images[name], fitted)
-    return inputs
+            except DataError as error:
+                raise DataError(f"{model.path}, input {value}: {error}") from error
+        preprocesses[name] = fitted
+    return preprocesses
+
+
+def fixed_batch_size(model: Model | None, preprocesses: Mapping[str, Preprocess]) -> int | None:
+    """Return the batch size of the model's first input that takes images; None if it is dynamic or not known."""
+    return None if model is None else image_input(model, next(iter(preprocesses))).shape[0]
 
 
 def check_inputs(
     model: Model | None, sources: Mapping[str, Source], constants: Mapping[str, Any], batch_size: int
 ) -> None:
-    """Hold names, shapes and types of what is given beside images against the model.
+    """Check names, shapes and types of arrays and constants against the model.
 
-    One input that takes images may be all that is given: the others come from elsewhere.
+    A feed of one input alone is not checked: the others may come from elsewhere.
 
     Raises:
-        FastcalError: An input is given twice, or they contradict the model; both sides are shown.
+        DataError: An input is given twice, or arrays do not fit the model. The text shows both sides.
     """
     for name in constants.keys() & sources.keys():
-        raise FastcalError(f"input {name!r} takes samples; it cannot be a constant too")
+        raise DataError(f"input {name!r} takes samples; it cannot be a constant too")
     if model is None or len(sources) + len(constants) == 1:
         return
     given = sources.keys() | constants.keys()
     missing = [value.name for value in model.inputs if value.name not in given]
     if missing:
-        raise FastcalError(
+        raise DataError(
             f"{model.path} takes the inputs {quoted(value.name for value in model.inputs)}, the feed has none for "
             f"{quoted(missing)}; name data or constants for it"
         )
@@ -160,7 +184,7 @@ def check_inputs(
     for name, (shape, dtype) in arrays.items():
         value = _input_of(model, name)
         if not shape_fits(value.shape, shape) or dtype != value.dtype:
-            raise FastcalError(
+            raise DataError(
                 f"{model.path} takes {value.dtype} for input {value}, the arrays are {dtype} {format_shape(shape)}; "
                 "give arrays of that type and shape"
             )
@@ -171,13 +195,13 @@ def _input_of(model: Model, name: str) -> Input:
         if value.name == name:
             return value
     names = quoted(value.name for value in model.inputs)
-    raise FastcalError(f"{model.path} takes the inputs {names}, and none of the name {name!r}")
+    raise DataError(f"{model.path} takes the inputs {names}, and none of the name {name!r}")
 
 
 def _by_input(what: str, value: Any, names: Mapping[str, Any]) -> dict[str, Any]:
-    """The value for each input; one that is not given by input is for all."""
+    """Return the value for each input; a value that is not given by input is for all."""
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, value)
     if value.keys() != names.keys():
-        raise FastcalError(f"{what} is given for {quoted(value)}, images for {quoted(names)}; name the same inputs")
+        raise DataError(f"{what} is given for {quoted(value)}, images for {quoted(names)}; name the same inputs")
     return {name: value[name] for name in names}

@@ -1,4 +1,4 @@
-"""What the markers of a JPEG file say (ITU-T T.81, annex B)."""
+"""The markers of a JPEG file (ITU-T T.81, annex B)."""
 
 from collections.abc import Iterator
 
@@ -6,20 +6,24 @@ _END_OF_IMAGE = b"\xff\xd9"
 _START_OF_SCAN = 0xDA
 _JFIF, _ADOBE = 0xE0, 0xEE
 
-#: Frames, among which 0xC4, 0xC8 and 0xCC are other things.
+#: Frames. The markers 0xC4, 0xC8 and 0xCC among them have other meanings.
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
 def has_end_of_image(jpeg: bytes) -> bool:
-    """Whether there is an end-of-image marker after the first scan begins (an EXIF thumbnail before has one too)."""
+    """Return whether an end-of-image marker follows the beginning of the first scan.
+
+    An EXIF thumbnail, which comes before, has such a marker too.
+    """
     scan = max((end for _, _, end in _segments(jpeg)), default=2)
     return jpeg.find(_END_OF_IMAGE, scan) >= 0
 
 
 def has_rgb_components(jpeg: bytes) -> bool:
-    """Whether an image's three components are red, green and blue; told as libjpeg tells it.
+    """Return whether an image's three components are red, green and blue, by libjpeg's rules.
 
-    Without a JFIF marker, Adobe's marker says so with a transform of 0; without either, the components' names do.
+    Without a JFIF marker, Adobe's marker decides: a transform of 0 means RGB. Without both markers, the names of the
+    components decide.
 
     Args:
         jpeg: The file, or its beginning.
@@ -38,7 +42,7 @@ def has_rgb_components(jpeg: bytes) -> bool:
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Marker, data and end of each segment before the first scan, as far as the file goes."""
+    """Yield marker, data and end of each segment before the first scan, as far as the file goes."""
     place = 2
     while jpeg[place : place + 1] == b"\xff" and len(jpeg) >= place + 4 and jpeg[place + 1] != _START_OF_SCAN:
         marker, end = jpeg[place + 1], place + 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")

@@ -11,15 +11,15 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali import math as dali_math
 
+from fastcal.feed.chunks import Chunk
 from fastcal.feed.jpeg import has_end_of_image
 from fastcal.feed.preprocess import Preprocess
-from fastcal.feed.runs import Run
 from fastcal.feed.sources import ImageSource, UnreadableError
 
 _END_OF_JPEG = (0xFF, 0xD9)
 _END_OF_PNG = (0x60, 0x82)
 
-#: Moves a half below a half for any number of pixels, and no other number of pixels to another.
+#: Pushes an exact .5 below .5 for any number of pixels, and changes no other rounding.
 _LITTLE = 1e-5
 
 _INTERPOLATIONS = {
@@ -36,8 +36,8 @@ class ImageInput:
     """An input that takes images.
 
     Attributes:
-        source: Where they come from.
-        preprocess: What the network expects of them.
+        source: The encoded images.
+        preprocess: The form in which the network takes them.
     """
 
     source: ImageSource
@@ -45,24 +45,25 @@ class ImageInput:
 
 
 class ImagePipeline:
-    """Turns encoded images into a network's inputs.
+    """Turns encoded images into a network's inputs, on the CPU or on a GPU.
 
-    Runs are submitted and collected in the same order; up to `ahead` may be under way.
+    Chunks are submitted and collected in the same order; up to `ahead` may be under way.
 
     Args:
         inputs: The inputs that take images, by name.
-        most: The largest number of samples in one run.
-        threads: How many threads read and decode.
+        most: The largest number of samples in a chunk.
+        threads: The number of threads that read and decode.
         gpu: The number of the GPU to work on; None for the CPU.
-        ahead: How many runs are under way, DALI's prefetch queue depth. The first is worked on once so many have been
+        ahead: The number of chunks under way, DALI's prefetch queue depth. DALI begins its work when so many have been
             submitted.
-        hw_decoder_load: The share of JPEG images that a GPU's own JPEG decoder is given, where it has one.
-        decode_on_cpu: Whether to decode on the CPU all the same on a GPU.
+        hw_decoder_load: The share of JPEG images for a GPU's own JPEG decoder, if it has one.
+        decode_on_cpu: Whether to decode on the CPU even if there is a GPU.
 
     Attributes:
-        under_way: The runs that were submitted and not yet collected, in order.
-        has_begun: Whether `ahead` runs have been submitted, so that they are worked on.
-        process: The process that it was made in, where alone it has threads.
+        ahead: As given.
+        under_way: The chunks that were submitted and not yet collected, in order.
+        has_begun: Whether `ahead` chunks have been submitted, so that DALI works on them.
+        process: The process that made the pipeline. In a fork of it the pipeline has no threads.
     """
 
     def __init__(
@@ -77,14 +78,14 @@ class ImagePipeline:
         decode_on_cpu: bool = False,
     ) -> None:
         self.ahead = ahead
-        self.under_way: deque[Run] = deque()
+        self.under_way: deque[Chunk] = deque()
         self._inputs = inputs
         self.has_begun = False
         self.process = os.getpid()
         self._gpu = gpu is not None
         decoder: dict[str, Any] = {"device": "cpu"}
         if self._gpu and not decode_on_cpu:
-            # With colours interpolated between their samples: on the CPU that is the only way.
+            # Fancy upsampling interpolates colours; on the CPU there is no other way.
             decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
         self._pipeline = Pipeline(batch_size=most, num_threads=threads, device_id=gpu, prefetch_queue_depth=ahead)
         outputs = []
@@ -95,38 +96,38 @@ class ImagePipeline:
                 images = fn.decoders.image(encoded, output_type=_DECODED[image_input.preprocess.channels], **decoder)
                 shape = fn.peek_image_shape(encoded)
                 outputs.append(_prepare(images.gpu() if self._gpu else images, shape, image_input.preprocess))
-                if self._gpu:  # decodes what there is of a JPEG file that breaks off, and says nothing
+                if self._gpu:  # which decodes a JPEG file that breaks off as far as it goes, without an error
                     outputs.append(encoded[-2:])
             self._pipeline.set_outputs(*outputs)
         self._pipeline.build()
 
-    def submit(self, run: Run, fetched: Mapping[str, Any]) -> None:
-        """Begin to prepare the samples of a run.
+    def submit(self, chunk: Chunk, fetched: Mapping[str, Any]) -> None:
+        """Begin to prepare the samples of a chunk.
 
         Args:
-            run: The run.
-            fetched: What the inputs' sources fetched for it.
+            chunk: The chunk.
+            fetched: Its data, as `Source.fetch` returns them, by input.
         """
         for name in self._inputs:
             self._pipeline.feed_input(name, fetched[name])
-        self.under_way.append(run)
+        self.under_way.append(chunk)
         if self.has_begun:
             self._pipeline.schedule_run()
         elif len(self.under_way) == self.ahead:
-            self._pipeline.schedule_run()  # DALI's first call begins as many runs as its queue is deep
+            self._pipeline.schedule_run()  # DALI's first call begins as many chunks as its queue is deep
             self.has_begun = True
 
     def collect(self, out: Mapping[str, Any] | None, stream: Any = None) -> None:
-        """Copy what was prepared in the oldest run into arrays.
+        """Copy the prepared samples of the oldest chunk into arrays.
 
         Args:
-            out: For each input a float32 array whose first dimension counts the run's samples: NumPy's or, on a GPU,
-                CuPy's. None copies nothing.
-            stream: On a GPU, the stream to copy on; the copy is under way when this returns.
+            out: For each input a float32 array whose first dimension counts the chunk's samples: a NumPy array or, on a
+                GPU, a CuPy array. None copies nothing.
+            stream: On a GPU, the stream to copy on; the copy is under way when this method returns.
 
         Raises:
-            RuntimeError: DALI failed, or a JPEG file breaks off; the pipeline is of no use any more. `find_unreadable`
-                tells whose fault it is.
+            RuntimeError: DALI failed, or a JPEG file breaks off. The pipeline cannot be used again; `find_unreadable`
+                finds the samples that are to blame.
         """
         outputs = self._pipeline.share_outputs(cuda_stream=stream)
         if self._gpu:
@@ -151,13 +152,14 @@ class ImagePipeline:
 def find_unreadable(
     inputs: Iterable[ImageInput], numbers: Sequence[int], gpu: int | None = None, threads: int = 1
 ) -> Iterator[UnreadableError]:
-    """Those samples of which an image cannot be read and prepared by itself.
+    """Yield the samples that have an unreadable image: one that cannot be prepared by itself.
 
     Args:
         inputs: The inputs that take images.
-        numbers: The samples.
-        gpu: Where to prepare them.
-        threads: With more than one, all are tried at once before each is by itself: faster where most are readable.
+        numbers: The samples to try.
+        gpu: The number of the GPU to work on; None for the CPU.
+        threads: The number of threads. With several, all samples are tried at once before each is tried by itself,
+            which is faster if most are readable.
     """
     for image_input in inputs:
         if threads > 1 and _are_readable(image_input, numbers, gpu, threads):
@@ -172,7 +174,7 @@ def find_unreadable(
                 if not image_input.source.content(number):
                     yield UnreadableError(number, f"{name} is empty (0 bytes); replace or remove it")
                     continue
-                pipeline.submit(Run([number], number, 0), {"image": image_input.source.fetch([number])})
+                pipeline.submit(Chunk([number], number, 0), {"image": image_input.source.fetch([number])})
                 pipeline.collect(None)
             except UnreadableError as error:
                 yield error
@@ -184,12 +186,12 @@ def find_unreadable(
 
 
 def _are_readable(image_input: ImageInput, numbers: Sequence[int], gpu: int | None, threads: int) -> bool:
-    """Whether the images of these samples can all be read and prepared."""
+    """Return whether the images of these samples can all be read and prepared."""
     pipeline = ImagePipeline(
         {"image": image_input}, most=len(numbers), threads=threads, gpu=gpu, ahead=1, hw_decoder_load=0
     )
     try:
-        pipeline.submit(Run(list(numbers), numbers[0], 0), {"image": image_input.source.fetch(numbers)})
+        pipeline.submit(Chunk(list(numbers), numbers[0], 0), {"image": image_input.source.fetch(numbers)})
         pipeline.collect(None)
     except (UnreadableError, RuntimeError):
         return False
@@ -199,7 +201,7 @@ def _are_readable(image_input: ImageInput, numbers: Sequence[int], gpu: int | No
 def _check_ends(image_input: ImageInput, numbers: Sequence[int], ends: Any) -> None:
     """Raise RuntimeError if a JPEG file breaks off; `ends` are the last two bytes of each file."""
     known = (ends == _END_OF_JPEG).all(axis=1) | (ends == _END_OF_PNG).all(axis=1)
-    for index in np.flatnonzero(~known):  # few: other formats, and what has something after the image
+    for index in np.flatnonzero(~known):  # few: other formats, and files with something after the image
         number = numbers[int(index)]
         source = image_input.source
         is_jpeg = source.content(number, 2) == b"\xff\xd8"
@@ -236,15 +238,15 @@ def _per_channel(values: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 
 def _geometry(shape: Any, preprocess: Preprocess) -> tuple[Any, Any]:
-    """The size to resize an image to, and the place of the network's part in it.
+    """Return the size to resize an image to, and the position of the network's part in the resized image.
 
-    A place is the part's first pixel as a share of all pixels that are cut off or, where it is larger, padded; DALI
-    multiplies the two and rounds.
+    A position is the part's first pixel as a share of all pixels that are cut off or, if the part is larger, padded;
+    DALI multiplies the two and rounds.
 
-    All in whole numbers and rounded as those round who trained the networks: torchvision and timm cut off the longer
-    side's fraction and round the crop's place half to even; Ultralytics rounds the sizes and puts the odd pixel of the
-    padding last. Both sides are reckoned at once, since each operation on 64 small tensors costs DALI what resizing an
-    image does.
+    All numbers are whole, and rounded as in the networks' training: torchvision and timm cut off the longer side's
+    fraction and round the crop's position half to even; Ultralytics rounds the sizes and puts the odd pixel of the
+    padding last. Both sides are computed at once, since an operation on 64 small tensors costs DALI as much time as
+    resizing an image.
     """
     target = preprocess.size
     if preprocess.resize == "stretch":
@@ -257,8 +259,8 @@ def _geometry(shape: Any, preprocess: Preprocess) -> tuple[Any, Any]:
         else:
             area = shape[0] * shape[1]  # so that size * size / area is each side over the other
             new = dali_math.max(size * size * _vector(covered[::-1]) // area, _vector(covered))
-        # DALI rounds a half up: a half that is to be rounded down, to the even number below, begins a little lower. It
-        # is where new - target is one more than a multiple of four.
+        # DALI rounds a half up. A half that is to be rounded down, to the even number below, is lowered a little:
+        # those for which new - target is one more than a multiple of four.
         rest, first = (new, target[0]) if target[0] % 4 == target[1] % 4 else (new - _vector(target), 0)
         place = _look_up(rest & 3, [0.5 - _LITTLE * ((key - first) % 4 == 1) for key in range(4)])
     else:

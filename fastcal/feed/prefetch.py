@@ -13,16 +13,16 @@ from fastcal.errors import FastcalError
 
 Buffer = TypeVar("Buffer")
 
-#: fill(index, buffer, ended): ended() tells whether the pass is over, so that a long `fill` may return early. False is
-#: returned where nothing is left to fill the buffer with.
+#: fill(index, buffer, ended) returns False if nothing is left to fill the buffer with. ended() returns whether the pass
+#: is over, so that a long `fill` may return early.
 Fill = Callable[[int, Buffer, Callable[[], bool]], bool | None]
 
 
 class Prefetcher(Generic[Buffer], Iterator[Buffer]):
     """One pass: an iterator over filled buffers.
 
-    A background thread fills free buffers in turn. The buffer that the consumer holds goes back to it when the next
-    one is asked for, so with two buffers one is read while the other fills. What a buffer is, is not looked at.
+    A background thread fills free buffers in turn. When the consumer asks for the next buffer, the thread gets back the
+    buffer that the consumer holds, so with two buffers one is read while the other fills. A buffer may be any object.
 
     An error in `fill` or `prepare` is raised in the consumer, after the buffers filled before it. The thread ends with
     the pass, with `close`, when the iterator is deleted, and before the interpreter exits.
@@ -30,9 +30,10 @@ class Prefetcher(Generic[Buffer], Iterator[Buffer]):
     Args:
         buffers: At least two buffers; they are reused in this order.
         fill: Called in the thread as fill(index, buffer, ended) for index 0, 1, ... until it returns False. Once
-            ended() is true, what it fills is not used, and it should return.
-        count: How many buffers to hand out at most.
-        prepare: Called in the thread as prepare(index) before it waits for a buffer to fill: begins what needs none.
+            ended() is true, the buffer is not used, and `fill` should return.
+        count: The number of buffers to hand out at most.
+        prepare: Called in the thread as prepare(index) before it waits for a free buffer; begins the work on the next
+            buffer as far as it needs none.
     """
 
     def __init__(
@@ -54,9 +55,9 @@ class Prefetcher(Generic[Buffer], Iterator[Buffer]):
         """Give the last buffer back and wait for the next.
 
         Raises:
-            StopIteration: All that there is has been handed out.
-            FastcalError: The pass was closed before.
-            Exception: What `fill` raised.
+            StopIteration: All buffers have been handed out.
+            FastcalError: The pass was cut off.
+            Exception: `fill` or `prepare` raised it.
         """
         try:
             return self._ring.take()
@@ -66,7 +67,7 @@ class Prefetcher(Generic[Buffer], Iterator[Buffer]):
 
 
 class _Ring(Generic[Buffer]):
-    """What the thread and the iterator share."""
+    """The state that the thread and the iterator share."""
 
     def __init__(self, buffers: Sequence[Buffer]) -> None:
         self._changed = threading.Condition()
@@ -74,8 +75,8 @@ class _Ring(Generic[Buffer]):
         self._filled: deque[Buffer] = deque()
         self._held: list[Buffer] = []
         self._ended = False
-        self._complete = False  # whether all that there is was filled
-        self.idle = threading.Event()  # set when the thread is through with `fill`
+        self._complete = False  # whether the last buffer has been filled
+        self.idle = threading.Event()  # set when the thread will not call `fill` again
         self._error: BaseException | None = None
 
     def produce(self, fill: Fill[Buffer], count: int | None, prepare: Callable[[int], object] | None) -> None:
@@ -97,8 +98,8 @@ class _Ring(Generic[Buffer]):
                     self._filled.append(buffer)
                     self._changed.notify_all()
             self._complete = True
-        except StopIteration as error:  # to the consumer that would be the end of the pass
-            self._error = RuntimeError("what fills a buffer raised StopIteration")
+        except StopIteration as error:  # the consumer would take it for the end of the pass
+            self._error = RuntimeError("the function that fills a buffer raised StopIteration")
             self._error.__cause__ = error
         except BaseException as error:  # handed to the consumer
             self._error = error
@@ -135,11 +136,11 @@ class _Ring(Generic[Buffer]):
 
 
 def _stopper(ring: _Ring[Buffer], thread: threading.Thread) -> Callable[[], None]:
-    """A function that ends the thread and waits for it; called at the interpreter's exit if it was not before.
+    """Return a function that ends the thread and waits for it. It is called at the interpreter's exit at the latest.
 
-    A thread left running would be in the middle of a decoder while that is taken down. Exit functions run last in,
-    first out: this one is younger than those of the libraries that `fill` calls. In a process that was forked there is
-    no such thread, and its locks may be held for ever.
+    A thread left running would be in the middle of a decoder while the interpreter takes the decoder down. Exit
+    functions run last in, first out: this one is younger than those of the libraries that `fill` calls. In a fork of
+    the process there is no such thread, and the ring's lock may be held for ever.
     """
     process = os.getpid()
 
@@ -147,7 +148,7 @@ def _stopper(ring: _Ring[Buffer], thread: threading.Thread) -> Callable[[], None
         if os.getpid() != process:
             return
         interrupted = None
-        # An event of our own, not join: up to Python 3.12 a thread whose join is interrupted counts as dead.
+        # An event instead of join: up to Python 3.12, a thread whose join is interrupted counts as dead.
         while not ring.idle.is_set():
             try:
                 ring.end()

@@ -1,59 +1,60 @@
-"""What the network expects of an image: size, colours, values, layout."""
+"""The form in which a network takes images: size, colours, values, layout."""
 
 import numbers
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from fastcal.errors import FastcalError
+from fastcal.errors import DataError
+from fastcal.feed import preprocess_files
 
 CHANNELS = ("RGB", "BGR", "GRAY")
 LAYOUTS = ("NCHW", "NHWC")
 RESIZES = ("stretch", "crop", "letterbox")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
-# A share that was made from two numbers of pixels gives the larger back in spite of its rounding.
+# Added to a number of pixels computed from a share, so that rounding down gives the number that the share was made of.
 _SLACK = 1e-6
 
-# How numbers are printed: so that no two of float32 are the same.
+# The format of numbers: no two numbers of float32 have the same text.
 _DIGITS = ".9g"
 
 
 def _check_number(name: str, value: Any) -> None:
-    """Raise FastcalError unless it is a number that float32 images can be reckoned with."""
+    """Raise DataError unless `value` is a number that float32 images can be computed with."""
     try:
         usable = isinstance(value, numbers.Real) and (value == 0 or 1e-30 < abs(float(value)) < 1e30)
     except OverflowError:  # an integer that is larger than any float
         usable = False
     if not usable:
-        raise FastcalError(f"{name} has {value!r}; give a number, as the network was trained with")
+        raise DataError(f"{name} has {value!r}; give a number, as the network was trained with")
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes a network's input.
+    """The preprocessing that turns an image into a network's input.
 
-    Decoded to 8 bits a channel and turned upright by its EXIF orientation, resized to `size` with 8-bit results as PIL
-    has them, then (pixel * scale - mean) / std in float32.
+    An image is decoded to 8 bits a channel, turned upright by its EXIF orientation and resized to `size` with 8-bit
+    results, as PIL does it. Its values are then (pixel * scale - mean) / std in float32.
 
     Attributes:
         size: Height and width, in pixels.
         resize: "stretch" both sides to `size`; "crop": resize until the image covers size / crop_fraction, then cut
-            `size` out of the centre; "letterbox": resize until it fits into `size`, then pad both sides alike.
-        crop_fraction: For "crop", the share of each side that stays. 0.875 resizes the shorter side to 256 for 224, as
-            torchvision and timm do.
+            `size` out of the centre; "letterbox": resize until the image fits into `size`, then pad both sides alike.
+        crop_fraction: For "crop", the share of each side that stays. 0.875 resizes the shorter side to 256 for a size
+            of 224, as torchvision and timm do.
         fill: For "letterbox", the padding's pixel value, 0 to 255.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos", PIL's filters of these names.
-        antialias: Whether the filter widens when it shrinks an image, as PIL's do and OpenCV's do not.
+        antialias: Whether the filter widens for an image that shrinks, as PIL's filters do and OpenCV's do not.
         channels: "RGB", "BGR" or "GRAY" (one channel: ITU-R 601 luma, as PIL's "L").
         scale: Factor on pixel values 0 to 255.
         mean: Per channel, in the order of `channels`, subtracted after scaling; one value stands for all channels.
-        std: Per channel, divided by at last.
+        std: Per channel, the divisor after subtracting the mean; one value stands for all channels.
         layout: "NCHW" or "NHWC".
 
     Raises:
-        FastcalError: A value is not one of the above.
+        DataError: A value is not one of the above.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -76,38 +77,42 @@ class Preprocess:
             ("layout", self.layout, LAYOUTS),
         ):
             if value not in known:
-                raise FastcalError(f"there is no {name} {value!r}; choose one of {', '.join(known)}")
+                raise DataError(f"there is no {name} {value!r}; choose one of {', '.join(known)}")
         whole = isinstance(self.size, Sequence) and all(
             isinstance(side, numbers.Integral) and not isinstance(side, bool) for side in self.size
         )
         if not whole or len(self.size) != 2 or min(self.size) < 1:
-            raise FastcalError(f"size {self.size} is not (height, width) in pixels, e.g. (224, 224)")
+            raise DataError(f"size {self.size} is not (height, width) in pixels, e.g. (224, 224)")
         if not 0 < self.crop_fraction <= 1:
-            raise FastcalError(f"crop_fraction {self.crop_fraction} is not in (0, 1]; torchvision's is 0.875")
+            raise DataError(f"crop_fraction {self.crop_fraction} is not in (0, 1]; torchvision's is 0.875")
         if not 0 <= self.fill <= 255:
-            raise FastcalError(f"fill {self.fill} is not a pixel value from 0 to 255")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if isinstance(values, numbers.Real):
-                raise FastcalError(f"{name} is {values}; give a sequence, ({values},) for all channels alike")
-            if not hasattr(values, "__len__") or isinstance(values, str):
-                raise FastcalError(f"{name} is {values!r}; give a sequence of numbers")
-            if len(values) not in (1, self.channel_count):
-                raise FastcalError(
-                    f"{name} {values} has {len(values)} values, {self.channels} needs "
-                    f"{'1' if self.channel_count == 1 else '1 or 3'}; choose another preprocessing: the presets unit "
-                    "and raw fit all channels"
-                )
-            for each in values:
-                _check_number(name, each)
+            raise DataError(f"fill {self.fill} is not a pixel value from 0 to 255")
         _check_number("scale", self.scale)
         if self.scale == 0:
-            raise FastcalError("scale is 0, which makes every image the same; leave pixels as they are with 1")
+            raise DataError("scale is 0, which makes all images the same; use 1 to leave pixels as they are")
+        self._check_channels("mean", self.mean)
+        self._check_channels("std", self.std)
         if 0 in self.std:
-            raise FastcalError(f"std {self.std} has a 0, which cannot be divided by")
+            raise DataError(f"std {self.std} has a 0, which cannot be a divisor")
+
+    def _check_channels(self, name: str, values: Any) -> None:
+        """Raise DataError unless `values` are numbers, one for each channel or one for all."""
+        if isinstance(values, numbers.Real):
+            raise DataError(f"{name} is {values}; give a sequence, ({values},) for all channels alike")
+        if not hasattr(values, "__len__") or isinstance(values, str):
+            raise DataError(f"{name} is {values!r}; give a sequence of numbers")
+        if len(values) not in (1, self.channel_count):
+            raise DataError(
+                f"{name} {values} has {len(values)} values, {self.channels} needs "
+                f"{'1' if self.channel_count == 1 else '1 or 3'}; choose another preprocessing: the presets unit and "
+                "raw fit all channels"
+            )
+        for value in values:
+            _check_number(name, value)
 
     @classmethod
     def preset(cls, name: str) -> "Preprocess":
-        """The preprocessing that a family of networks is trained with.
+        """Return the preprocessing that a family of networks is trained with.
 
         Args:
             name: "imagenet" (torchvision's classifiers: shorter side to 256, centre 224, ImageNet's mean and standard
@@ -117,44 +122,60 @@ class Preprocess:
                 0..1) or "raw" (stretched to 224, 0..255).
 
         Raises:
-            FastcalError: There is no such preset.
+            DataError: There is no such preset.
         """
         if name not in PRESETS:
-            raise FastcalError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
+            raise DataError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
         return PRESETS[name]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Preprocess":
-        """The preprocessing that a file describes.
+        """Return the preprocessing that a file describes.
 
         Args:
             path: TOML or JSON with this class's attributes (and `preset` for the others), Hugging Face's
                 `preprocessor_config.json`, or timm's `config.json`.
 
         Raises:
-            FastcalError: The file cannot be read, or asks for what this class does not do.
+            DataError: The file cannot be read, or asks for something that this class does not do.
         """
-        from fastcal.feed.preprocess_files import load
-
-        return load(path)
+        try:
+            values = preprocess_files.read(path)
+            base = cls.preset(values.pop("preset")) if "preset" in values else cls()
+            known = {field.name for field in fields(cls)}
+            for name in values:
+                if name not in known:
+                    raise DataError(f"there is no {name!r}; choose from preset, {', '.join(sorted(known))}")
+            return replace(base, **values)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; name a preset or a file") from error
+        except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise DataError(f"{path} describes no preprocessing: {reason}; see fastcal.Preprocess") from error
 
     @classmethod
     def from_torchvision(cls, transforms: Any) -> "Preprocess":
-        """The preprocessing of torchvision's weights.
+        """Return the preprocessing of torchvision's weights.
 
         Args:
-            transforms: What `weights.transforms()` returns, e.g. of `ResNet50_Weights.DEFAULT`.
+            transforms: The result of `weights.transforms()`, e.g. of `ResNet50_Weights.DEFAULT`.
 
         Raises:
-            FastcalError: It is no preprocessing for image classification.
+            DataError: The transforms are no preprocessing for image classification.
         """
-        from fastcal.feed.preprocess_files import from_torchvision
-
-        return from_torchvision(transforms)
+        try:
+            return cls(**preprocess_files.from_torchvision(transforms))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{type(transforms).__name__} is no torchvision preprocessing for image classification; give the "
+                "result of weights.transforms()"
+            ) from error
 
     @property
     def covered(self) -> tuple[int, int]:
-        """For "crop": the height and width that the image is resized to cover, rounded down as timm does."""
+        """The height and width that "crop" resizes an image to cover, rounded down as timm does."""
         height, width = (int(side / self.crop_fraction + _SLACK) for side in self.size)
         return height, width
 
@@ -181,18 +202,18 @@ class Preprocess:
         return (*self.size, self.channel_count)
 
     def fit(self, shape: tuple[int | None, ...]) -> "Preprocess":
-        """This preprocessing with size, layout and number of channels as a network's image input has them.
+        """Return this preprocessing with the size, layout and number of channels of a network's image input.
 
         Args:
-            shape: The input's shape, batch first; None for a dynamic dimension, which leaves a size as it is.
+            shape: The input's shape, batch first; None for a dynamic dimension, which leaves a size unchanged.
 
         Raises:
-            FastcalError: It is no image input of 1 or 3 channels, or mean and std are for another number of channels.
+            DataError: The input takes no images of 1 or 3 channels, or mean and std are for another number of channels.
         """
         if len(shape) != 4 or not {shape[1], shape[3]} & {1, 3}:
             if len(shape) == 4 and None in (shape[1], shape[3]):
-                raise FastcalError("its number of channels is dynamic; export it with a fixed one, or feed it arrays")
-            raise FastcalError("it takes no images of 1 or 3 channels; feed it arrays instead")
+                raise DataError("its number of channels is dynamic; export it with a fixed one, or feed it arrays")
+            raise DataError("it takes no images of 1 or 3 channels; feed it arrays instead")
         layout = "NCHW" if shape[1] in (1, 3) else "NHWC"
         channel_count, height, width = (shape[1], *shape[2:]) if layout == "NCHW" else (shape[3], *shape[1:3])
         channels = self.channels
@@ -207,7 +228,7 @@ def _values(values: tuple[float, ...]) -> str:
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
-#: The presets by name. The means of "clip" are those of OpenAI's CLIP, those of "tf" and "caffe" Keras's.
+#: The presets by name. The means of "clip" are from OpenAI's CLIP, those of "tf" and "caffe" from Keras.
 PRESETS = {
     "imagenet": Preprocess(resize="crop", scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
     "clip": Preprocess(

@@ -103,14 +103,14 @@ def test_one_class_is_not_balanced(folder):
         ("missing", r"no such file or folder: .*missing"),
         ("empty", r"empty is empty; name a folder with .bmp, .*"),
         ("texts", r"texts has 1 files, none of them an image"),
-        ("*.gif", r"no image or shard matches .*\*.gif; images are .bmp, "),
+        ("*.gif", r"pattern .*\*.gif matches nothing; name a folder with .bmp, "),
         ("nothing.txt", r"list file .*nothing.txt is empty"),
         ("wrong.txt", r"wrong.txt, entry 2: no such file: .*gone.jpg"),
         ("train.tar.gz", r"train.tar.gz is compressed; shards are read as they are, so decompress it"),
-        ("x" * 300, r"no such file or folder: .*x{300}; name a folder of images or a list file"),
+        ("x" * 300, r"no such file or folder: .*x{300}; name a folder, a pattern, a list file or a file"),
         ("{0..999999999999999999}.jpg", r"pattern .*, entry 2: no such file: .*/1.jpg; correct or remove it"),
         ("{0..999999999999}{5..3}.jpg", r"range {5..3} of pattern .* has no numbers; give the smaller one first"),
-        ("binary.bin", r"cannot read list file .*binary.bin: .*one image path a line"),
+        ("binary.bin", r"cannot read list file .*binary.bin: .*one path a line"),
     ],
 )
 def test_no_images(folder, data, message):

@@ -127,7 +127,7 @@ def test_the_last_batch_can_be_dropped(photographs, caplog):
         ImageFeed(photographs, preprocess=SMALL, batch_size=7, last_batch="drop")
 
 
-def test_large_batches_are_prepared_in_several_runs(photographs):
+def test_large_batches_are_prepared_in_several_chunks(photographs):
     few = all_of(ImageFeed(photographs, preprocess=SMALL, batch_size=30, threads=1))
     many = all_of(ImageFeed(photographs, preprocess=SMALL, batch_size=30, threads=4))
     singles = all_of(ImageFeed(photographs, preprocess=SMALL, batch_size=1))
@@ -135,17 +135,17 @@ def test_large_batches_are_prepared_in_several_runs(photographs):
     np.testing.assert_array_equal(many[0], few[0])
 
 
-def test_large_files_are_prepared_in_smaller_runs(tmp_path, photographs, monkeypatch):
+def test_large_files_are_prepared_in_smaller_chunks(tmp_path, photographs, monkeypatch):
     for index in range(5):
         image = (photographs / f"{index}.{'png' if index % 2 else 'jpg'}").read_bytes()
         (tmp_path / f"{index}.jpg").write_bytes(image + bytes(3 << 20))  # decoders stop at the image's end
     whole = all_of(ImageFeed(photographs, preprocess=SMALL, batch_size=5, limit=5, threads=2))
-    runs, submit = [], ImagePipeline.submit
+    chunks, submit = [], ImagePipeline.submit
     monkeypatch.setattr(
-        ImagePipeline, "submit", lambda self, run, fetched: runs.append(run.numbers) or submit(self, run, fetched)
+        ImagePipeline, "submit", lambda self, chunk, data: chunks.append(chunk.numbers) or submit(self, chunk, data)
     )
     np.testing.assert_array_equal(all_of(ImageFeed(tmp_path, preprocess=SMALL, batch_size=5, threads=2)), whole)
-    assert runs == [[0, 1], [2, 3], [4]]
+    assert chunks == [[0, 1], [2, 3], [4]]
 
 
 def test_shuffle_and_limit(photographs):

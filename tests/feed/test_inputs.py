@@ -9,6 +9,7 @@ from PIL import Image
 import fastcal
 from conftest import is_unnamed
 from fastcal import FastcalError, ImageFeed, Preprocess
+from fastcal.feed.image_plan import Decoding
 
 SMALL = Preprocess(size=(8, 8))
 MODEL = """f (float[N, 3, 8, 8] left, float[N, 3, 6, 4] right, float[N, 2, 3] pose) => (float[N, 2, 3] y)
@@ -93,15 +94,15 @@ def test_a_scene_is_skipped_as_a_whole(scenes):
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 3])
-def test_fewer_batches_are_left_than_were_begun_with(scenes, ahead):
+def test_fewer_batches_are_left_than_were_begun_with(scenes, monkeypatch, ahead):
     """After scene 1 the pipeline begins again with as many batches as there may be, most of which there are not."""
+    monkeypatch.setattr(Decoding, "ahead", ahead)  # as on a GPU
     (scenes / "left" / "1.png").write_bytes(b"no image")
     for number in (4, 5, 6):
         (scenes / "left" / f"{number}.npy").write_bytes(b"no array")
     feed = ImageFeed(
         data_of(scenes), preprocess=SMALL, batch_size=1, skip_unreadable=True, max_unreadable=60, device="cpu"
     )
-    feed._ahead = ahead  # as on a GPU
     for _ in range(3):
         assert scene_numbers(all_of(feed)) == [0, 2, 3]
 

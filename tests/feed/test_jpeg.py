@@ -68,6 +68,6 @@ def test_a_feed_looks_at_the_first_images(tmp_path, caplog, number, is_found):
     for other in range(5):
         (tmp_path / f"{other}.jpg").write_bytes(encoded(keep_rgb=other == number) if other != 1 else b"no image")
     feed = ImageFeed(tmp_path, preprocess="unit", device="cpu")
-    assert feed._has_rgb is is_found
+    assert feed._plan.has_rgb is is_found
     said = [record.getMessage() for record in caplog.records if "RGB" in record.getMessage()]
     assert [text.split()[0] for text in said] == [str(tmp_path / f"{number}.jpg")] * is_found

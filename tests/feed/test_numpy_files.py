@@ -7,7 +7,7 @@ import pytest
 
 from conftest import DIGITS, is_unnamed
 from fastcal import FastcalError, ImageFeed, NumpyFeed, calibrate
-from fastcal.feed.numpy_files import are_arrays
+from fastcal.feed.dataset import are_arrays
 
 ONE = "f (float[N, 2, 3] x) => (float[N, 2, 3] y) { y = Relu(x) }"
 TWO = "f (float[N, 2] x, int64[N, 1] i) => (float[N, 1] y) { y = GatherElements<axis = 1>(x, i) }"
@@ -118,6 +118,50 @@ def test_what_can_name_files(save, tmp_path, monkeypatch):
         assert seen(NumpyFeed(data, batch_size=len(expected), input_name="x")) == [expected]
 
 
+def test_links_list_files_and_ranges(save, tmp_path):
+    folder = save(**{f"{number:02}": batch(number) for number in (8, 9, 10)})
+    elsewhere = save(other__11=batch(11)) / "other"
+    elsewhere.rename(tmp_path / "elsewhere")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "link" / "circle").symlink_to(folder)
+    (folder / "list.txt").write_text("10.npy\n\nlink/11.npy\n")
+    for data, expected in (
+        (folder, [8, 9, 10, 11]),
+        (folder / "list.txt", [10, 11]),
+        (f"{folder}/{{08..10}}.npy", [8, 9, 10]),
+    ):
+        assert are_arrays(str(data))
+        assert seen(NumpyFeed(data, batch_size=len(expected), input_name="x")) == [expected]
+        assert seen(NumpyFeed({"x": data}, batch_size=len(expected))) == [expected]
+    (folder / "list.txt").write_text("10.npy\n12.npy\n")
+    with pytest.raises(FastcalError, match=r"list file .*list.txt, entry 2: no such file: .*12.npy"):
+        NumpyFeed(folder / "list.txt")
+    with pytest.raises(FastcalError, match=r"pattern .*, entry 4: no such file: .*11.npy"):
+        NumpyFeed(f"{folder}/{{08..11}}.npy")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.npy"], True),
+        (["a.npy", "b/c.NPZ", ".hidden.jpg", "notes.txt"], True),
+        (["a.npy", "b/c.jpg"], False),
+        (["a.npy", "b.tar"], False),
+        (["a.jpg"], False),
+        (["notes.txt", ".hidden.npy"], False),
+        ([], False),
+    ],
+)
+def test_a_folder_has_arrays_if_it_has_neither_images_nor_shards(tmp_path, names, expected):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert are_arrays(str(tmp_path)) is expected
+    assert are_arrays(f"{tmp_path}/**") is expected
+    assert are_arrays([tmp_path / name for name in names if not name.startswith(".")]) is expected
+    assert not are_arrays(str(tmp_path / "nowhere"))
+
+
 def test_names_in_capitals(save):
     folder = save(a=batch(0), b={"x": batch(1)})
     npy, npz = (folder / "a.npy").rename(folder / "A.NPY"), (folder / "b.npz").rename(folder / "B.Npz")
@@ -126,7 +170,8 @@ def test_names_in_capitals(save):
     assert seen(NumpyFeed(npy, batch_size=1, input_name="x")) == [[0]]
     assert seen(NumpyFeed(f"{folder}/B*", batch_size=1)) == [[1]]
     assert seen(NumpyFeed({"x": [npy]}, batch_size=1)) == [[0]]
-    with pytest.raises(FastcalError, match=r"has .npy and .npz files"):
+    assert are_arrays(str(folder))
+    with pytest.raises(FastcalError, match=r"has arrays \(.*A.NPY\) and array archives \(.*B.Npz\)"):
         NumpyFeed(folder)
 
 
@@ -169,8 +214,12 @@ def test_a_record_tells_files_and_settings_apart(save):
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [
-        ({}, {}, "there are no .npy or .npz files at .*arrays; name a folder"),
-        ({"a": batch(0), "b": {"x": batch(0)}}, {}, "has .npy and .npz files; say which with a pattern"),
+        ({}, {}, "arrays is empty; name a folder with .npy, .npz files"),
+        (
+            {"a": batch(0), "b": {"x": batch(0)}},
+            {},
+            r"has arrays \(.*a.npy\) and array archives \(.*b.npz\); say which with a pattern",
+        ),
         (
             {"a": batch(0), "b": np.zeros((1, 2, 4), "f4")},
             {},
@@ -221,14 +270,16 @@ def test_different_numbers_of_samples_and_files_of_the_wrong_kind(onnx_file, sav
     folder = save(x__a=np.zeros((3, 2), "f4"), i__a=np.zeros((2, 1), int), z={"x": batch(0)})
     with pytest.raises(FastcalError, match="different numbers of samples, 'x' 3, 'i' 2; every sample needs"):
         NumpyFeed({"x": folder / "x", "i": folder / "i"}, model=onnx_file(TWO))
-    with pytest.raises(FastcalError, match=r"z.npz is no .npy file"):
+    with pytest.raises(FastcalError, match=r"z.npz is no array; name .npy files"):
         NumpyFeed({"x": folder / "z.npz"})
-    with pytest.raises(FastcalError, match=r"no .npy or .npz files at .*nowhere"):
+    with pytest.raises(FastcalError, match=r"no such file or folder: .*nowhere; name a folder"):
         NumpyFeed(folder / "nowhere")
-    with pytest.raises(FastcalError, match=r"no .npy or .npz files at .*x{300}; name a folder"):
+    with pytest.raises(FastcalError, match=r"no such file or folder: .*x{300}; name a folder"):
         NumpyFeed(folder / ("x" * 300))
     for data in ("", {"x": ""}):
-        with pytest.raises(FastcalError, match="the name of the data is empty; name a folder, a pattern or a file"):
+        with pytest.raises(
+            FastcalError, match="the name of the data is empty; name a folder, a pattern, a list file or a file"
+        ):
             NumpyFeed(data)
 
 

@@ -33,7 +33,7 @@ def images_and_arrays(tmp_path):
     listed = sorted((DIGITS / "images").rglob("*.jpg"))[:7]
     for number in range(7):
         np.save(tmp_path / f"{number}.npy", np.float32([number, 1]))
-        Image.open(listed[number]).save(tmp_path / f"{number}.tif")  # a format that is decoded in a process apart
+        Image.open(listed[number]).save(tmp_path / f"{number}.tif")  # a format that DALI decodes with another library
     data = {"picture": str(tmp_path / "*.tif"), "numbers": str(tmp_path / "*.npy")}
     return fastcal.ImageFeed(data, preprocess="unit", batch_size=3, shuffle=True, device="cpu")
 
@@ -73,12 +73,28 @@ def test_parts_have_the_batches_of_the_whole(tmp_path, name):
                             np.testing.assert_array_equal(found[key], expected[key])
 
 
+@pytest.mark.parametrize("name", FEEDS)
+def test_a_feed_is_pickled_as_its_plan(tmp_path, name):
+    with FEEDS[name](tmp_path) as feed:
+        whole = copied(feed)
+        next(iter(feed))  # neither a pass under way nor its buffers travel
+        with pickle.loads(pickle.dumps(feed)) as other:
+            assert type(other) is type(feed)
+            assert other.describe() == feed.describe()
+            assert (other.batch_size, other.samples, other.shapes()) == (feed.batch_size, feed.samples, feed.shapes())
+            for found, expected in zip(copied(other), whole, strict=True):
+                np.testing.assert_equal(found, expected)
+
+
 def test_a_part_has_the_threads_of_its_machine_unless_the_feed_was_told():
-    assert images().part(range(1), gpu=None, threads=3)._threads == 3
+    def threads(part):
+        return part._plan.decoding.thread_count
+
+    assert threads(images().part(range(1), gpu=None, threads=3)) == 3
     assert images().part(range(1), gpu=0, threads=30).gpu is None  # it was to be on the CPU
-    assert images(threads=2).part(range(1), gpu=None, threads=3)._threads == 2
-    on_any = fastcal.ImageFeed(DIGITS / "images")
-    assert (on_any.part(range(1), gpu=0, threads=30).gpu, on_any.part(range(1), gpu=0, threads=30)._threads) == (0, 8)
+    assert threads(images(threads=2).part(range(1), gpu=None, threads=3)) == 2
+    on_any = fastcal.ImageFeed(DIGITS / "images").part(range(1), gpu=0, threads=30)
+    assert (on_any.gpu, threads(on_any)) == (0, 8)
 
 
 @pytest.mark.parametrize("batches", [lambda: iter(arrays(2)), iter(arrays(2)), set()])

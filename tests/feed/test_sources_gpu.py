@@ -9,6 +9,7 @@ from test_shards import as_files, encoded, shards  # noqa: F401 - fixtures
 from test_unreadable import write_numbered
 
 from fastcal import FastcalError, ImageFeed, Preprocess
+from fastcal.feed.image_pass import ImagePass
 
 pytestmark = pytest.mark.gpu
 
@@ -52,8 +53,8 @@ def test_the_next_images_fill_up(tmp_path, depth, broken, expected):
 
 def test_after_a_failure_images_are_tried_before_the_pipeline_gets_them(tmp_path, monkeypatch):
     failures = []
-    recover = ImageFeed._recover
-    monkeypatch.setattr(ImageFeed, "_recover", lambda *arguments: (failures.append(1), recover(*arguments)))
+    recover = ImagePass._recover
+    monkeypatch.setattr(ImagePass, "_recover", lambda *arguments: (failures.append(1), recover(*arguments)))
     write_numbered(tmp_path, 50, set(range(10, 50, 5)))
     feed = ImageFeed(tmp_path, preprocess=SMALL, batch_size=4, device="cuda", skip_unreadable=True, max_unreadable=50)
     all_of(feed)

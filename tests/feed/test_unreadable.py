@@ -12,6 +12,8 @@ from PIL import Image
 import fuzzing
 from conftest import DIGITS
 from fastcal import FastcalError, ImageFeed, Preprocess
+from fastcal.feed.image_pass import ImagePass
+from fastcal.feed.image_plan import Decoding
 from fastcal.feed.sources import UnreadableError
 
 SMALL = Preprocess(size=(8, 8))
@@ -55,19 +57,34 @@ def feed_of(folder, **options):
         ({0, 9}, [[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 4], [5, 6, 7, 8]]),
     ],
 )
-def test_the_next_images_fill_up(tmp_path, ahead, broken, wrap, drop):
+def test_the_next_images_fill_up(tmp_path, monkeypatch, ahead, broken, wrap, drop):
+    monkeypatch.setattr(Decoding, "ahead", ahead)  # as on a GPU
     write_numbered(tmp_path, 10, broken)
     for last_batch, expected in (("wrap", wrap), ("drop", drop)):
         with feed_of(tmp_path, last_batch=last_batch) as feed:
-            feed._ahead = ahead  # as on a GPU
             for _ in range(3):
                 assert [numbers(batch) for batch in feed] == expected
                 assert len(feed) == len(expected)
+                assert feed.samples == 10 - len(feed.skipped)
+                assert feed.sample_names == [path for path in feed.paths if path not in feed.skipped]
             tried = broken if last_batch == "wrap" else broken - {8, 9}
             assert set(feed.skipped) >= {str(tmp_path / f"{number:02}.jpg") for number in tried}
             assert set(feed.skipped) <= {str(tmp_path / f"{number:02}.jpg") for number in broken}
         assert [numbers(batch) for batch in feed] == expected  # after closing too
         feed.close()
+
+
+def test_a_pipeline_is_used_on_unless_it_was_started_near_the_end_of_a_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr(Decoding, "ahead", 3)  # as on a GPU
+    write_numbered(tmp_path, 10, {9})
+    with feed_of(tmp_path, batch_size=2) as feed:
+        list(feed)
+        assert feed._passes.pipeline.ahead == 1
+        list(feed)
+        used = feed._passes.pipeline
+        assert used.ahead == 3
+        list(feed)
+        assert feed._passes.pipeline is used
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -76,9 +93,9 @@ def test_suspects_do_not_reach_the_pipeline(tmp_path, monkeypatch, broken, threa
     write_numbered(tmp_path, 10, broken)
     with feed_of(tmp_path, threads=threads) as feed:
         expected = [numbers(batch) for batch in feed]
-    monkeypatch.setattr(ImageFeed, "_recover", lambda *_: pytest.fail("the pipeline got what is unreadable"))
+    monkeypatch.setattr(ImagePass, "_recover", lambda *_: pytest.fail("the pipeline got what is unreadable"))
     with feed_of(tmp_path, threads=threads) as feed:
-        feed._suspects = 100  # as on a GPU, after a failure
+        feed._passes.suspects = 100  # as on a GPU, after a failure
         for _ in range(2):
             assert [numbers(batch) for batch in feed] == expected
         assert feed.skipped == [str(tmp_path / f"{number:02}.jpg") for number in sorted(broken)]

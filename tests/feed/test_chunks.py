@@ -2,15 +2,15 @@ import itertools
 
 import pytest
 
-from fastcal.feed.runs import Pass, Run, RunSize, count_batches, say_how_it_ends
+from fastcal.feed.chunks import Chunk, ChunkSize, Order, count_batches, log_last_batch
 
 
 def batches_of(samples, batch_size, broken=(), ahead=1):
-    """Go through a pass as a feed does with so many runs under way, where the broken samples turn out to be so."""
+    """Go through a pass as a feed does with so many chunks under way, where the broken samples turn out to be so."""
     unreadable, under_way, batches = samples._unreadable, [], [[]]
     while True:
-        while len(under_way) < ahead and (run := samples.next_run()):
-            under_way.append(run)
+        while len(under_way) < ahead and (chunk := samples.next_chunk()):
+            under_way.append(chunk)
         if not under_way:
             return [batch for batch in batches if len(batch) == batch_size]
         bad = set(under_way[0].numbers) & set(broken)
@@ -19,11 +19,11 @@ def batches_of(samples, batch_size, broken=(), ahead=1):
             samples.go_back(under_way[0])
             under_way.clear()
             continue
-        run = under_way.pop(0)
-        assert run.filled == len(batches[-1]) % batch_size
+        chunk = under_way.pop(0)
+        assert chunk.filled == len(batches[-1]) % batch_size
         if len(batches[-1]) == batch_size:
             batches.append([])
-        batches[-1] += run.numbers
+        batches[-1] += chunk.numbers
 
 
 def expected(good, batch_size, wrap):
@@ -36,32 +36,32 @@ def expected(good, batch_size, wrap):
 @pytest.mark.parametrize("ahead", [1, 2, 3])
 @pytest.mark.parametrize("most", [1, 2, None])
 def test_batches_are_those_of_the_readable_samples(wrap, ahead, most):
-    size = most and RunSize(most=most, few=1, most_bytes=10**9, size_of=lambda number: 1)
+    size = most and ChunkSize(most=most, few=1, most_bytes=10**9, size_of=lambda number: 1)
     for count in range(1, 7):
         for batch_size in range(1, 9):
             for broken in itertools.chain.from_iterable(itertools.combinations(range(count), k) for k in range(count)):
                 good = [number for number in range(count) if number not in broken]
                 unreadable = set()
                 for _ in range(2):  # in the second pass they are known
-                    samples = Pass(count, batch_size, wrap, unreadable, size)
+                    samples = Order(count, batch_size, wrap, unreadable, size)
                     found = batches_of(samples, batch_size, broken, ahead)
                     assert found == expected(good, batch_size, wrap)
                     assert len(found) == count_batches(count - len(unreadable), batch_size, wrap)
 
 
-def test_large_samples_make_small_runs():
+def test_large_samples_make_small_chunks():
     sizes = [1, 1, 9, 9, 1, 1, 1, 1]
-    samples = Pass(8, 8, True, set(), RunSize(most=4, few=2, most_bytes=10, size_of=sizes.__getitem__))
-    runs = []
-    while run := samples.next_run():
-        runs.append(run.numbers)
-    assert runs == [[0, 1], [2, 3], [4, 5, 6, 7]]
+    samples = Order(8, 8, True, set(), ChunkSize(most=4, few=2, most_bytes=10, size_of=sizes.__getitem__))
+    chunks = []
+    while chunk := samples.next_chunk():
+        chunks.append(chunk.numbers)
+    assert chunks == [[0, 1], [2, 3], [4, 5, 6, 7]]
 
 
-def test_a_run_says_where_it_began():
-    samples = Pass(3, 2, True, {1}, None)
-    assert samples.next_run() == Run([0, 2], 0, 0)
-    assert samples.next_run() is None
+def test_a_chunk_says_where_it_began():
+    samples = Order(3, 2, True, {1}, None)
+    assert samples.next_chunk() == Chunk([0, 2], 0, 0)
+    assert samples.next_chunk() is None
 
 
 @pytest.mark.parametrize(
@@ -75,5 +75,5 @@ def test_a_run_says_where_it_began():
 )
 def test_it_says_how_the_last_batch_is_completed(caplog, count, said):
     caplog.set_level("INFO", "fastcal")
-    say_how_it_ends(count, 4, "wrap", "images")
+    log_last_batch(count, 4, "wrap", "images")
     assert caplog.messages == said
