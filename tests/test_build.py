@@ -69,8 +69,8 @@ def test_an_option_out_of_its_range_is_named(error_of, options, message):
 )
 def test_without_a_gpu_tensorrt_does_not_start(error_of, options):
     assert error_of(options) == (
-        "UnavailableError: TensorRT cannot start here (no reason given): it needs an NVIDIA GPU and a driver that fits; "
-        "fastcal calibrate needs neither"
+        "UnavailableError: TensorRT cannot start here (no reason given): it needs an NVIDIA GPU and a driver that "
+        "fits; fastcal calibrate needs neither"
     )
 
 
@@ -119,5 +119,5 @@ def test_a_batch_range_for_a_fixed_batch(error_of, onnx_file):
 def test_a_batch_range_if_one_of_two_inputs_has_a_dynamic_batch(trt_bindings, onnx_file):
     path = onnx_file("f (float[N, 2] x, float[4, 2] z) => (float[4, 2] y) { y = Add(x, z) }")
     arrays = np.zeros((4, 2), "f4")
-    with pytest.raises(fastcal.UnavailableError, match="^TensorRT cannot start here"):
+    with pytest.raises(fastcal.UnavailableError, match=r"^TensorRT cannot start here"):
         fastcal.build_engine(path, [{"x": arrays, "z": arrays}], max_batch=8)
