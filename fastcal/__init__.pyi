@@ -1,4 +1,5 @@
 from .algorithm import Algorithm as Algorithm
+from .batch import Input as Input
 from .build import build_engine as build_engine
 from .cache.cache import CalibrationCache as CalibrationCache
 from .cache.check import CacheCheck as CacheCheck
@@ -6,7 +7,6 @@ from .cache.check import check_cache as check_cache
 from .cache.diff import CacheDiff as CacheDiff
 from .cache.diff import diff_caches as diff_caches
 from .cache.record import Record as Record
-from .calibration import Calibration as Calibration
 from .calibration import calibrate as calibrate
 from .calibrators import Calibrator as Calibrator
 from .calibrators import EntropyCalibrator as EntropyCalibrator

@@ -120,12 +120,12 @@ class Algorithm:
 
     @property
     def has_version(self) -> bool:
-        """Whether the header of the algorithm's caches names a TensorRT version."""
+        """Return whether the header of the algorithm's caches names a TensorRT version."""
         return _KINDS[self.name].header is not None
 
     @property
     def is_known(self) -> bool:
-        """Whether fastcal can pick the scales: only TensorRT knows the rule of a regression cutoff below 1."""
+        """Return whether fastcal can pick the scales: only TensorRT knows the rule of a regression cutoff below 1."""
         return self.cutoff in (None, _NO_REGRESSION)
 
     def pick(self, histogram: Histogram) -> float:

@@ -82,10 +82,13 @@ def pick(observed: fastcal.Observations) -> dict[str, float]:
     return fastcal.Algorithm.of("percentile", 0.999).scales(observed)
 
 
-def first_line(calibration: fastcal.Calibration) -> str:
-    record: fastcal.Record = calibration.record
-    print(record.entries)
-    return calibration.header
+def is_dynamic(value: fastcal.Input) -> bool:
+    return None in value.shape
+
+
+def entries(cache: fastcal.CalibrationCache) -> int:
+    record: fastcal.Record | None = cache.record
+    return 0 if record is None else len(record.entries)
 
 
 def judge(folder: Path, cache: fastcal.CalibrationCache) -> bool:

@@ -60,6 +60,7 @@ def annotations(name):
     if inspect.isfunction(public):
         yield from ((f"{name}({key})", hint) for key, hint in hints(public).items())
         return
+    overridden: set[str] = set()
     for kind in public.__mro__:
         if not kind.__module__.startswith("fastcal"):
             continue
@@ -67,8 +68,9 @@ def annotations(name):
         for member, value in vars(kind).items():
             function = function_of(value)
             is_made = dataclasses.is_dataclass(kind) and member == "__init__"  # from the fields
-            if is_public(member) and function is not None and not is_made:
+            if is_public(member) and member not in overridden and function is not None and not is_made:
                 yield from ((f"{name}.{member}({key})", hint) for key, hint in hints(function).items())
+        overridden |= vars(kind).keys()
 
 
 def classes(annotation):

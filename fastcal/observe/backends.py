@@ -45,7 +45,7 @@ Enough = Callable[[Observer, int], bool]
 
 
 class Backend(ABC):
-    """What runs a network, and how.
+    """A way to run a network.
 
     Attributes:
         name: "onnxruntime" or "tensorrt".
