@@ -85,8 +85,8 @@ def test_it_builds_an_engine_and_says_what_it_did(trt, spawn_fastcal, tmp_path, 
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in ("x.cache", "x.cache.json")}
     again = spawn_fastcal("build", MODEL, IMAGES, *words, *batches, *FAST)
     assert again.returncode == 0, again.stderr
-    assert "x.cache is used" in again.stderr
-    assert "is not used" not in again.stderr
+    assert "x.cache is reused" in again.stderr
+    assert "is not reused" not in again.stderr
     assert list(rows(again.stdout)) == ["images", "engine", "cache"]
     assert rows(again.stdout)["images"] == "none: the cache was reused"
     assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in before}
