@@ -5,23 +5,18 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fastcal.device import to_host
+from fastcal.device import kept_type, to_host
 from fastcal.errors import DataError
 from fastcal.feed.array_plan import ArrayPlan
 from fastcal.feed.buffers import Allocator, Buffer
 from fastcal.feed.digest import add_array
-from fastcal.feed.dtypes import kept_type
 from fastcal.feed.plan import FirstBatch, Pass, Passes
 
 _log = logging.getLogger("fastcal")
 
 
 class ArrayPass(Pass):
-    """One pass over the caller's batches.
-
-    Args:
-        batches: Yields the batches: by input, the arrays that make one if put one after another.
-    """
+    """One pass over the caller's batches: by input, the arrays that make one if put one after another."""
 
     def __init__(self, batches: Iterator[Mapping[str, Sequence[Any]]]) -> None:
         self._batches = batches
@@ -36,14 +31,7 @@ class ArrayPass(Pass):
 
 
 class ArrayPasses(Passes):
-    """The state that passes over the caller's batches share.
-
-    Args:
-        plan: The plan of the passes.
-
-    Attributes:
-        first: The form of the first batch; None before a pass has found it.
-    """
+    """The state that passes over the caller's batches share."""
 
     def __init__(self, plan: ArrayPlan) -> None:
         self.first: FirstBatch | None = None
@@ -53,11 +41,7 @@ class ArrayPasses(Passes):
         self._has_begun = False
 
     def begin(self, allocator: Allocator) -> ArrayPass:
-        """Begin a pass.
-
-        Raises:
-            DataError: The batches can be gone through only once, and were.
-        """
+        """Begin a pass; raise DataError if the batches can be gone through only once, and were."""
         if self._has_begun and isinstance(self._plan.batches, Iterator):
             raise DataError(
                 f"a {type(self._plan.batches).__name__} can be gone through only once; give a list, or the function "

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from fastcal.batch import UNNAMED
-from fastcal.device import as_cupy, is_on_gpu, to_host
+from fastcal.device import as_array, as_cupy, is_on_gpu, to_host
 from fastcal.errors import DataError, FastcalError, quoted
 from fastcal.feed.digest import add_array
-from fastcal.feed.dtypes import as_array
 from fastcal.feed.plan import Plan
 
 #: The fates of a last batch of fewer samples.
@@ -22,17 +21,7 @@ LAST_BATCHES = ("wrap", "drop", "keep")
 
 @dataclass(frozen=True, eq=False)
 class ArrayPlan(Plan):
-    """Batches that the caller has or makes; `fastcal.ArrayFeed` describes their forms.
-
-    Attributes:
-        batches: A list of batches, anything that is iterated over to get them, or a function that returns such.
-        names: The names of the network's inputs, in a sequence or by key or position.
-        last_batch: The fate of a last batch of fewer samples: "wrap", "drop" or "keep".
-        gpu: The number of the GPU that the batches lie on; None for host memory.
-        depth: The number of buffers.
-        samples: The number of samples; None if it is not known.
-        is_first_extra: Whether the first batch only completes the last one, and is not handed out itself.
-    """
+    """Batches that the caller has or makes; `fastcal.ArrayFeed` describes their forms."""
 
     batches: Any
     names: Sequence[str] | Mapping[Any, str] | None
@@ -40,7 +29,7 @@ class ArrayPlan(Plan):
     gpu: int | None
     depth: int
     samples: int | None = None
-    is_first_extra: bool = False
+    is_first_extra: bool = False  # the first batch only completes the last one, and is not handed out itself
     batch_size = preprocess = constants = filled = sample_names = None  # a first batch must tell, or there are none
 
     @property
@@ -54,11 +43,7 @@ class ArrayPlan(Plan):
         return None if length < 0 or self.last_batch == "drop" else length - self.is_first_extra
 
     def part(self, batches: range, *, gpu: int | None, threads: int) -> "ArrayPlan":
-        """Return the plan of some batches of a list, copied to host memory.
-
-        Raises:
-            DataError: The batches are no list, or a batch does not fit the names.
-        """
+        """Return the plan of some batches of a list, copied to host memory."""
         if self.listed is None:
             raise DataError(
                 "batches that are no list cannot be divided among workers; leave workers out, or give list(...) of them"
@@ -86,11 +71,7 @@ class ArrayPlan(Plan):
         return {"batches": len(self.listed), "last_batch": self.last_batch, "samples": digest.hexdigest()}
 
     def source(self) -> Any:
-        """Return an iterable of the batches of one pass.
-
-        Raises:
-            DataError: The function that makes the batches returns something else.
-        """
+        """Return an iterable of the batches of one pass."""
         if not callable(self.batches) or hasattr(type(self.batches), "__iter__"):
             return self.batches
         made = self.batches()
@@ -102,11 +83,7 @@ class ArrayPlan(Plan):
         return iterable(made)
 
     def arrays(self, number: int, batch: Any) -> dict[str, Any]:
-        """Return the arrays of batch `number`, NumPy's or CuPy's, by input name.
-
-        Raises:
-            DataError: An input has no array in the batch.
-        """
+        """Return the arrays of batch `number`, NumPy's or CuPy's, by input name."""
         by_key = isinstance(batch, Mapping)
         if not by_key and not isinstance(batch, Sequence):
             batch = (batch,)

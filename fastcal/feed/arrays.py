@@ -71,13 +71,7 @@ class ArrayFeed(PlannedFeed):
 
 
 def as_feed(batches: Any, names: Sequence[str] | None, device: str) -> AbstractContextManager[Feed]:
-    """Return `batches` itself if it is a feed, which stays open; else a feed of it, with batches of any size.
-
-    Args:
-        batches: A feed, or batches in a form that `ArrayFeed` takes.
-        names: The network's inputs, if they are known.
-        device: The place of that feed's buffers.
-    """
+    """Return `batches` itself if it is a feed, which stays open; else an `ArrayFeed` of batches of any size."""
     if isinstance(batches, Feed):
         return nullcontext(batches)
     return ArrayFeed(batches, names, last_batch="keep", device=device)

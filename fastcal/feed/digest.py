@@ -14,13 +14,8 @@ from fastcal.feed.dataset import common_folder
 def add_files(digest: Any, paths: Sequence[str], *, lenient: bool = False) -> None:
     """Add the paths of files below their common folder, in order, and the size and time of each file.
 
-    Args:
-        digest: The hash.
-        paths: The files.
-        lenient: Whether files may be missing or unreadable; the hash then includes which are.
-
-    Raises:
-        DataError: A file is missing, or cannot be read twice (a pipe, for instance).
+    If `lenient`, files may be missing or unreadable, and the hash includes which are. A pipe, for instance, may be none
+    of the files: it cannot be read twice.
     """
     root = common_folder(map(os.path.abspath, paths))
     for path in map(os.path.abspath, paths):

@@ -115,13 +115,9 @@ class NumpyFeed(PlannedFeed):
 
 @dataclass(frozen=True, eq=False)
 class _NumpyPlan(ArrayPlan):
-    """Batches from files.
+    """Batches from files."""
 
-    Attributes:
-        seed: The seed of the samples' order; None if it is not shuffled.
-    """
-
-    seed: int | None = None
+    seed: int | None = None  # None: not shuffled
 
     def part(self, batches: range, *, gpu: int | None, threads: int) -> ArrayPlan:
         """Return the plan of some of the batches, in host memory."""
@@ -140,15 +136,9 @@ class _NumpyPlan(ArrayPlan):
 
 @dataclass(frozen=True, eq=False)
 class _FileBatches:
-    """Batches of samples by their numbers; all are of one size, except perhaps the last.
+    """Batches of samples by their numbers; all are of one size, except perhaps the last."""
 
-    Attributes:
-        columns: The samples of each input; None names an array without a name.
-        numbers: The samples, in order.
-        batch_size: The number of samples in a batch.
-    """
-
-    columns: Mapping[str | None, "_Column"]
+    columns: Mapping[str | None, "_Column"]  # None names an array without a name
     numbers: Any
     batch_size: int
 
@@ -175,19 +165,9 @@ class _FileBatches:
 
 
 class _Column:
-    """The samples of one input, from one file after another.
+    """The samples of one input, from one file after another; `sample_size` is in bytes.
 
-    Args:
-        files: Paths, each with the name of the array in a `.npz` file, or None.
-        value: The model's input; None if it is not known.
-        label: The model's name in error texts.
-
-    Attributes:
-        paths: The paths.
-        sample_size: The size of a sample in bytes.
-
-    Raises:
-        DataError: A file cannot be read, or has another shape or type than the first file or the input.
+    Each path comes with the name of the array in a `.npz` file, or None; `label` is the model's name in error texts.
     """
 
     def __init__(self, files: Sequence[tuple[str, str | None]], value: Input | None, label: str) -> None:
@@ -199,7 +179,7 @@ class _Column:
         shape, dtype = arrays[0]
         self._single = value is not None and len(shape) + 1 == len(value.shape)
         if value is not None:
-            _check(self.paths[0], value, label, (1, *shape) if self._single else shape, dtype)
+            _check_first(self.paths[0], value, label, (1, *shape) if self._single else shape, dtype)
         if not shape and not self._single:
             raise DataError(f"{self.paths[0]} is one number; an array's first dimension is to count samples")
         kept = dtype if value is None else value.dtype
@@ -273,8 +253,8 @@ def _by_input(
     return {name: [(path, name) for path in paths] for name in inputs or keys}
 
 
-def _check(path: str, value: Input, label: str, shape: tuple[int, ...], dtype: Any) -> None:
-    """Check the first array, as a batch, against the model's input."""
+def _check_first(path: str, value: Input, label: str, shape: tuple[int, ...], dtype: Any) -> None:
+    """Check the shape of the first array, as a batch, and its type against the model's input."""
     if len(shape) != len(value.shape) or not shape_fits(value.shape[1:], shape[1:]):  # a batch of any size
         raise DataError(
             f"{label} takes input {value}, {path} is {format_shape(shape)}; save one sample of that shape a file, or "
@@ -282,10 +262,6 @@ def _check(path: str, value: Input, label: str, shape: tuple[int, ...], dtype: A
         )
     if not np.can_cast(dtype, value.dtype, "same_kind"):
         raise DataError(f"{label} takes input {value.name!r} as {value.dtype}, {path} is {dtype}; convert it")
-
-
-def _extension(path: str | os.PathLike[str]) -> str:
-    return os.path.splitext(path)[1].lower()
 
 
 @contextmanager
@@ -300,7 +276,7 @@ def _reading(path: str) -> Iterator[None]:
 
 def _keys(path: str) -> list[str | None]:
     """Return the names of the arrays in a `.npz` file; None for the array in a `.npy` file."""
-    if _extension(path) != ".npz":
+    if not path.lower().endswith(".npz"):
         return [None]
     with _reading(path), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]

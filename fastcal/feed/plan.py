@@ -18,25 +18,14 @@ BATCH_SIZE = 32
 
 
 class Plan(ABC):
-    """The batches of a feed.
-
-    Attributes:
-        gpu: The number of the GPU that the batches lie on; None for host memory.
-        depth: The number of buffers.
-        batch_size: The number of samples in a batch; None if a first batch must tell.
-        preprocess: The preprocessing of images; None for other data.
-        constants: Arrays that are the same in all batches, by input.
-        filled: The shapes and types of the other arrays of a batch, by input; None if a first batch must tell.
-        samples: The number of samples; None if it is not known.
-        sample_names: The names of the samples; None if they have none.
-    """
+    """The batches of a feed. For attributes not described here, see `Feed`."""
 
     gpu: int | None
-    depth: int
-    batch_size: int | None
+    depth: int  # the number of buffers
+    batch_size: int | None  # None: a first batch must tell
     preprocess: Preprocess | Mapping[str, Preprocess] | None
-    constants: Mapping[str, Any] | None
-    filled: Mapping[str, Shape] | None
+    constants: Mapping[str, Any] | None  # the same in all batches, by input
+    filled: Mapping[str, Shape] | None  # the other arrays of a batch, by input; None: a first batch must tell
     samples: int | None
     sample_names: Sequence[str] | None
 
@@ -50,41 +39,21 @@ class Plan(ABC):
 
 
 class Pass(ABC):
-    """One pass over a plan, in a thread of its own.
+    """One pass over a plan, in a thread of its own."""
 
-    Attributes:
-        count: The number of batches; None if the end must tell.
-    """
-
-    count: int | None = None
+    count: int | None = None  # of batches; None: the end must tell
 
     def prepare(self, index: int) -> None:  # noqa: B027 - most have nothing to prepare
         """Begin the work on batch `index` as far as it needs no buffer."""
 
     @abstractmethod
     def fill(self, index: int, buffer: Buffer, ended: Callable[[], bool]) -> bool:
-        """Fill a buffer with batch `index`.
-
-        Args:
-            index: The number of the batch; every call has the next one.
-            buffer: The buffer.
-            ended: Returns whether the pass was cut off. Then the buffer is not used, and this method should return.
-
-        Returns:
-            Whether there was such a batch.
-        """
+        """Fill a buffer with batch `index`, the next in each call: see `fastcal.feed.prefetch.Fill`."""
 
 
 @dataclass(frozen=True)
 class FirstBatch:
-    """The form of the first batch.
-
-    Attributes:
-        batch_size: The number of samples.
-        shapes: The shape of each array, by input.
-        types: The type of each array in batches, by input.
-        digest: A digest of names, types, shapes and values.
-    """
+    """The form of the first batch; `digest` is one of names, types, shapes and values."""
 
     batch_size: int
     shapes: Mapping[str, tuple[int, ...]]
@@ -93,23 +62,14 @@ class FirstBatch:
 
 
 class Passes(ABC):
-    """The state that the passes over a plan share.
+    """The state that the passes over a plan share."""
 
-    Attributes:
-        first: The first batch; None before a pass has found it, or if the plan tells everything.
-        unreadable: The samples that were found unreadable.
-    """
-
-    first: FirstBatch | None = None
+    first: FirstBatch | None = None  # None before a pass has found it, or if the plan tells everything
     unreadable: Collection[int] = ()
 
     @abstractmethod
     def begin(self, allocator: Allocator) -> Pass:
-        """Begin a pass; the one before has ended.
-
-        Raises:
-            FastcalError: No pass can be begun.
-        """
+        """Begin a pass; the one before has ended."""
 
     @abstractmethod
     def length(self) -> int | None:
@@ -125,17 +85,7 @@ class Passes(ABC):
 
 
 def check_settings(last_batch: str, known: Sequence[str], **numbers: int | None) -> None:
-    """Check the settings of a feed.
-
-    Args:
-        last_batch: The fate of a last batch of fewer samples.
-        known: The possible fates.
-        **numbers: Other settings by name, if they are given; each is at least 1, `depth` at least 2, `threads` at most
-            `MOST_THREADS`.
-
-    Raises:
-        FastcalError: A setting is out of its range.
-    """
+    """Raise FastcalError if `last_batch` is not among the known values, or a numeric setting is out of range."""
     if last_batch not in known:
         choices = f"{', '.join(known[:-1])} or {known[-1]}"
         raise FastcalError(f"there is no last_batch {last_batch!r}; choose {choices}")

@@ -2,30 +2,22 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastcal.feed.buffers import Allocator, Batches, Buffer
 from fastcal.feed.feed import Batch, Feed
 from fastcal.feed.plan import FirstBatch, Passes, Plan
 from fastcal.feed.prefetch import Prefetcher
-from fastcal.feed.preprocess import Preprocess
 
 
 class PlannedFeed(Feed):
-    """A feed that goes through a plan; it is pickled as its plan alone.
-
-    Args:
-        plan: The batches.
-        make_passes: Returns the state of the passes over the plan, given the plan.
-
-    Attributes:
-        gpu: The number of the GPU that the batches lie on; None for host memory.
-    """
+    """A feed that goes through a plan, with the passes that `make_passes` makes of it; pickled as its plan alone."""
 
     def __init__(self, plan: Plan, make_passes: Callable[[Any], Passes]) -> None:
         self._plan = plan
         self.gpu = plan.gpu
+        self.preprocess = plan.preprocess
         self._make_passes = make_passes
         self._passes = make_passes(plan)
         self._lock = threading.RLock()  # passes begin and end one at a time
@@ -35,15 +27,14 @@ class PlannedFeed(Feed):
         self._running: weakref.ref[Batches] | None = None  # the last pass begun, while somebody has it
         self._end_pass: Callable[[], None] | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self._plan, self._make_passes)
+    def __getstate__(self) -> tuple[Plan, Callable[[Any], Passes]]:
+        return self._plan, self._make_passes
+
+    def __setstate__(self, state: tuple[Plan, Callable[[Any], Passes]]) -> None:
+        PlannedFeed.__init__(self, *state)  # a class's own constructor takes something else
 
     def __len__(self) -> int:
-        """Return the number of batches in a pass.
-
-        Raises:
-            TypeError: The number is not known before a pass is complete.
-        """
+        """Return the number of batches in a pass; raise TypeError if it is not known yet."""
         length = self._passes.length()
         if length is None:
             raise TypeError("how many batches there are is not known before a pass has come to its end")
@@ -58,11 +49,6 @@ class PlannedFeed(Feed):
     def batch_size(self) -> int:  # type: ignore[override]
         """The number of samples in a batch, or in the first one; a pass is begun if that is necessary."""
         return self._plan.batch_size or self._peek().batch_size
-
-    @property
-    def preprocess(self) -> Preprocess | Mapping[str, Preprocess] | None:  # type: ignore[override]
-        """The preprocessing of images; a dict by input name for several inputs that take images; None for arrays."""
-        return self._plan.preprocess
 
     @property
     def samples(self) -> int | None:  # type: ignore[override]
@@ -142,10 +128,3 @@ class PlannedFeed(Feed):
                     raise
             assert self._passes.first is not None
             return self._passes.first
-
-
-def _restore(kind: type[PlannedFeed], plan: Plan, make_passes: Callable[[Any], Passes]) -> PlannedFeed:
-    """Return a feed of a class whose constructor takes something else than a plan."""
-    feed = kind.__new__(kind)
-    PlannedFeed.__init__(feed, plan, make_passes)
-    return feed

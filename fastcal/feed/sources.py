@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn
 
+from fastcal.device import as_array
 from fastcal.errors import DataError
 from fastcal.feed.decode import is_hazardous, make_safe
 from fastcal.feed.digest import add_files
-from fastcal.feed.dtypes import as_array
 
 
 class UnreadableError(DataError):
