@@ -60,6 +60,13 @@ def as_array(values: Any) -> Any:
     return array.astype(kept_type(array.dtype), copy=False)
 
 
+def add_array(digest: Any, name: str, array: Any) -> None:
+    """Add the name, type, shape and values of an array to a hash of `hashlib`."""
+    array = to_host(array)
+    digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+
+
 def is_on_gpu(array: Any) -> bool:
     """Return whether an array lies on a GPU; its library must have the CUDA array interface or speak DLPack."""
     if hasattr(array, "__cuda_array_interface__"):

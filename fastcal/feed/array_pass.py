@@ -5,11 +5,10 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fastcal.device import kept_type, to_host
+from fastcal.device import add_array, kept_type
 from fastcal.errors import DataError
 from fastcal.feed.array_plan import ArrayPlan
 from fastcal.feed.buffers import Allocator, Buffer
-from fastcal.feed.digest import add_array
 from fastcal.feed.plan import FirstBatch, Pass, Passes
 
 _log = logging.getLogger("fastcal")
@@ -69,27 +68,27 @@ class ArrayPasses(Passes):
         """Yield the batches: by input, the arrays that make one if put one after another."""
         count = 0
         first: FirstBatch | None = None
-        incomplete: tuple[int, int] | None = None  # number and samples of a smaller batch, which must be the last
+        uneven: tuple[int, int] | None = None  # number and samples of a batch that must be smaller, and the last
         for number, batch in enumerate(self._plan.source()):
             arrays = self._plan.arrays(number, batch)
             samples = _count_samples(number, arrays)
             first = first or self._see_first(arrays, samples, allocator)
             _check_types(number, arrays, first)
-            parts = {name: [array] for name, array in arrays.items()}
-            if self._plan.last_batch != "keep" and samples != first.batch_size:
-                if incomplete is not None or samples > first.batch_size:
-                    raise _uneven(*(incomplete or (number, samples)), first)
-                incomplete = number, samples
+            parts, size = {name: [array] for name, array in arrays.items()}, first.batch_size
+            is_whole = self._plan.last_batch == "keep" or samples == size
+            if uneven is None and not is_whole:
+                uneven = number, samples
+            if uneven is not None and (uneven[0] < number or samples > size):
+                raise DataError(
+                    f"batch {uneven[0]} has {uneven[1]} samples, batch 0 has {size}; only the last may have fewer"
+                )
+            if not is_whole:
                 if self._plan.last_batch == "drop":
-                    _log.info("the last %d samples make no batch of %d and are dropped", samples, first.batch_size)
+                    _log.info("the last %d samples make no batch of %d and are dropped", samples, size)
                     continue
                 assert self._kept is not None
-                _log.info(
-                    "the last batch has %d samples of %d: it is completed with the first", samples, first.batch_size
-                )
-                parts = _complete(number, arrays, first.batch_size - samples, self._kept.arrays)
-            elif incomplete is not None:
-                raise _uneven(*incomplete, first)
+                _log.info("the last batch has %d samples of %d: it is completed with the first", samples, size)
+                parts = _complete(number, arrays, size - samples, self._kept.arrays)
             if number or not self._plan.is_first_extra:
                 count += 1
                 yield parts
@@ -108,7 +107,7 @@ class ArrayPasses(Passes):
         if self.first is None:  # else an earlier pass has seen it
             digest = hashlib.sha256()
             for name, array in sorted(arrays.items()):
-                add_array(digest, name, to_host(array))
+                add_array(digest, name, array)
             self.first = FirstBatch(
                 batch_size=samples,
                 shapes={name: tuple(array.shape) for name, array in arrays.items()},
@@ -116,12 +115,6 @@ class ArrayPasses(Passes):
                 digest=digest.hexdigest(),
             )
         return self.first
-
-
-def _uneven(number: int, samples: int, first: FirstBatch) -> DataError:
-    return DataError(
-        f"batch {number} has {samples} samples, batch 0 has {first.batch_size}; only the last may have fewer"
-    )
 
 
 def _complete(number: int, arrays: Mapping[str, Any], missing: int, kept: Mapping[str, Any]) -> dict[str, list[Any]]:

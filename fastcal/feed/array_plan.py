@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from fastcal.batch import UNNAMED
-from fastcal.device import as_array, as_cupy, is_on_gpu, to_host
+from fastcal.device import add_array, as_array, as_cupy, is_on_gpu, to_host
 from fastcal.errors import DataError, FastcalError, quoted
-from fastcal.feed.digest import add_array
 from fastcal.feed.plan import Plan
 
 #: The fates of a last batch of fewer samples.
@@ -49,14 +48,10 @@ class ArrayPlan(Plan):
                 "batches that are no list cannot be divided among workers; leave workers out, or give list(...) of them"
             )
         is_completed = self.last_batch == "wrap" and batches.stop == len(self.listed) > 1
-        numbers = [0] * is_completed + list(batches)
-        copied = [
-            {
-                name: np.array(as_array(to_host(array)))
-                for name, array in self.arrays(number, self.listed[number]).items()
-            }
-            for number in numbers
-        ]
+        copied = []
+        for number in [0] * is_completed + list(batches):
+            arrays = self.arrays(number, self.listed[number])
+            copied.append({name: np.array(as_array(to_host(array))) for name, array in arrays.items()})
         last_batch = "wrap" if self.last_batch == "wrap" and batches.stop == len(self.listed) else "keep"
         return replace(self, batches=copied, names=None, last_batch=last_batch, gpu=None, is_first_extra=is_completed)
 
@@ -67,7 +62,7 @@ class ArrayPlan(Plan):
         digest = hashlib.sha256()
         for number, batch in enumerate(self.listed):
             for name, array in sorted(self.arrays(number, batch).items()):
-                add_array(digest, name, to_host(array))
+                add_array(digest, name, array)
         return {"batches": len(self.listed), "last_batch": self.last_batch, "samples": digest.hexdigest()}
 
     def source(self) -> Any:

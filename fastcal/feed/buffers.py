@@ -137,8 +137,8 @@ class Allocator:
         if self._gpu is None:
             size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
             samples = max((shape[0] for shape, _ in shapes.values()), default=0)
-            what = f"{count} batches of {samples} samples"
-            check_room(count * size, what, "use a smaller batch size, or make the images smaller")
+            remedy = "use a smaller batch size, or make the images smaller"
+            check_room(count * size, f"{count} batches of {samples} samples", remedy)
             return [Buffer(shapes, constants) for _ in range(count)]
         import cupy
 
@@ -162,6 +162,7 @@ class Batches(Iterator[Mapping[str, Any]]):
 
     def __init__(self, prefetcher: Prefetcher[Buffer]) -> None:
         self._prefetcher = prefetcher
+        self.close = prefetcher.close
         self._held: Buffer | None = None
         self._is_peeked = False
 
@@ -185,7 +186,3 @@ class Batches(Iterator[Mapping[str, Any]]):
         """Wait for the next batch, without handing it out yet."""
         next(self)
         self._is_peeked = True
-
-    def close(self) -> None:
-        """End the pass."""
-        self._prefetcher.close()

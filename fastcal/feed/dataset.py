@@ -1,9 +1,10 @@
-"""The files that samples come from, and the order of the samples."""
+"""The files that samples come from, their identity, and the order of the samples."""
 
 import glob
 import logging
 import os
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -55,14 +56,9 @@ class Listing:
 
 
 def list_files(data: Data, kinds: Sequence[str] = FOR_IMAGES) -> Listing:
-    """Return the files that samples come from, in order.
+    """Return the files of some kinds, in the order that `fastcal.ImageFeed` and `NumpyFeed` describe.
 
-    Args:
-        data: A folder (searched with its folders, sorted by path; links are followed, hidden files are left out), a
-            list file (one path a line, relative to the file, in its order), one file, a pattern as the shell has them
-            ("train/**/*.jpg", sorted by path; "train-{0000..0146}.tar", in the range's order), or a sequence of paths
-            (in its order).
-        kinds: Keys of `EXTENSIONS`.
+    In a folder, links are followed and hidden files left out. A pattern's range has its own order, "{0..9}.npy".
     """
     named = _name(data)
     return _choose(named, kinds) if named.is_found else _check(named, kinds)
@@ -160,6 +156,29 @@ def _stems(paths: Sequence[str]) -> list[str]:
 def common_folder(paths: Iterable[str]) -> str:
     """Return the absolute path of the deepest folder that all files lie below."""
     return os.path.commonpath({os.path.abspath(folder) for folder in {os.path.dirname(path) for path in paths}})
+
+
+def add_files(digest: Any, paths: Sequence[str], *, lenient: bool = False) -> None:
+    """Add the paths of files below their common folder, in order, and the size and time of each file.
+
+    If `lenient`, files may be missing or unreadable, and the hash includes which are. A pipe, for instance, may be none
+    of the files: it cannot be read twice.
+    """
+    root = common_folder(map(os.path.abspath, paths))
+    for path in map(os.path.abspath, paths):
+        name = os.fsencode(os.path.relpath(path, root))
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            if not lenient:
+                raise DataError(f"cannot read {path}: {error.strerror}; replace or remove it") from error
+            digest.update(b"%s\0missing\0" % name)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path} is no regular file; replace or remove it")
+        digest.update(b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns))
+        if lenient:
+            digest.update(b"%d\0" % os.access(path, os.R_OK))
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from fastcal.errors import DataError, quoted
 from fastcal.feed.array_pass import ArrayPasses
 from fastcal.feed.array_plan import LAST_BATCHES, ArrayPlan
 from fastcal.feed.chunks import count_batches, log_last_batch
-from fastcal.feed.dataset import FOR_ARRAYS, Data, list_files, shuffled
-from fastcal.feed.digest import add_files
+from fastcal.feed.dataset import FOR_ARRAYS, Data, add_files, list_files, shuffled
 from fastcal.feed.plan import BATCH_SIZE, check_settings
 from fastcal.feed.planned import PlannedFeed
 from fastcal.memory import check_room
@@ -121,16 +120,22 @@ class _NumpyPlan(ArrayPlan):
 
     def part(self, batches: range, *, gpu: int | None, threads: int) -> ArrayPlan:
         """Return the plan of some of the batches, in host memory."""
-        return replace(self, batches=self.batches.part(batches), gpu=None, samples=None)
+        size = self.batches.batch_size
+        numbers = self.batches.numbers[batches.start * size : batches.stop * size]
+        return replace(self, batches=replace(self.batches, numbers=numbers), gpu=None, samples=None)
 
     def describe(self) -> dict[str, Any]:
         """Return the files in order, by path below their common folder, size and time, and the settings."""
+        digest = hashlib.sha256(np.asarray(self.batches.numbers, "<i8").tobytes())
+        for name, column in sorted(self.batches.columns.items(), key=lambda item: item[0] or ""):
+            digest.update(f"{name}\0".encode())
+            add_files(digest, column.paths)
         return {
             "arrays": self.samples,
             "batches": len(self.batches),
             "batch_size": self.batches.batch_size,
             "seed": self.seed,
-            "samples": self.batches.digest(),
+            "samples": digest.hexdigest(),
         }
 
 
@@ -151,18 +156,6 @@ class _FileBatches:
             arrays = {name: np.stack([column[number] for number in numbers]) for name, column in self.columns.items()}
             yield arrays.get(None, arrays)  # an array without a name is a batch by itself
 
-    def part(self, batches: range) -> "_FileBatches":
-        """Return some of the batches."""
-        return replace(self, numbers=self.numbers[batches.start * self.batch_size : batches.stop * self.batch_size])
-
-    def digest(self) -> str:
-        """Return a digest of the files and of the samples' numbers."""
-        digest = hashlib.sha256(np.asarray(self.numbers, "<i8").tobytes())
-        for name, column in sorted(self.columns.items(), key=lambda item: item[0] or ""):
-            digest.update(f"{name}\0".encode())
-            add_files(digest, column.paths)
-        return digest.hexdigest()
-
 
 class _Column:
     """The samples of one input, from one file after another; `sample_size` is in bytes.
@@ -179,7 +172,16 @@ class _Column:
         shape, dtype = arrays[0]
         self._single = value is not None and len(shape) + 1 == len(value.shape)
         if value is not None:
-            _check_first(self.paths[0], value, label, (1, *shape) if self._single else shape, dtype)
+            batch = (1, *shape) if self._single else shape  # of any size
+            if len(batch) != len(value.shape) or not shape_fits(value.shape[1:], batch[1:]):
+                raise DataError(
+                    f"{label} takes input {value}, {self.paths[0]} is {format_shape(batch)}; save one sample of that "
+                    "shape a file, or several along a first dimension"
+                )
+            if not np.can_cast(dtype, value.dtype, "same_kind"):
+                raise DataError(
+                    f"{label} takes input {value.name!r} as {value.dtype}, {self.paths[0]} is {dtype}; convert it"
+                )
         if not shape and not self._single:
             raise DataError(f"{self.paths[0]} is one number; an array's first dimension is to count samples")
         kept = dtype if value is None else value.dtype
@@ -251,17 +253,6 @@ def _by_input(
             "inputs' names"
         )
     return {name: [(path, name) for path in paths] for name in inputs or keys}
-
-
-def _check_first(path: str, value: Input, label: str, shape: tuple[int, ...], dtype: Any) -> None:
-    """Check the shape of the first array, as a batch, and its type against the model's input."""
-    if len(shape) != len(value.shape) or not shape_fits(value.shape[1:], shape[1:]):  # a batch of any size
-        raise DataError(
-            f"{label} takes input {value}, {path} is {format_shape(shape)}; save one sample of that shape a file, or "
-            "several along a first dimension"
-        )
-    if not np.can_cast(dtype, value.dtype, "same_kind"):
-        raise DataError(f"{label} takes input {value.name!r} as {value.dtype}, {path} is {dtype}; convert it")
 
 
 @contextmanager

@@ -103,9 +103,8 @@ class PlannedFeed(Feed):
         if not self._buffers:
             self._buffers = self._allocator.allocate(self._plan.depth, self._plan.filled, self._plan.constants)
         # Neither the thread nor the iterator refers to this feed: it can be deleted during a pass.
-        prefetcher = Prefetcher(self._buffers, started.fill, started.count, started.prepare)
-        self._end_pass = prefetcher.close
-        batches = Batches(prefetcher)
+        batches = Batches(Prefetcher(self._buffers, started.fill, started.count, started.prepare))
+        self._end_pass = batches.close
         self._running = weakref.ref(batches)
         return batches
 
