@@ -103,10 +103,7 @@ def as_cupy(array: Any) -> Any:
 
 
 def upload(array: Any, name: str, kept: dict[str, Any]) -> Any:
-    """Return a copy of a NumPy array on CuPy's current GPU, made on its current stream; wait until it is made.
-
-    `kept` has the last copy of each name, which is written to again if it has that shape and type.
-    """
+    """Wait for a copy of a NumPy array on CuPy's current GPU; `kept` has the last one of each name, to be reused."""
     import cupy
 
     array = np.asarray(array, order="C")  # ascontiguousarray would add a dimension to a number

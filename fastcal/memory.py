@@ -14,10 +14,9 @@ _log = logging.getLogger("fastcal")
 
 
 def free_memory() -> int | None:
-    """Return the number of bytes that this process may still take; None if the system does not tell.
+    """Return the bytes that the machine and this process's control groups (a container's) have free, if they tell.
 
-    It is the machine's free memory, or less if control groups (a container's, for instance) allow less. In a control
-    group, cached files do not count as taken (https://docs.kernel.org/admin-guide/cgroup-v2.html).
+    In a control group, cached files do not count as taken (https://docs.kernel.org/admin-guide/cgroup-v2.html).
     """
     try:
         return min([1024 * _numbers(Path("/proc/meminfo"))["MemAvailable:"], *_allowances()])
@@ -38,10 +37,7 @@ def check_room(size: int, what: str, remedy: str) -> None:
 
 
 def groups(sizes: Mapping[str, int], memory: int, place: str) -> list[list[str]]:
-    """Return the tensors in order, in as few groups as fit the memory; log a warning if there are several groups.
-
-    Sizes are in bytes, by tensor; `place` is the name of the memory in error texts.
-    """
+    """Return the tensors in order, in as few groups as fit `memory` (bytes in `place`); warn if there are several."""
     found: list[list[str]] = [[]]
     taken = 0
     for name, size in sizes.items():

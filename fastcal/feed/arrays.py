@@ -6,11 +6,9 @@ from typing import Any
 
 from fastcal.device import resolve
 from fastcal.errors import DataError
-from fastcal.feed.array_pass import ArrayPasses
-from fastcal.feed.array_plan import LAST_BATCHES, ArrayPlan, is_source, iterable
+from fastcal.feed.array_plan import LAST_BATCHES, ArrayPasses, ArrayPlan, is_source, iterable
 from fastcal.feed.feed import Feed
-from fastcal.feed.plan import check_settings
-from fastcal.feed.planned import PlannedFeed
+from fastcal.feed.plan import PlannedFeed, check_settings
 
 
 class ArrayFeed(PlannedFeed):

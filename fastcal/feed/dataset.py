@@ -112,10 +112,9 @@ def _by_turns(paths: Sequence[str], places: Sequence[int]) -> list[int]:
 
 
 def check_parallel(listings: Mapping[str, Sequence[str]], found: Collection[str]) -> None:
-    """Raise DataError unless the lists of samples, by input, are equally long, and the found ones in one order.
+    """Raise DataError unless the lists of samples, by input, are equally long, and those found and sorted in one order.
 
-    `found` has the inputs whose samples were found and sorted. If two of these have samples of one name (below the
-    common folder, without the extension), the samples must have one place.
+    In one order, samples of one name (below the common folder, without the extension) have one place.
     """
     first, *others = listings
     ones = listings[first]

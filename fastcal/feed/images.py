@@ -11,8 +11,7 @@ from fastcal.feed.dataset import Data
 from fastcal.feed.image_pass import ImagePasses
 from fastcal.feed.image_plan import Decoding, ImagePlan
 from fastcal.feed.inputs import check_inputs, fit_preprocesses, fixed_batch_size, name_inputs, open_sources
-from fastcal.feed.plan import BATCH_SIZE, check_settings
-from fastcal.feed.planned import PlannedFeed
+from fastcal.feed.plan import BATCH_SIZE, PlannedFeed, check_settings
 from fastcal.feed.preprocess import Preprocess
 from fastcal.model import Model
 

@@ -17,17 +17,12 @@ import numpy as np
 from fastcal.batch import Input, check_values, format_shape, shape_fits
 from fastcal.device import resolve
 from fastcal.errors import DataError, quoted
-from fastcal.feed.array_pass import ArrayPasses
-from fastcal.feed.array_plan import LAST_BATCHES, ArrayPlan
+from fastcal.feed.array_plan import LAST_BATCHES, ArrayPasses, ArrayPlan
 from fastcal.feed.chunks import count_batches, log_last_batch
 from fastcal.feed.dataset import FOR_ARRAYS, Data, add_files, list_files, shuffled
-from fastcal.feed.plan import BATCH_SIZE, check_settings
-from fastcal.feed.planned import PlannedFeed
+from fastcal.feed.plan import BATCH_SIZE, PlannedFeed, check_settings
 from fastcal.memory import check_room
 from fastcal.model import Model
-
-#: The name that `numpy.savez` gives an array without a name.
-_UNNAMED = "arr_0"
 
 
 class NumpyFeed(PlannedFeed):
@@ -237,7 +232,7 @@ def _by_input(
     keys = _keys(paths[0])
     if not keys:
         raise DataError(f"{paths[0]} has no arrays; save it with numpy.savez and the inputs' names")
-    if keys in ([None], [_UNNAMED]):
+    if keys in ([None], ["arr_0"]):  # numpy.savez's name for an array without one
         if input_name is None and len(inputs) > 1:
             raise DataError(
                 f"{label} takes the inputs {quoted(inputs)}, {paths[0]} has one array without a name; name the files "
@@ -246,8 +241,7 @@ def _by_input(
         return {input_name or next(iter(inputs), None): [(path, keys[0]) for path in paths]}
     if input_name is not None:
         raise DataError(f"{paths[0]} says itself which input its arrays are for; leave out input name {input_name!r}")
-    missing = set(inputs) - set(keys)
-    if missing:
+    if not set(inputs) <= set(keys):
         raise DataError(
             f"{label} takes the inputs {quoted(inputs)}, {paths[0]} has the arrays {quoted(keys)}; save it with the "
             "inputs' names"
