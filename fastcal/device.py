@@ -14,13 +14,7 @@ _DLPACK_CUDA = (2, 13)
 def resolve(device: str) -> int | None:
     """Return the number of the GPU that `device` names; None for the CPU.
 
-    Args:
-        device: "cpu", "cuda" (CuPy's current device), "cuda:N", or "auto": "cuda" if there are a GPU and CuPy, else
-            "cpu".
-
-    Raises:
-        FastcalError: `device` is no name of a device.
-        UnavailableError: There is no such device, or CuPy is missing.
+    "cuda" is CuPy's current device; "auto" is "cuda" if there are a GPU and CuPy, else "cpu".
     """
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
     if match is None:
@@ -54,6 +48,25 @@ def to_host(array: Any) -> Any:
     return array
 
 
+def kept_type(dtype: Any) -> np.dtype[Any]:
+    """Return the type of `dtype`'s arrays in a batch: float32 for float64, else `dtype` in native byte order."""
+    kept: np.dtype[Any] = np.dtype(dtype).newbyteorder("=")
+    return np.dtype(np.float32) if kept == np.float64 else kept
+
+
+def as_array(values: Any) -> Any:
+    """Return values as a NumPy array of the type in which a batch has them."""
+    array = np.asarray(values)
+    return array.astype(kept_type(array.dtype), copy=False)
+
+
+def add_array(digest: Any, name: str, array: Any) -> None:
+    """Add the name, type, shape and values of an array to a hash of `hashlib`."""
+    array = to_host(array)
+    digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+
+
 def is_on_gpu(array: Any) -> bool:
     """Return whether an array lies on a GPU; its library must have the CUDA array interface or speak DLPack."""
     if hasattr(array, "__cuda_array_interface__"):
@@ -63,19 +76,13 @@ def is_on_gpu(array: Any) -> bool:
 
 def type_of(array: Any) -> np.dtype[Any]:
     """Return the type of any library's array as a NumPy type."""
-    if hasattr(array, "__cuda_array_interface__"):
-        array_type: np.dtype[Any] = np.dtype(array.__cuda_array_interface__["typestr"])
-    else:
-        array_type = np.asarray(array).dtype
-    return array_type
+    is_cuda = hasattr(array, "__cuda_array_interface__")
+    found: np.dtype[Any] = np.dtype(array.__cuda_array_interface__["typestr"] if is_cuda else np.asarray(array).dtype)
+    return found
 
 
 def as_cupy(array: Any) -> Any:
-    """Return any library's array on a GPU as a CuPy array over the same memory, once it is filled.
-
-    Raises:
-        UnavailableError: CuPy is not installed.
-    """
+    """Return any library's array on a GPU as a CuPy array over the same memory, once it is filled."""
     try:
         import cupy
     except ImportError as error:
@@ -83,7 +90,9 @@ def as_cupy(array: Any) -> Any:
             f"a {type(array).__name__} lies on a GPU, and CuPy, which reads it, is not installed: {GPU_EXTRAS}", "CuPy"
         ) from error
     if hasattr(array, "__cuda_array_interface__"):
-        with _device_of(array):  # if another device is current, CuPy copies the array there
+        address = array.__cuda_array_interface__["data"][0]  # an array without elements may have none
+        device = cupy.cuda.runtime.pointerGetAttributes(address).device if address else None
+        with cupy.cuda.Device(device):  # if another device is current, CuPy copies the array there
             imported = cupy.asarray(array)
             wait_until_filled(array)
         return imported
@@ -94,13 +103,7 @@ def as_cupy(array: Any) -> Any:
 
 
 def upload(array: Any, name: str, kept: dict[str, Any]) -> Any:
-    """Return a copy of a NumPy array on CuPy's current GPU, made on its current stream; wait until it is made.
-
-    Args:
-        array: The array, which may lie in pinned memory.
-        name: The purpose of the copy.
-        kept: The arrays on the GPU by purpose. The last one is written to again if it has that shape and type.
-    """
+    """Wait for a copy of a NumPy array on CuPy's current GPU; `kept` has the last one of each name, to be reused."""
     import cupy
 
     array = np.asarray(array, order="C")  # ascontiguousarray would add a dimension to a number
@@ -110,15 +113,6 @@ def upload(array: Any, name: str, kept: dict[str, Any]) -> Any:
     target.set(array)
     cupy.cuda.get_current_stream().synchronize()
     return target
-
-
-def _device_of(array: Any) -> Any:
-    """Return the `cupy.cuda.Device` that an array with the CUDA array interface lies on."""
-    import cupy
-
-    address = array.__cuda_array_interface__["data"][0]
-    # An array without elements may have no address.
-    return cupy.cuda.Device(cupy.cuda.runtime.pointerGetAttributes(address).device if address else None)
 
 
 def wait_until_filled(array: Any) -> None:

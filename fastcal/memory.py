@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from fastcal.errors import FastcalError
@@ -13,10 +14,9 @@ _log = logging.getLogger("fastcal")
 
 
 def free_memory() -> int | None:
-    """Return the number of bytes that this process may still take; None if the system does not tell.
+    """Return the bytes that the machine and this process's control groups (a container's) have free, if they tell.
 
-    It is the machine's free memory, or less if control groups (a container's, for instance) allow less. In a control
-    group, cached files do not count as taken (https://docs.kernel.org/admin-guide/cgroup-v2.html).
+    In a control group, cached files do not count as taken (https://docs.kernel.org/admin-guide/cgroup-v2.html).
     """
     try:
         return min([1024 * _numbers(Path("/proc/meminfo"))["MemAvailable:"], *_allowances()])
@@ -25,15 +25,9 @@ def free_memory() -> int | None:
 
 
 def check_room(size: int, what: str, remedy: str) -> None:
-    """Check that memory is free: Linux promises more than it has, and ends the process that uses it.
+    """Raise FastcalError if `what` (in the plural) takes more bytes than are free.
 
-    Args:
-        size: The number of bytes.
-        what: The things that take them, in the plural.
-        remedy: The advice if fewer bytes are free.
-
-    Raises:
-        FastcalError: Fewer bytes are free.
+    Linux promises more memory than it has, and ends the process that uses it.
     """
     free = free_memory()
     if free is not None and size > free:
@@ -43,16 +37,7 @@ def check_room(size: int, what: str, remedy: str) -> None:
 
 
 def groups(sizes: Mapping[str, int], memory: int, place: str) -> list[list[str]]:
-    """Return the tensors in order, in as few groups as fit the memory; log a warning if there are several groups.
-
-    Args:
-        sizes: The size in bytes of each tensor of a batch, by name.
-        memory: The number of bytes that a group may take.
-        place: The name of that memory in error texts.
-
-    Raises:
-        FastcalError: A tensor does not fit by itself.
-    """
+    """Return the tensors in order, in as few groups as fit `memory` (bytes in `place`); warn if there are several."""
     found: list[list[str]] = [[]]
     taken = 0
     for name, size in sizes.items():
@@ -88,17 +73,14 @@ def _allowances() -> Iterator[int]:
             continue
         group = top / place.strip("/")
         for level in (group, *group.parents):
-            if level.is_relative_to(top):
-                yield from _allowance(level, *names)
+            yield from _allowance(level, *names)
 
 
 def _allowance(group: Path, limit: str, usage: str, prefix: str) -> Iterator[int]:
-    try:
+    with suppress(OSError, KeyError, ValueError):  # the group is not visible in a container, or its limit is "max"
         allowed, used = int((group / limit).read_text()), int((group / usage).read_text())
         parts = _numbers(group / "memory.stat")
         yield allowed - used + parts[f"{prefix}inactive_file"] + parts[f"{prefix}active_file"]
-    except (OSError, KeyError, ValueError):  # the group is not visible in a container, or its limit is "max"
-        return
 
 
 def _numbers(path: Path) -> dict[str, int]:

@@ -1,38 +1,30 @@
-"""The plan of a feed of batches that the caller has or makes."""
+"""The plan of a feed of batches that the caller has or makes, and the passes over it."""
 
 import hashlib
+import logging
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fastcal.batch import UNNAMED
-from fastcal.device import as_cupy, is_on_gpu, to_host
+from fastcal.device import add_array, as_array, as_cupy, is_on_gpu, kept_type, to_host
 from fastcal.errors import DataError, FastcalError, quoted
-from fastcal.feed.digest import add_array
-from fastcal.feed.dtypes import as_array
-from fastcal.feed.plan import Plan
+from fastcal.feed.buffers import Allocator, Buffer
+from fastcal.feed.plan import FirstBatch, Pass, Passes, Plan
 
 #: The fates of a last batch of fewer samples.
 LAST_BATCHES = ("wrap", "drop", "keep")
 
+_log = logging.getLogger("fastcal")
+
 
 @dataclass(frozen=True, eq=False)
 class ArrayPlan(Plan):
-    """Batches that the caller has or makes; `fastcal.ArrayFeed` describes their forms.
-
-    Attributes:
-        batches: A list of batches, anything that is iterated over to get them, or a function that returns such.
-        names: The names of the network's inputs, in a sequence or by key or position.
-        last_batch: The fate of a last batch of fewer samples: "wrap", "drop" or "keep".
-        gpu: The number of the GPU that the batches lie on; None for host memory.
-        depth: The number of buffers.
-        samples: The number of samples; None if it is not known.
-        is_first_extra: Whether the first batch only completes the last one, and is not handed out itself.
-    """
+    """Batches that the caller has or makes; `fastcal.ArrayFeed` describes their forms."""
 
     batches: Any
     names: Sequence[str] | Mapping[Any, str] | None
@@ -40,7 +32,7 @@ class ArrayPlan(Plan):
     gpu: int | None
     depth: int
     samples: int | None = None
-    is_first_extra: bool = False
+    is_first_extra: bool = False  # the first batch only completes the last one, and is not handed out itself
     batch_size = preprocess = constants = filled = sample_names = None  # a first batch must tell, or there are none
 
     @property
@@ -54,24 +46,16 @@ class ArrayPlan(Plan):
         return None if length < 0 or self.last_batch == "drop" else length - self.is_first_extra
 
     def part(self, batches: range, *, gpu: int | None, threads: int) -> "ArrayPlan":
-        """Return the plan of some batches of a list, copied to host memory.
-
-        Raises:
-            DataError: The batches are no list, or a batch does not fit the names.
-        """
+        """Return the plan of some batches of a list, copied to host memory."""
         if self.listed is None:
             raise DataError(
                 "batches that are no list cannot be divided among workers; leave workers out, or give list(...) of them"
             )
         is_completed = self.last_batch == "wrap" and batches.stop == len(self.listed) > 1
-        numbers = [0] * is_completed + list(batches)
-        copied = [
-            {
-                name: np.array(as_array(to_host(array)))
-                for name, array in self.arrays(number, self.listed[number]).items()
-            }
-            for number in numbers
-        ]
+        copied = []
+        for number in [0] * is_completed + list(batches):
+            arrays = self.arrays(number, self.listed[number])
+            copied.append({name: np.array(as_array(to_host(array))) for name, array in arrays.items()})
         last_batch = "wrap" if self.last_batch == "wrap" and batches.stop == len(self.listed) else "keep"
         return replace(self, batches=copied, names=None, last_batch=last_batch, gpu=None, is_first_extra=is_completed)
 
@@ -82,15 +66,11 @@ class ArrayPlan(Plan):
         digest = hashlib.sha256()
         for number, batch in enumerate(self.listed):
             for name, array in sorted(self.arrays(number, batch).items()):
-                add_array(digest, name, to_host(array))
+                add_array(digest, name, array)
         return {"batches": len(self.listed), "last_batch": self.last_batch, "samples": digest.hexdigest()}
 
     def source(self) -> Any:
-        """Return an iterable of the batches of one pass.
-
-        Raises:
-            DataError: The function that makes the batches returns something else.
-        """
+        """Return an iterable of the batches of one pass."""
         if not callable(self.batches) or hasattr(type(self.batches), "__iter__"):
             return self.batches
         made = self.batches()
@@ -102,11 +82,7 @@ class ArrayPlan(Plan):
         return iterable(made)
 
     def arrays(self, number: int, batch: Any) -> dict[str, Any]:
-        """Return the arrays of batch `number`, NumPy's or CuPy's, by input name.
-
-        Raises:
-            DataError: An input has no array in the batch.
-        """
+        """Return the arrays of batch `number`, NumPy's or CuPy's, by input name."""
         by_key = isinstance(batch, Mapping)
         if not by_key and not isinstance(batch, Sequence):
             batch = (batch,)
@@ -145,6 +121,160 @@ class ArrayPlan(Plan):
         if array.dtype.kind not in "biuf":
             raise DataError(f"{place} holds {array.dtype}, {type(values).__name__}; arrays of numbers are needed")
         return array
+
+
+class ArrayPass(Pass):
+    """One pass over the caller's batches: by input, the arrays that make one if put one after another."""
+
+    def __init__(self, batches: Iterator[Mapping[str, Sequence[Any]]]) -> None:
+        self._batches = batches
+
+    def fill(self, index: int, buffer: Buffer, ended: Callable[[], bool]) -> bool:
+        """Fill a buffer with the next batch."""
+        with buffer.filling():  # on a GPU, the caller's code too finds it current
+            batch = next(self._batches, None)
+            for name, parts in (batch or {}).items():
+                _put(buffer, name, parts)
+        return batch is not None
+
+
+class ArrayPasses(Passes):
+    """The state that passes over the caller's batches share."""
+
+    def __init__(self, plan: ArrayPlan) -> None:
+        self.first: FirstBatch | None = None
+        self._count: int | None = None  # known when a pass is complete
+        self._kept: Buffer | None = None  # a copy of the first batch, which completes the last one
+        self._plan = plan
+        self._has_begun = False
+
+    def begin(self, allocator: Allocator) -> ArrayPass:
+        """Begin a pass; raise DataError if the batches can be gone through only once, and were."""
+        if self._has_begun and isinstance(self._plan.batches, Iterator):
+            raise DataError(
+                f"a {type(self._plan.batches).__name__} can be gone through only once; give a list, or the function "
+                "that makes it"
+            )
+        self._has_begun = True
+        allocator.synchronize()  # the caller's arrays on the GPU are complete
+        return ArrayPass(self._whole_batches(allocator))
+
+    def length(self) -> int | None:
+        """Return the number of batches in a pass; None if it is not known yet."""
+        return self._plan.hint() if self._count is None else self._count
+
+    def describe(self) -> dict[str, Any]:
+        """Return a digest of the first batch, and the number of batches if it is known before a pass."""
+        known = {"last_batch": self._plan.last_batch, "first_batch": "" if self.first is None else self.first.digest}
+        hint = self._plan.hint()
+        return known if hint is None else {"batches": hint, **known}
+
+    def close(self) -> None:
+        """Release the copy of the first batch."""
+        self._kept = None
+
+    def _whole_batches(self, allocator: Allocator) -> Iterator[dict[str, list[Any]]]:
+        """Yield the batches: by input, the arrays that make one if put one after another."""
+        count = 0
+        first: FirstBatch | None = None
+        uneven: tuple[int, int] | None = None  # number and samples of a batch that must be smaller, and the last
+        for number, batch in enumerate(self._plan.source()):
+            arrays = self._plan.arrays(number, batch)
+            samples = _count_samples(number, arrays)
+            first = first or self._see_first(arrays, samples, allocator)
+            _check_types(number, arrays, first)
+            parts, size = {name: [array] for name, array in arrays.items()}, first.batch_size
+            is_whole = self._plan.last_batch == "keep" or samples == size
+            if uneven is None and not is_whole:
+                uneven = number, samples
+            if uneven is not None and (uneven[0] < number or samples > size):
+                raise DataError(
+                    f"batch {uneven[0]} has {uneven[1]} samples, batch 0 has {size}; only the last may have fewer"
+                )
+            if not is_whole:
+                if self._plan.last_batch == "drop":
+                    _log.info("the last %d samples make no batch of %d and are dropped", samples, size)
+                    continue
+                assert self._kept is not None
+                _log.info("the last batch has %d samples of %d: it is completed with the first", samples, size)
+                parts = _complete(number, arrays, size - samples, self._kept.arrays)
+            if number or not self._plan.is_first_extra:
+                count += 1
+                yield parts
+        if not count:
+            raise DataError("there are no batches; give at least one")
+        self._count = count
+
+    def _see_first(self, arrays: Mapping[str, Any], samples: int, allocator: Allocator) -> FirstBatch:
+        """Keep a copy of the first batch, if the last one may need it, and its form."""
+        if self._plan.last_batch == "wrap":
+            if self._kept is None:
+                (self._kept,) = allocator.allocate(1)
+            with self._kept.filling():
+                for name, array in arrays.items():
+                    _put(self._kept, name, [array])
+        if self.first is None:  # else an earlier pass has seen it
+            digest = hashlib.sha256()
+            for name, array in sorted(arrays.items()):
+                add_array(digest, name, array)
+            self.first = FirstBatch(
+                batch_size=samples,
+                shapes={name: tuple(array.shape) for name, array in arrays.items()},
+                types={name: kept_type(array.dtype) for name, array in arrays.items()},
+                digest=digest.hexdigest(),
+            )
+        return self.first
+
+
+def _complete(number: int, arrays: Mapping[str, Any], missing: int, kept: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the arrays of an incomplete batch, each with the `missing` first samples of the first batch."""
+    parts = {}
+    for name, array in arrays.items():
+        first = kept[name]
+        if first.shape[1:] != array.shape[1:]:
+            raise DataError(
+                f"batch {number} has {name!r} of shape {array.shape}, which samples of batch 0, of shape "
+                f"{first.shape}, cannot complete; drop or keep the last batch"
+            )
+        parts[name] = [array, first[:missing]] if array.shape else [array]
+    return parts
+
+
+def _check_types(number: int, arrays: Mapping[str, Any], first: FirstBatch) -> None:
+    """Raise DataError unless a batch has the inputs and types of the first batch."""
+    if arrays.keys() != first.types.keys():
+        raise DataError(f"batch {number} has the inputs {sorted(arrays)}, batch 0 has {sorted(first.types)}")
+    for name, array in arrays.items():
+        if kept_type(array.dtype) != first.types[name]:
+            raise DataError(
+                f"batch {number} has {name!r} of {array.dtype}, batch 0 of {first.types[name]}; all need one type"
+            )
+
+
+def _put(buffer: Buffer, name: str, parts: Sequence[Any]) -> None:
+    """Copy arrays into a buffer, one after another along their first dimension."""
+    shape = parts[0].shape
+    if len(parts) > 1:
+        shape = (sum(len(part) for part in parts), *shape[1:])
+    buffer.reserve(name, shape, kept_type(parts[0].dtype))
+    begin = 0
+    for part in parts:
+        end = begin + len(part) if part.shape else None
+        buffer.put(name, slice(begin, end) if part.shape else ..., part)
+        begin = end or 0
+
+
+def _count_samples(number: int, arrays: Mapping[str, Any]) -> int:
+    sizes = {array.shape[0] for array in arrays.values() if array.shape}
+    if len(sizes) != 1:
+        raise DataError(
+            f"the arrays of batch {number} have first dimensions {sorted(sizes)}; one size is needed, the number of "
+            "samples: repeat what is the same for all, or derive a class from fastcal.Feed, which may give any arrays"
+        )
+    (samples,) = sizes
+    if not samples:
+        raise DataError(f"batch {number} has no samples; leave it out")
+    return int(samples)
 
 
 def is_source(batches: Any) -> bool:

@@ -6,11 +6,9 @@ from typing import Any
 
 from fastcal.device import resolve
 from fastcal.errors import DataError
-from fastcal.feed.array_pass import ArrayPasses
-from fastcal.feed.array_plan import LAST_BATCHES, ArrayPlan, is_source, iterable
+from fastcal.feed.array_plan import LAST_BATCHES, ArrayPasses, ArrayPlan, is_source, iterable
 from fastcal.feed.feed import Feed
-from fastcal.feed.plan import check_settings
-from fastcal.feed.planned import PlannedFeed
+from fastcal.feed.plan import PlannedFeed, check_settings
 
 
 class ArrayFeed(PlannedFeed):
@@ -71,13 +69,7 @@ class ArrayFeed(PlannedFeed):
 
 
 def as_feed(batches: Any, names: Sequence[str] | None, device: str) -> AbstractContextManager[Feed]:
-    """Return `batches` itself if it is a feed, which stays open; else a feed of it, with batches of any size.
-
-    Args:
-        batches: A feed, or batches in a form that `ArrayFeed` takes.
-        names: The network's inputs, if they are known.
-        device: The place of that feed's buffers.
-    """
+    """Return `batches` itself if it is a feed, which stays open; else an `ArrayFeed` of batches of any size."""
     if isinstance(batches, Feed):
         return nullcontext(batches)
     return ArrayFeed(batches, names, last_batch="keep", device=device)

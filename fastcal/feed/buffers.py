@@ -17,18 +17,9 @@ Shape = tuple[tuple[int, ...], Any]
 
 
 class Buffer:
-    """Arrays in host memory. One thread fills them, another reads them, in turn.
+    """Arrays in host memory, by input name. One thread fills them, another reads them, in turn."""
 
-    Args:
-        shapes: Shapes and types of the arrays to allocate now, by input name; `reserve` allocates others.
-        constants: Further arrays by input name, which are never written to.
-
-    Attributes:
-        arrays: All arrays by input name.
-        stream: On a GPU, the stream that fills; else None.
-    """
-
-    stream: Any = None
+    stream: Any = None  # on a GPU, the one that fills
 
     def __init__(self, shapes: Mapping[str, Shape], constants: Mapping[str, Any]) -> None:
         self.arrays = {name: self._make(*shape) for name, shape in shapes.items()} | dict(constants)
@@ -52,13 +43,7 @@ class Buffer:
             self.arrays[name] = self._make(shape, dtype)
 
     def put(self, name: str, place: Any, values: Any) -> None:
-        """Copy values into a part of an array; called by the thread that fills.
-
-        Args:
-            name: The input.
-            place: The part: a slice of the first dimension, or ... for all.
-            values: A NumPy or CuPy array that is complete. It may be written to again when this method returns.
-        """
+        """Copy complete values into a part of an array; they may be written to again when this method returns."""
         np.copyto(self.arrays[name][place], to_host(values))
 
     @contextmanager
@@ -79,12 +64,6 @@ class DeviceBuffer(Buffer):
     One event records that the arrays are filled, another that the consumer's stream has read them. The host waits for
     the first before it hands the arrays out, so that they can be read on any stream; the feed's stream waits for the
     second before it fills the arrays again.
-
-    Args:
-        shapes: Shapes and types of the arrays to allocate now, by input name.
-        constants: Further CuPy arrays by input name, which are never written to.
-        device: The GPU, a `cupy.cuda.Device`.
-        stream: The non-blocking stream that fills.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], constants: Mapping[str, Any], device: Any, stream: Any) -> None:
@@ -138,17 +117,13 @@ class DeviceBuffer(Buffer):
         self._filled.synchronize()
 
     def give_back(self) -> None:
-        """Allow the next filling; called by the consumer when it has read, or has enqueued this on CuPy's stream."""
+        """Record the consumer's reads, for the next filling to wait for."""
         with self._device:
             self._read.record(self._cupy.cuda.get_current_stream())
 
 
 class Allocator:
-    """Allocates the buffers of a feed; on a GPU they share one stream.
-
-    Args:
-        gpu: The number of the GPU; None for host memory.
-    """
+    """Allocates the buffers of a feed; on a GPU they share one stream."""
 
     def __init__(self, gpu: int | None) -> None:
         self._gpu = gpu
@@ -157,22 +132,13 @@ class Allocator:
     def allocate(
         self, count: int, shapes: Mapping[str, Shape] | None = None, constants: Mapping[str, Any] | None = None
     ) -> list[Buffer]:
-        """Return `count` buffers.
-
-        Args:
-            count: The number of buffers.
-            shapes: Shapes and types of the arrays to allocate now, by input name.
-            constants: Further NumPy arrays by input name, the same in all buffers.
-
-        Raises:
-            FastcalError: The arrays do not fit the memory.
-        """
+        """Return buffers with arrays of these shapes and with NumPy arrays that never change, by input name."""
         shapes, constants = shapes or {}, constants or {}
         if self._gpu is None:
             size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
             samples = max((shape[0] for shape, _ in shapes.values()), default=0)
-            what = f"{count} batches of {samples} samples"
-            check_room(count * size, what, "use a smaller batch size, or make the images smaller")
+            remedy = "use a smaller batch size, or make the images smaller"
+            check_room(count * size, f"{count} batches of {samples} samples", remedy)
             return [Buffer(shapes, constants) for _ in range(count)]
         import cupy
 
@@ -196,6 +162,7 @@ class Batches(Iterator[Mapping[str, Any]]):
 
     def __init__(self, prefetcher: Prefetcher[Buffer]) -> None:
         self._prefetcher = prefetcher
+        self.close = prefetcher.close
         self._held: Buffer | None = None
         self._is_peeked = False
 
@@ -219,7 +186,3 @@ class Batches(Iterator[Mapping[str, Any]]):
         """Wait for the next batch, without handing it out yet."""
         next(self)
         self._is_peeked = True
-
-    def close(self) -> None:
-        """End the pass."""
-        self._prefetcher.close()

@@ -1,14 +1,17 @@
-"""The files that samples come from, and the order of the samples."""
+"""The files that samples come from, their identity, and the order of the samples."""
 
 import glob
 import logging
 import os
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,31 +48,17 @@ _log = logging.getLogger("fastcal")
 
 @dataclass(frozen=True)
 class Listing:
-    """Files of one kind.
+    """Files of one kind, in order."""
 
-    Attributes:
-        kind: A key of `EXTENSIONS`.
-        paths: The paths, in order.
-        sorted: Whether the files were found and sorted, rather than given in an order.
-    """
-
-    kind: str
+    kind: str  # a key of `EXTENSIONS`
     paths: list[str]
-    sorted: bool = False
+    sorted: bool = False  # the files were found and sorted, rather than given in an order
 
 
 def list_files(data: Data, kinds: Sequence[str] = FOR_IMAGES) -> Listing:
-    """Return the files that samples come from, in order.
+    """Return the files of some kinds, in the order that `fastcal.ImageFeed` and `NumpyFeed` describe.
 
-    Args:
-        data: A folder (searched with its folders, sorted by path; links are followed, hidden files are left out), a
-            list file (one path a line, relative to the file, in its order), one file, a pattern as the shell has them
-            ("train/**/*.jpg", sorted by path; "train-{0000..0146}.tar", in the range's order), or a sequence of paths
-            (in its order).
-        kinds: The kinds of files to list, keys of `EXTENSIONS`.
-
-    Raises:
-        DataError: There is no such path, nothing to take samples from in it, or files of several kinds.
+    In a folder, links are followed and hidden files left out. A pattern's range has its own order, "{0..9}.npy".
     """
     named = _name(data)
     return _choose(named, kinds) if named.is_found else _check(named, kinds)
@@ -78,16 +67,13 @@ def list_files(data: Data, kinds: Sequence[str] = FOR_IMAGES) -> Listing:
 def are_arrays(data: Data) -> bool:
     """Return whether there are `.npy` or `.npz` files at `data`, and neither images nor shards."""
     are_found = False
-    try:
+    with suppress(DataError):  # raised again by whatever lists the files
         named = _name(data)
-        for path in named.paths:
-            kind = named.kind_of(path)
+        for kind in map(named.kind_of, named.paths):
             if kind in FOR_ARRAYS:
                 are_found = True
             elif kind is not None:
                 return False
-    except DataError:  # raised again by whatever lists the files
-        pass
     return are_found
 
 
@@ -98,33 +84,15 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def order(paths: Sequence[str], *, shuffle: bool, seed: int, balance: bool, limit: int | None) -> Sequence[int]:
-    """Return the places in `paths` of the samples to take, in order.
-
-    Args:
-        paths: The samples.
-        shuffle: Whether to shuffle the samples first.
-        seed: Decides the shuffled order, which is the same on every machine.
-        balance: Whether to take samples from each class in turn.
-        limit: The number of samples to take at most.
-
-    Raises:
-        DataError: There is only one class to balance.
-        FastcalError: The seed is out of range.
-    """
-    places: Sequence[int] = range(len(paths))
-    if shuffle:
-        places = shuffled(len(paths), seed).tolist()
+    """Return the places in `paths` of the samples to take, in order: shuffled, then balanced, then limited."""
+    places: Sequence[int] = shuffled(len(paths), seed).tolist() if shuffle else range(len(paths))
     if balance:
         places = _by_turns(paths, places)
     return places[:limit]
 
 
 def shuffled(count: int, seed: int) -> npt.NDArray[np.int64]:
-    """Return the numbers below `count` in an order that the seed decides, the same on every machine.
-
-    Raises:
-        FastcalError: The seed is out of NumPy's range.
-    """
+    """Return the numbers below `count` in an order that the seed decides, the same on every machine."""
     check_range("seed", seed, 0, 2**32 - 1)
     # RandomState's streams are frozen by NumPy's compatibility policy, default_rng's are not.
     return np.random.RandomState(seed).permutation(count)
@@ -144,38 +112,30 @@ def _by_turns(paths: Sequence[str], places: Sequence[int]) -> list[int]:
 
 
 def check_parallel(listings: Mapping[str, Sequence[str]], found: Collection[str]) -> None:
-    """Check that samples which belong together have the same place in the lists of several inputs.
+    """Raise DataError unless the lists of samples, by input, are equally long, and those found and sorted in one order.
 
-    Args:
-        listings: The names of the samples, by input.
-        found: The inputs whose samples were found and sorted. If two of these have samples of one name (below the
-            common folder, without the extension), the samples must have one place.
-
-    Raises:
-        DataError: Lists differ in length, or in order. The text shows both sides.
+    In one order, samples of one name (below the common folder, without the extension) have one place.
     """
     first, *others = listings
+    ones = listings[first]
     for other in others:
-        if len(listings[first]) != len(listings[other]):
+        twos = listings[other]
+        if len(ones) != len(twos):
             raise DataError(
-                f"input {first!r} has {len(listings[first])} samples, input {other!r} has {len(listings[other])}; "
-                f"every sample needs both{_odd_one(listings[first], listings[other])}"
+                f"input {first!r} has {len(ones)} samples, input {other!r} has {len(twos)}; every sample needs both"
+                f"{_odd_one(ones, twos)}"
             )
-        if first in found and other in found:
-            _check_same_order(first, listings[first], other, listings[other])
-
-
-def _check_same_order(first: str, ones: Sequence[str], other: str, others: Sequence[str]) -> None:
-    stems, other_stems = _stems(ones), _stems(others)
-    if stems == other_stems:
-        return
-    known = set(other_stems)
-    for place, (stem, other_stem) in enumerate(zip(stems, other_stems, strict=True)):
-        if stem != other_stem and stem in known:
-            raise DataError(
-                f"sample {place} is {ones[place]} for input {first!r} and {others[place]} for input {other!r}, though "
-                f"the latter has a {stem!r} too; remove samples without a partner, or give lists in the intended order"
-            )
+        if first not in found or other not in found:
+            continue
+        stems = _stems(twos)
+        known = set(stems)
+        for place, stem in enumerate(_stems(ones)):
+            if stem != stems[place] and stem in known:
+                raise DataError(
+                    f"sample {place} is {ones[place]} for input {first!r} and {twos[place]} for input {other!r}, "
+                    f"though the latter has a {stem!r} too; remove samples without a partner, or give lists in the "
+                    "intended order"
+                )
 
 
 def _odd_one(ones: Sequence[str], others: Sequence[str]) -> str:
@@ -197,21 +157,37 @@ def common_folder(paths: Iterable[str]) -> str:
     return os.path.commonpath({os.path.abspath(folder) for folder in {os.path.dirname(path) for path in paths}})
 
 
+def add_files(digest: Any, paths: Sequence[str], *, lenient: bool = False) -> None:
+    """Add the paths of files below their common folder, in order, and the size and time of each file.
+
+    If `lenient`, files may be missing or unreadable, and the hash includes which are. A pipe, for instance, may be none
+    of the files: it cannot be read twice.
+    """
+    root = common_folder(map(os.path.abspath, paths))
+    for path in map(os.path.abspath, paths):
+        name = os.fsencode(os.path.relpath(path, root))
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            if not lenient:
+                raise DataError(f"cannot read {path}: {error.strerror}; replace or remove it") from error
+            digest.update(b"%s\0missing\0" % name)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path} is no regular file; replace or remove it")
+        digest.update(b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns))
+        if lenient:
+            digest.update(b"%d\0" % os.access(path, os.R_OK))
+
+
 @dataclass(frozen=True)
 class _Named:
-    """Files as the user names them.
+    """Files as the user names them."""
 
-    Attributes:
-        origin: The name, for error texts.
-        paths: The paths, one by one: a range may have more than there are files.
-        is_found: Whether the paths were found, in no order; else the user gave them.
-        is_folder: Whether they were found in a folder, where hidden files do not count.
-    """
-
-    origin: str
-    paths: Iterable[str]
-    is_found: bool = False
-    is_folder: bool = False
+    origin: str  # the name, for error texts
+    paths: Iterable[str]  # one by one: a range may have more than there are files
+    is_found: bool = False  # in no order; else the user gave them
+    is_folder: bool = False  # found in a folder, where hidden files do not count
 
     def kind_of(self, path: str) -> str | None:
         """Return the kind of one of the paths; None for files to leave out."""
@@ -300,22 +276,21 @@ def _choose(named: _Named, kinds: Sequence[str]) -> Listing:
 
 def _check(named: _Named, kinds: Sequence[str]) -> Listing:
     """Return files that the user gave, which must exist and be of one kind; an unknown extension may be an image's."""
-    paths: list[str] = []
-    found: dict[str | None, list[str]] = {}
+    found: dict[str, list[str]] = defaultdict(list)
     for number, path in enumerate(named.paths, start=1):
         if not os.path.isfile(path):
             raise DataError(f"{named.origin}, entry {number}: no such file: {path}; correct or remove it")
         kind = kind_of(path) or "image"
         if kind not in kinds:
             raise DataError(f"{path} is no {' or '.join(kinds)}; name {', '.join(EXTENSIONS[kinds[-1]])} files")
-        found.setdefault(kind, []).append(path)
-        paths.append(path)
-    if not paths:
+        found[kind].append(path)
+    if not found:
         raise DataError(f"{named.origin} is empty; it needs at least one path")
     if len(found) > 1:
-        raise DataError(f"{named.origin} has {_examples(found, list(found))}; all must be of one kind")
-    return Listing(str(next(iter(found))), paths)
+        raise DataError(f"{named.origin} has {_examples(found, found)}; all must be of one kind")
+    ((kind, paths),) = found.items()
+    return Listing(kind, paths)
 
 
-def _examples(found: Mapping[str | None, Sequence[str]], kinds: Iterable[str | None]) -> str:
+def _examples(found: Mapping[Any, Sequence[str]], kinds: Iterable[str]) -> str:
     return " and ".join(f"{kind}s ({min(found[kind])})" for kind in kinds)

@@ -12,15 +12,9 @@ from fastcal.errors import DataError
 
 
 class Epochs:
-    """The epochs of a pipeline. Every iteration runs one and yields its outputs, each valid until the next.
+    """The epochs of a pipeline not run yet. Every iteration runs one and yields its outputs, each valid until the next.
 
     If the pipeline has a reader, an epoch is the reader's shard; else it ends when the pipeline's sources end.
-
-    Args:
-        pipeline: A pipeline that has not been run yet.
-
-    Raises:
-        DataError: The pipeline's readers have epochs of different sizes.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -43,12 +37,6 @@ class Epochs:
         return NotImplemented if self._samples is None else -(-self._samples // self._pipeline.max_batch_size)
 
     def __iter__(self) -> Iterator[Sequence[Any]]:
-        """Run an epoch.
-
-        Raises:
-            DataError: The pipeline is in the middle of an epoch; or, when an output is asked for, its samples have
-                different shapes.
-        """
         if not self._at_beginning:
             raise DataError(
                 "the pipeline stands in the middle of an epoch, and a pass must begin at its beginning; give ArrayFeed "

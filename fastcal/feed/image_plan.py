@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from fastcal.device import add_array
 from fastcal.errors import DataError
 from fastcal.feed.buffers import Shape
 from fastcal.feed.chunks import ChunkSize, count_batches
-from fastcal.feed.digest import add_array
 from fastcal.feed.jpeg import has_rgb_components
 from fastcal.feed.pipeline import ImageInput
 from fastcal.feed.plan import Plan

@@ -4,16 +4,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fastcal.device import resolve
+from fastcal.device import as_array, resolve
 from fastcal.errors import FastcalError
 from fastcal.feed.chunks import log_last_batch
 from fastcal.feed.dataset import Data
-from fastcal.feed.dtypes import as_array
 from fastcal.feed.image_pass import ImagePasses
 from fastcal.feed.image_plan import Decoding, ImagePlan
 from fastcal.feed.inputs import check_inputs, fit_preprocesses, fixed_batch_size, name_inputs, open_sources
-from fastcal.feed.plan import BATCH_SIZE, check_settings
-from fastcal.feed.planned import PlannedFeed
+from fastcal.feed.plan import BATCH_SIZE, PlannedFeed, check_settings
 from fastcal.feed.preprocess import Preprocess
 from fastcal.model import Model
 

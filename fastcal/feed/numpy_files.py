@@ -17,18 +17,12 @@ import numpy as np
 from fastcal.batch import Input, check_values, format_shape, shape_fits
 from fastcal.device import resolve
 from fastcal.errors import DataError, quoted
-from fastcal.feed.array_pass import ArrayPasses
-from fastcal.feed.array_plan import LAST_BATCHES, ArrayPlan
+from fastcal.feed.array_plan import LAST_BATCHES, ArrayPasses, ArrayPlan
 from fastcal.feed.chunks import count_batches, log_last_batch
-from fastcal.feed.dataset import FOR_ARRAYS, Data, list_files, shuffled
-from fastcal.feed.digest import add_files
-from fastcal.feed.plan import BATCH_SIZE, check_settings
-from fastcal.feed.planned import PlannedFeed
+from fastcal.feed.dataset import FOR_ARRAYS, Data, add_files, list_files, shuffled
+from fastcal.feed.plan import BATCH_SIZE, PlannedFeed, check_settings
 from fastcal.memory import check_room
 from fastcal.model import Model
-
-#: The name that `numpy.savez` gives an array without a name.
-_UNNAMED = "arr_0"
 
 
 class NumpyFeed(PlannedFeed):
@@ -115,40 +109,36 @@ class NumpyFeed(PlannedFeed):
 
 @dataclass(frozen=True, eq=False)
 class _NumpyPlan(ArrayPlan):
-    """Batches from files.
+    """Batches from files."""
 
-    Attributes:
-        seed: The seed of the samples' order; None if it is not shuffled.
-    """
-
-    seed: int | None = None
+    seed: int | None = None  # None: not shuffled
 
     def part(self, batches: range, *, gpu: int | None, threads: int) -> ArrayPlan:
         """Return the plan of some of the batches, in host memory."""
-        return replace(self, batches=self.batches.part(batches), gpu=None, samples=None)
+        size = self.batches.batch_size
+        numbers = self.batches.numbers[batches.start * size : batches.stop * size]
+        return replace(self, batches=replace(self.batches, numbers=numbers), gpu=None, samples=None)
 
     def describe(self) -> dict[str, Any]:
         """Return the files in order, by path below their common folder, size and time, and the settings."""
+        digest = hashlib.sha256(np.asarray(self.batches.numbers, "<i8").tobytes())
+        for name, column in sorted(self.batches.columns.items(), key=lambda item: item[0] or ""):
+            digest.update(f"{name}\0".encode())
+            add_files(digest, column.paths)
         return {
             "arrays": self.samples,
             "batches": len(self.batches),
             "batch_size": self.batches.batch_size,
             "seed": self.seed,
-            "samples": self.batches.digest(),
+            "samples": digest.hexdigest(),
         }
 
 
 @dataclass(frozen=True, eq=False)
 class _FileBatches:
-    """Batches of samples by their numbers; all are of one size, except perhaps the last.
+    """Batches of samples by their numbers; all are of one size, except perhaps the last."""
 
-    Attributes:
-        columns: The samples of each input; None names an array without a name.
-        numbers: The samples, in order.
-        batch_size: The number of samples in a batch.
-    """
-
-    columns: Mapping[str | None, "_Column"]
+    columns: Mapping[str | None, "_Column"]  # None names an array without a name
     numbers: Any
     batch_size: int
 
@@ -161,33 +151,11 @@ class _FileBatches:
             arrays = {name: np.stack([column[number] for number in numbers]) for name, column in self.columns.items()}
             yield arrays.get(None, arrays)  # an array without a name is a batch by itself
 
-    def part(self, batches: range) -> "_FileBatches":
-        """Return some of the batches."""
-        return replace(self, numbers=self.numbers[batches.start * self.batch_size : batches.stop * self.batch_size])
-
-    def digest(self) -> str:
-        """Return a digest of the files and of the samples' numbers."""
-        digest = hashlib.sha256(np.asarray(self.numbers, "<i8").tobytes())
-        for name, column in sorted(self.columns.items(), key=lambda item: item[0] or ""):
-            digest.update(f"{name}\0".encode())
-            add_files(digest, column.paths)
-        return digest.hexdigest()
-
 
 class _Column:
-    """The samples of one input, from one file after another.
+    """The samples of one input, from one file after another; `sample_size` is in bytes.
 
-    Args:
-        files: Paths, each with the name of the array in a `.npz` file, or None.
-        value: The model's input; None if it is not known.
-        label: The model's name in error texts.
-
-    Attributes:
-        paths: The paths.
-        sample_size: The size of a sample in bytes.
-
-    Raises:
-        DataError: A file cannot be read, or has another shape or type than the first file or the input.
+    Each path comes with the name of the array in a `.npz` file, or None; `label` is the model's name in error texts.
     """
 
     def __init__(self, files: Sequence[tuple[str, str | None]], value: Input | None, label: str) -> None:
@@ -199,7 +167,16 @@ class _Column:
         shape, dtype = arrays[0]
         self._single = value is not None and len(shape) + 1 == len(value.shape)
         if value is not None:
-            _check(self.paths[0], value, label, (1, *shape) if self._single else shape, dtype)
+            batch = (1, *shape) if self._single else shape  # of any size
+            if len(batch) != len(value.shape) or not shape_fits(value.shape[1:], batch[1:]):
+                raise DataError(
+                    f"{label} takes input {value}, {self.paths[0]} is {format_shape(batch)}; save one sample of that "
+                    "shape a file, or several along a first dimension"
+                )
+            if not np.can_cast(dtype, value.dtype, "same_kind"):
+                raise DataError(
+                    f"{label} takes input {value.name!r} as {value.dtype}, {self.paths[0]} is {dtype}; convert it"
+                )
         if not shape and not self._single:
             raise DataError(f"{self.paths[0]} is one number; an array's first dimension is to count samples")
         kept = dtype if value is None else value.dtype
@@ -255,7 +232,7 @@ def _by_input(
     keys = _keys(paths[0])
     if not keys:
         raise DataError(f"{paths[0]} has no arrays; save it with numpy.savez and the inputs' names")
-    if keys in ([None], [_UNNAMED]):
+    if keys in ([None], ["arr_0"]):  # numpy.savez's name for an array without one
         if input_name is None and len(inputs) > 1:
             raise DataError(
                 f"{label} takes the inputs {quoted(inputs)}, {paths[0]} has one array without a name; name the files "
@@ -264,28 +241,12 @@ def _by_input(
         return {input_name or next(iter(inputs), None): [(path, keys[0]) for path in paths]}
     if input_name is not None:
         raise DataError(f"{paths[0]} says itself which input its arrays are for; leave out input name {input_name!r}")
-    missing = set(inputs) - set(keys)
-    if missing:
+    if not set(inputs) <= set(keys):
         raise DataError(
             f"{label} takes the inputs {quoted(inputs)}, {paths[0]} has the arrays {quoted(keys)}; save it with the "
             "inputs' names"
         )
     return {name: [(path, name) for path in paths] for name in inputs or keys}
-
-
-def _check(path: str, value: Input, label: str, shape: tuple[int, ...], dtype: Any) -> None:
-    """Check the first array, as a batch, against the model's input."""
-    if len(shape) != len(value.shape) or not shape_fits(value.shape[1:], shape[1:]):  # a batch of any size
-        raise DataError(
-            f"{label} takes input {value}, {path} is {format_shape(shape)}; save one sample of that shape a file, or "
-            "several along a first dimension"
-        )
-    if not np.can_cast(dtype, value.dtype, "same_kind"):
-        raise DataError(f"{label} takes input {value.name!r} as {value.dtype}, {path} is {dtype}; convert it")
-
-
-def _extension(path: str | os.PathLike[str]) -> str:
-    return os.path.splitext(path)[1].lower()
 
 
 @contextmanager
@@ -300,7 +261,7 @@ def _reading(path: str) -> Iterator[None]:
 
 def _keys(path: str) -> list[str | None]:
     """Return the names of the arrays in a `.npz` file; None for the array in a `.npy` file."""
-    if _extension(path) != ".npz":
+    if not path.lower().endswith(".npz"):
         return [None]
     with _reading(path), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]

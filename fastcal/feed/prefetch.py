@@ -13,27 +13,17 @@ from fastcal.errors import FastcalError
 
 Buffer = TypeVar("Buffer")
 
-#: fill(index, buffer, ended) returns False if nothing is left to fill the buffer with. ended() returns whether the pass
-#: is over, so that a long `fill` may return early.
+#: fill(index, buffer, ended) returns False if there is no batch `index`. Once ended() is true, the pass is over: the
+#: buffer is not used, and `fill` should return.
 Fill = Callable[[int, Buffer, Callable[[], bool]], bool | None]
 
 
 class Prefetcher(Generic[Buffer], Iterator[Buffer]):
-    """One pass: an iterator over filled buffers.
+    """One pass: an iterator over filled buffers, at most `count`; `prepare(index)` begins work that needs no buffer.
 
-    A background thread fills free buffers in turn. When the consumer asks for the next buffer, the thread gets back the
-    buffer that the consumer holds, so with two buffers one is read while the other fills. A buffer may be any object.
-
-    An error in `fill` or `prepare` is raised in the consumer, after the buffers filled before it. The thread ends with
-    the pass, with `close`, when the iterator is deleted, and before the interpreter exits.
-
-    Args:
-        buffers: At least two buffers; they are reused in this order.
-        fill: Called in the thread as fill(index, buffer, ended) for index 0, 1, ... until it returns False. Once
-            ended() is true, the buffer is not used, and `fill` should return.
-        count: The number of buffers to hand out at most.
-        prepare: Called in the thread as prepare(index) before it waits for a free buffer; begins the work on the next
-            buffer as far as it needs none.
+    A background thread fills at least two buffers in turn, and gets back the one that the consumer holds when that asks
+    for the next. An error in the thread is raised in the consumer, after the buffers filled before it. The thread ends
+    with the pass, with `close`, when the iterator is deleted, and before the interpreter exits.
     """
 
     def __init__(
@@ -52,13 +42,7 @@ class Prefetcher(Generic[Buffer], Iterator[Buffer]):
         thread.start()
 
     def __next__(self) -> Buffer:
-        """Give the last buffer back and wait for the next.
-
-        Raises:
-            StopIteration: All buffers have been handed out.
-            FastcalError: The pass was cut off.
-            Exception: `fill` or `prepare` raised it.
-        """
+        """Give the last buffer back and wait for the next; raise FastcalError if the pass was cut off."""
         try:
             return self._ring.take()
         except BaseException:

@@ -16,8 +16,7 @@ from nvidia.dali import Pipeline, fn
 from nvidia.dali import tfrecord as dali_tfrecord
 
 from fastcal.errors import DataError
-from fastcal.feed.dataset import kind_of
-from fastcal.feed.digest import add_files
+from fastcal.feed.dataset import add_files, kind_of
 from fastcal.feed.sources import ImageSource
 
 #: The feature that holds the encoded image in TensorFlow's own data sets.

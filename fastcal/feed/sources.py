@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from nvidia.dali import fn
 
+from fastcal.device import as_array
 from fastcal.errors import DataError
+from fastcal.feed.dataset import add_files
 from fastcal.feed.decode import is_hazardous, make_safe
-from fastcal.feed.digest import add_files
-from fastcal.feed.dtypes import as_array
 
 
 class UnreadableError(DataError):
@@ -70,7 +70,7 @@ class Source(ABC):
         """
 
     def add_to_digest(self, digest: Any, *, lenient: bool) -> None:
-        """Add the identity of the samples to a hash: see `fastcal.feed.digest.add_files`."""
+        """Add the identity of the samples to a hash: see `fastcal.feed.dataset.add_files`."""
         add_files(digest, self.names, lenient=lenient)
 
     def close(self) -> None:  # noqa: B027 - a source may hold nothing

@@ -9,7 +9,7 @@ from pathlib import Path
 def test_a_file_that_cannot_be_read_is_none_that_can():
     """Where files may be unreadable; root, who may read any, becomes nobody for that."""
     program = (
-        "import hashlib, os, sys; from fastcal.feed.digest import add_files\n"
+        "import hashlib, os, sys; from fastcal.feed.dataset import add_files\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
         "digest = hashlib.sha256(); add_files(digest, sys.argv[1:], lenient=True); print(digest.hexdigest())"
     )
