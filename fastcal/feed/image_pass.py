@@ -62,10 +62,8 @@ class ImagePasses(Passes):
         return self._plan.count_batches(len(self.unreadable))
 
     def close(self) -> None:
-        """Release the pipeline, and everything that the sources hold."""
+        """Release the pipeline."""
         self.pipeline = None
-        for source in self._plan.sources.values():
-            source.close()
 
     def start_pipeline(self, batches: int) -> ImagePipeline:
         """Start a pipeline for so many batches.

@@ -170,7 +170,7 @@ class ImagePlan(Plan):
         """Return the plan of some of the batches, with a list of their samples alone.
 
         Raises:
-            DataError: The samples of a batch depend on batches before, or a source cannot be divided.
+            DataError: The samples of a batch depend on batches before.
         """
         if self.max_unreadable is not None:
             raise DataError(
@@ -183,7 +183,7 @@ class ImagePlan(Plan):
         # The kinds of images are looked for among all samples, of which a part has few.
         on_cpu = self.decoding.on_cpu if gpu is None else self.has_rgb
         decoding = replace(self.decoding, gpu=gpu, cores=threads, on_cpu=on_cpu, is_tried=True)
-        sources = {name: source.part(numbers) for name, source in self.sources.items()}
+        sources = {name: source.take(numbers) for name, source in self.sources.items()}
         return replace(self, sources=sources, decoding=decoding)
 
     def describe(self) -> dict[str, Any]:

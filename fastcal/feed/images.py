@@ -40,10 +40,10 @@ class ImageFeed(PlannedFeed):
         key: The name of the images in shards: for tar shards their extension (by default any extension of an image),
             for TFRecord their feature (by default "image/encoded"); for several inputs, one for all or a dict by input
             name: {"left": "left.jpg", "right": "right.jpg"}.
-        shuffle: Whether to shuffle the samples, before `limit`. Shards are not shuffled.
+        shuffle: Whether to shuffle the samples, before `limit`.
         seed: Decides the shuffled order.
         balance: Whether to take images from each class in turn, before `limit`. A class is a folder in the data's
-            folder (for several inputs, the first input's).
+            folder (for several inputs, the first input's); a tar shard counts as unpacked where it lies.
         limit: The number of samples to use at most.
         last_batch: "wrap" completes the last batch with the first samples, "drop" leaves it out.
         skip_unreadable: Whether to go on without samples that cannot be read or decoded; the next samples take their
@@ -116,7 +116,7 @@ class ImageFeed(PlannedFeed):
         decoding = _decoding(device, threads, prefetch_queue_depth, hw_decoder_load)
         log_last_batch(len(next(iter(sources.values())).names), batch_size, last_batch, "images")
         plan = ImagePlan(
-            sources={name: source.keeping((decoding.ahead + 1) * batch_size) for name, source in sources.items()},
+            sources=sources,
             preprocesses=preprocesses,
             constants=fixed,
             batch_size=batch_size,

@@ -1,5 +1,6 @@
 """The samples and the preprocessing of each input of an `ImageFeed`, checked against the model."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +9,12 @@ from fastcal.errors import DataError, quoted
 from fastcal.feed import dataset
 from fastcal.feed.dataset import Data, Listing
 from fastcal.feed.preprocess import Preprocess
-from fastcal.feed.shards import Shards, TarShards, TFRecords
+from fastcal.feed.shards import TarShards, TFRecords
 from fastcal.feed.sources import Arrays, ImageFiles, ImageSource, Source
 from fastcal.model import Model
+
+# The tar file in a sample's name. Without it, the name is that of the file, unpacked in the tar file's folder.
+_TAR = re.compile(r"[^/]*\.tar:", re.IGNORECASE)
 
 
 def image_input(model: Model, name: str | None) -> Input:
@@ -81,11 +85,6 @@ def open_sources(
             raise DataError(f"input {name!r}: {error}" if len(data) > 1 else str(error)) from error
         if listing.sorted:
             found.append(name)
-        if isinstance(sources[name], Shards) and (shuffle or balance):
-            raise DataError(
-                f"{listing.paths[0]}: shards are read from front to back, neither shuffled nor balanced; list them in "
-                "another order, or unpack them into folders"
-            )
     if not any(isinstance(source, ImageSource) for source in sources.values()):
         raise DataError(
             "the data are arrays alone; give one .npz file with the inputs' names (in Python a NumpyFeed takes these "
@@ -94,7 +93,8 @@ def open_sources(
     names = {name: source.names for name, source in sources.items()}
     dataset.check_parallel(names, found)
     first = next(iter(names.values()))
-    numbers = dataset.order(first, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
+    files = [_TAR.sub("", name) for name in first] if balance else first
+    numbers = dataset.order(files, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
     if numbers != range(len(first)):
         sources = {name: source.take(numbers) for name, source in sources.items()}
     return sources

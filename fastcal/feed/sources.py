@@ -1,4 +1,4 @@
-"""The samples of one input: image files and arrays. For shards of many samples see `fastcal.feed.shards`."""
+"""The samples of one input: image files and arrays; for shards of many samples see `fastcal.feed.shards`."""
 
 import os
 from abc import ABC, abstractmethod
@@ -49,18 +49,6 @@ class Source(ABC):
         vars(taken)["names"] = [self.names[number] for number in numbers]  # some sources are frozen
         return taken
 
-    def part(self, numbers: Sequence[int]) -> "Source":
-        """Return a source of these samples for use on another machine.
-
-        Raises:
-            DataError: The source cannot be divided.
-        """
-        return self.take(numbers)
-
-    def keeping(self, samples: int) -> "Source":
-        """Return this source, set to keep so many samples in memory if reading one again would be expensive."""
-        return self
-
     @abstractmethod
     def fetch(self, numbers: Sequence[int]) -> Any:
         """Return the data that these samples are prepared from.
@@ -73,16 +61,17 @@ class Source(ABC):
         """Add the identity of the samples to a hash: see `fastcal.feed.digest.add_files`."""
         add_files(digest, self.names, lenient=lenient)
 
-    def close(self) -> None:  # noqa: B027 - a source may hold nothing
-        """Release everything that the source holds open or keeps in memory."""
-
 
 class ImageSource(Source):
     """Encoded images."""
 
-    @abstractmethod
     def read_with_dali(self, fetched: Any) -> Any:
         """Return DALI's node of encoded images, given the node of an external source that is fed by `fetch`."""
+        return fetched
+
+    def fetch(self, numbers: Sequence[int]) -> Any:
+        """Return the encoded images."""
+        return [self._safe(number) for number in numbers]
 
     @abstractmethod
     def content(self, number: int, most: int = -1) -> bytes:
@@ -97,17 +86,13 @@ class ImageSource(Source):
         """Return the size of an encoded image in bytes; 0 if it is not known."""
 
     def first_of_each_kind(self, most: int) -> dict[str, list[int]]:
-        """Return the first images of each kind by extension: at most `most`, and only those that are cheap to read."""
+        """Return the first images of each kind by extension, at most `most`."""
         kinds: dict[str, list[int]] = defaultdict(list)
-        for number, name in enumerate(self._cheap_to_read()):
+        for number, name in enumerate(self.names):
             numbers = kinds[os.path.splitext(name)[1].lower()]
             if len(numbers) < most:
                 numbers.append(number)
         return kinds
-
-    def _cheap_to_read(self) -> Sequence[str]:
-        """Return the names of the samples that cost no more to read than the first."""
-        return self.names
 
     def _safe(self, number: int) -> Any:
         """Return an encoded image that DALI decodes safely, as a NumPy array of bytes."""
