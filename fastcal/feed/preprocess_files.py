@@ -48,10 +48,7 @@ _CROP_PCT_BELOW = 384
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the attributes, and perhaps "preset", that a file describes: see `fastcal.Preprocess.load`.
 
-    Raises:
-        DataError: The file asks for something that `fastcal.Preprocess` does not do.
-        OSError: The file cannot be read.
-        ValueError, TypeError, KeyError, ArithmeticError, RecursionError: The file has other contents.
+    A file of other contents raises ValueError, TypeError, KeyError, ArithmeticError or RecursionError.
     """
     parse = tomllib.loads if Path(path).suffix == ".toml" else json.loads
     values = parse(Path(path).read_bytes().decode())
@@ -65,11 +62,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def from_torchvision(transforms: Any) -> dict[str, Any]:
-    """Return the attributes of torchvision's transforms: see `fastcal.Preprocess.from_torchvision`.
-
-    Raises:
-        AttributeError, TypeError, ValueError: They are no transforms for image classification.
-    """
+    """Return the attributes of torchvision's transforms: see `fastcal.Preprocess.from_torchvision`."""
     (covered,), (size,) = transforms.resize_size, transforms.crop_size
     return {
         "size": (size, size),
