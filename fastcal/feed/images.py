@@ -106,6 +106,8 @@ class ImageFeed(PlannedFeed):
         )  # fmt: skip
         if not 0 <= max_unreadable <= 100:
             raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
+        if not 0 <= hw_decoder_load <= 1:
+            raise FastcalError(f"hw_decoder_load is {hw_decoder_load}; it is a share from 0 to 1")
         network = None if model is None else Model.of(model)
         named = name_inputs(data, input_name, network)
         fixed = {name: as_array(values) for name, values in (constants or {}).items()}
@@ -113,7 +115,8 @@ class ImageFeed(PlannedFeed):
         preprocesses = fit_preprocesses(sources, preprocess, network)
         batch_size = batch_size or fixed_batch_size(network, preprocesses) or BATCH_SIZE
         check_inputs(network, sources, fixed, batch_size)
-        decoding = _decoding(device, threads, prefetch_queue_depth, hw_decoder_load)
+        cores = len(os.sched_getaffinity(0))
+        decoding = Decoding(resolve(device), device == "cpu", threads, cores, prefetch_queue_depth, hw_decoder_load)
         log_last_batch(len(next(iter(sources.values())).names), batch_size, last_batch, "images")
         plan = ImagePlan(
             sources=sources,
@@ -137,10 +140,3 @@ class ImageFeed(PlannedFeed):
     def paths(self) -> list[str]:
         """The samples, in order, with unreadable ones."""
         return list(self._plan.sample_names or ())
-
-
-def _decoding(device: str, threads: int | None, queue_depth: int, hw_decoder_load: float) -> Decoding:
-    if not 0 <= hw_decoder_load <= 1:
-        raise FastcalError(f"hw_decoder_load is {hw_decoder_load}; it is a share from 0 to 1")
-    cores = len(os.sched_getaffinity(0))
-    return Decoding(resolve(device), device == "cpu", threads, cores, queue_depth, hw_decoder_load)

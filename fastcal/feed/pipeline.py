@@ -58,10 +58,10 @@ class ImagePipeline:
         inputs: Mapping[str, ImageInput],
         *,
         most: int,
-        threads: int,
+        threads: int = 1,
         gpu: int | None,
-        ahead: int,
-        hw_decoder_load: float,
+        ahead: int = 1,
+        hw_decoder_load: float = 0.0,
         decode_on_cpu: bool = False,
     ) -> None:
         self.ahead = ahead
@@ -137,15 +137,12 @@ def find_unreadable(
         pipeline: ImagePipeline | None = None
         for number in numbers:
             name = image_input.source.names[number]
-            pipeline = pipeline or ImagePipeline(
-                {"image": image_input}, most=1, threads=1, gpu=gpu, ahead=1, hw_decoder_load=0
-            )
+            pipeline = pipeline or ImagePipeline({"image": image_input}, most=1, gpu=gpu)
             try:
                 if not image_input.source.content(number):
                     yield UnreadableError(number, f"{name} is empty (0 bytes); replace or remove it")
                     continue
-                pipeline.submit(Chunk([number], number, 0), {"image": image_input.source.fetch([number])})
-                pipeline.collect(None)
+                _try(pipeline, image_input, [number])
             except UnreadableError as error:
                 yield error
             except RuntimeError:
@@ -156,15 +153,16 @@ def find_unreadable(
 
 
 def _are_readable(image_input: ImageInput, numbers: Sequence[int], gpu: int | None, threads: int) -> bool:
-    pipeline = ImagePipeline(
-        {"image": image_input}, most=len(numbers), threads=threads, gpu=gpu, ahead=1, hw_decoder_load=0
-    )
     try:
-        pipeline.submit(Chunk(list(numbers), numbers[0], 0), {"image": image_input.source.fetch(numbers)})
-        pipeline.collect(None)
+        _try(ImagePipeline({"image": image_input}, most=len(numbers), threads=threads, gpu=gpu), image_input, numbers)
     except (UnreadableError, RuntimeError):
         return False
     return True
+
+
+def _try(pipeline: ImagePipeline, image_input: ImageInput, numbers: Sequence[int]) -> None:
+    pipeline.submit(Chunk(list(numbers), numbers[0], 0), {"image": image_input.source.fetch(numbers)})
+    pipeline.collect(None)
 
 
 def _check_ends(image_input: ImageInput, numbers: Sequence[int], ends: Any) -> None:

@@ -86,7 +86,6 @@ def _from_attributes(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of an image processor of Hugging Face's transformers."""
     kind = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
     if kind.startswith(_REJECTED_TYPES) or (kind.startswith("ConvNext") and not values.get("crop_pct")):
         raise _rejection(f"{kind}, which does something else than its configuration says,")
@@ -109,7 +108,6 @@ def _from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _geometry(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return size, way of resizing and crop fraction of an image processor of Hugging Face's."""
     size, crop_pct, is_cropped = values["size"], values.get("crop_pct"), values.get("do_center_crop")
     if isinstance(size, Mapping):
         size = {name: side for name, side in size.items() if side is not None}
@@ -148,7 +146,6 @@ def _rejection(what: str) -> DataError:
 
 
 def _from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of a model's configuration in timm."""
     _, height, width = values["input_size"]
     modes = {"center": "crop", "squash": "stretch"}
     mode = values.get("crop_mode") or "center"
