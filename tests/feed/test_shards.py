@@ -175,6 +175,8 @@ def test_shards_are_shuffled_like_files(as_files, shards, options):
     assert feed.describe() == ImageFeed(folder, preprocess=SMALL, batch_size=3, shuffle=True, **options).describe()
     in_order = ImageFeed(folder, preprocess=SMALL, batch_size=3, **options).describe()
     assert feed.describe()["samples"] != in_order["samples"]
+    one = [ImageFeed(sorted(folder.iterdir())[0], shuffle=shuffle).describe()["samples"] for shuffle in (True, False)]
+    assert one[0] != one[1]
 
 
 def test_classes_in_shards_are_balanced(tmp_path, encoded):
@@ -195,7 +197,7 @@ def test_folders_of_shards_are_balanced(tmp_path, encoded):
     assert paths == [f"{tmp_path}/{name}" for name in ("a/x.tfrecord:0", "b/x.tfrecord:0", "a/x.tfrecord:1")]
 
 
-@pytest.mark.parametrize("record", [b"\n", b"\n\xff", b"\x08\x01", b"\n" + b"\xff" * 20, b"x" * 30])
+@pytest.mark.parametrize("record", [b"\n", b"\n\xff", b"\x08\x00", b"\x12\x05x", b"\n" + b"\xff" * 20, b"x" * 30])
 def test_a_record_that_is_no_example(tmp_path, encoded, record):
     path = write_tfrecord(tmp_path / "a.tfrecord", [example(x=encoded[0]), record, example(x=encoded[1])])
     with (
