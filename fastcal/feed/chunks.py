@@ -12,14 +12,7 @@ _log = logging.getLogger("fastcal")
 
 @dataclass(frozen=True)
 class ChunkSize:
-    """The largest size of a chunk.
-
-    Attributes:
-        most: The largest number of samples.
-        few: The number of samples that a chunk may have whatever their size in bytes.
-        most_bytes: The largest size in bytes of a chunk of more samples.
-        size_of: Returns a sample's size in bytes.
-    """
+    """The largest size of a chunk: `most` samples, and of more than `few` samples `most_bytes` bytes."""
 
     most: int
     few: int
@@ -32,10 +25,9 @@ class Chunk:
     """Samples that are prepared at once, all for one batch.
 
     Attributes:
-        numbers: The samples.
         at: The place of the chunk's beginning in the endless row of all samples: after the last sample comes the first.
         filled: The number of samples that come before in the batch.
-        arrays: The samples' arrays for inputs that take no images, by input.
+        arrays: The samples' arrays for inputs that take no images.
     """
 
     numbers: list[int]
@@ -48,9 +40,6 @@ class Order:
     """The chunks of one pass in order, without the samples that become known as unreadable.
 
     Args:
-        count: The number of samples.
-        batch_size: The number of samples in a batch.
-        wrap: Whether the last batch is completed with the first samples, rather than left out.
         unreadable: The samples to leave out. It may grow; `go_back` takes that into account.
         size: The largest size of a chunk; None for chunks as large as a batch.
     """
@@ -103,17 +92,7 @@ def count_batches(count: int, batch_size: int, wrap: bool) -> int:
 
 
 def log_last_batch(count: int, batch_size: int, last_batch: str, what: str) -> None:
-    """Log the fate of a last batch of fewer samples.
-
-    Args:
-        count: The number of samples.
-        batch_size: The number of samples in a batch.
-        last_batch: See `fastcal.ArrayFeed`.
-        what: The samples' name in the text.
-
-    Raises:
-        DataError: There are fewer samples than a batch has, and they would be dropped.
-    """
+    """Log the fate of a last batch of fewer samples; raise DataError if the only batch would be dropped."""
     over = count % batch_size
     if over and last_batch == "wrap":
         lacking = batch_size - over

@@ -38,8 +38,7 @@ def is_hazardous(path: str | os.PathLike[str]) -> bool:
 def make_safe(content: bytes) -> bytes:
     """Return an encoded image that DALI decodes safely: `content` itself, or its 8-bit RGB pixels as a PPM file.
 
-    Raises:
-        ValueError: The image cannot be decoded; the text is the reason.
+    A ValueError gives the reason if the image cannot be decoded.
     """
     if _is_safe(content):
         return content

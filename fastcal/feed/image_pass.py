@@ -23,10 +23,7 @@ _log = logging.getLogger("fastcal")
 
 
 class ImagePasses(Passes):
-    """The state that passes over images share: the pipeline, and the samples that were found unreadable.
-
-    Args:
-        plan: The plan of the passes.
+    """The state that passes over images share.
 
     Attributes:
         unreadable: The errors of the samples to leave out, by sample.
@@ -62,17 +59,11 @@ class ImagePasses(Passes):
         return self._plan.count_batches(len(self.unreadable))
 
     def close(self) -> None:
-        """Release the pipeline, and everything that the sources hold."""
+        """Release the pipeline."""
         self.pipeline = None
-        for source in self._plan.sources.values():
-            source.close()
 
     def start_pipeline(self, batches: int) -> ImagePipeline:
-        """Start a pipeline for so many batches.
-
-        Raises:
-            DataError: Images of some kind cannot be decoded.
-        """
+        """Start a pipeline for so many batches."""
         plan, size = self._plan, self._plan.chunk_size
         if not self._is_tried:
             self._is_tried = True
@@ -96,9 +87,7 @@ class ImagePasses(Passes):
     def leave_out(self, errors: Iterable[UnreadableError]) -> bool:
         """Leave out samples from now on; return whether any were not left out before.
 
-        Raises:
-            UnreadableError: Samples must not be left out.
-            DataError: Too many samples would be left out.
+        The error is raised if none or not so many may be left out.
         """
         before, most, every = len(self.unreadable), self._plan.max_unreadable, len(self._plan.sample_names)
         for error in errors:
@@ -119,10 +108,6 @@ class ImagePasses(Passes):
 
         They are tried in a pipeline of their own: from its first run, nvImageCodec decides once and for all how many
         images of a batch a GPU's JPEG decoder gets (`NVIMGCODEC_LOAD_HINT_POLICY_FIXED`).
-
-        Raises:
-            DataError: Images of some kind cannot be decoded on this device. If samples may be left out, this is only
-                logged.
         """
         for value in self._plan.images.values():
             for extension, numbers in value.source.first_of_each_kind(TRIED).items():
@@ -140,12 +125,7 @@ class ImagePasses(Passes):
 
 
 class ImagePass(Pass):
-    """One pass over images.
-
-    Args:
-        plan: The plan of the pass.
-        passes: The state that passes share.
-    """
+    """One pass over images."""
 
     def __init__(self, plan: ImagePlan, passes: ImagePasses) -> None:
         self._plan = plan
@@ -216,11 +196,7 @@ class ImagePass(Pass):
             self._order.go_back(chunk)
 
     def _recover(self, error: RuntimeError, under_way: Collection[Chunk]) -> None:
-        """Leave out the samples that the pipeline failed on, and begin again with the chunks that were under way.
-
-        Raises:
-            DataError: Samples must not be left out, too many would be, or none of them is to blame.
-        """
+        """Leave out the samples that the pipeline failed on, and begin again with the chunks that were under way."""
         self._passes.pipeline = None
         first, *later = under_way
         others = [number for chunk in later for number in chunk.numbers]
@@ -230,11 +206,10 @@ class ImagePass(Pass):
                 self._passes.expect_failures()
                 return
         raise DataError(
-            f"DALI cannot prepare the images from {self._plan.sample_names[first.numbers[0]]} on: {_gist(error)}"
+            f"DALI cannot prepare the images from {self._plan.sample_names[first.numbers[0]]} on: {_reason(error)}"
         ) from error
 
 
-def _gist(error: RuntimeError) -> str:
+def _reason(error: RuntimeError) -> str:
     """Return the line of DALI's message that gives the reason."""
-    _, _, text = str(error).partition("encountered:")
-    return next((line.strip() for line in (text or str(error)).splitlines() if line.strip()), "no reason given")
+    return str(error).split("encountered:", 1)[-1].strip().partition("\n")[0].strip() or "no reason given"

@@ -1,8 +1,9 @@
 """The plan of a feed of images."""
 
 import hashlib
+import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -40,12 +41,7 @@ class Decoding:
     """The place where images are decoded and prepared, and the resources for it.
 
     Attributes:
-        gpu: The number of the GPU; None for the CPU.
         stays_on_cpu: Whether a part of the feed on a machine with a GPU must not use it.
-        threads: The number of threads, as the user gave it; None for the default.
-        cores: The number of cores that the process may use.
-        queue_depth: On a GPU, the number of batches that DALI works on at once.
-        hw_decoder_load: On a GPU, the share of JPEG images for its own JPEG decoder.
         on_cpu: Whether a GPU's images are decoded on the CPU all the same; None if that must be found out.
         is_tried: Whether the first images of each kind have been tried, on another machine.
     """
@@ -66,28 +62,19 @@ class Decoding:
 
     @property
     def ahead(self) -> int:
-        """The largest number of chunks that DALI works on at once.
-
-        On a GPU, decoding a batch and resizing the last one overlap. On the CPU it is one: the ring of buffers works
-        ahead already, and all chunks under way would have to end before the feed can stop.
-        """
+        """The largest number of chunks that DALI works on at once."""
+        # On the CPU the ring of buffers works ahead already, and all chunks would have to end before the feed can stop.
         return 1 if self.gpu is None else self.queue_depth
 
 
 @dataclass(frozen=True, eq=False)
 class ImagePlan(Plan):
-    """Batches of images, perhaps with arrays and constants for other inputs.
+    """Batches of images, perhaps with arrays and constants for other inputs: see `fastcal.ImageFeed`.
 
     Attributes:
         sources: The samples, by input: those of one number belong together.
-        preprocesses: The preprocessing, for each input that takes images.
-        constants: Arrays that are the same in all batches, by input.
-        batch_size: The number of samples in a batch.
-        last_batch: "wrap" completes the last batch with the first samples, "drop" leaves it out.
         seed: The seed of the samples' order; None if it is not shuffled.
         max_unreadable: The percentage of samples that may be unreadable and left out; None if the first is an error.
-        depth: The number of buffers.
-        decoding: The place and the resources.
     """
 
     sources: Mapping[str, Source]
@@ -102,7 +89,7 @@ class ImagePlan(Plan):
 
     @property
     def gpu(self) -> int | None:  # type: ignore[override]
-        """The number of the GPU that the batches lie on; None for host memory."""
+        """The GPU that the batches lie on; None for host memory."""
         return self.decoding.gpu
 
     @property
@@ -140,11 +127,7 @@ class ImagePlan(Plan):
 
     @property
     def chunk_size(self) -> ChunkSize | None:
-        """The largest size of a chunk.
-
-        On a GPU a batch is one chunk. On the CPU a chunk is large enough to keep the threads busy, and small enough to
-        end soon when the feed stops.
-        """
+        """The largest size of a chunk: it keeps the threads busy, and ends soon when the feed stops; None on a GPU."""
         if self.gpu is not None:
             return None
         sources, threads = [value.source for value in self.images.values()], self.decoding.thread_count
@@ -160,30 +143,25 @@ class ImagePlan(Plan):
         """True if JPEG files of RGB components are among the first images; a GPU's decoder takes them for YCbCr."""
         if self.decoding.on_cpu is not None:
             return self.decoding.on_cpu
-        return _find_rgb(value.source for value in self.images.values())
+        return any(_has_rgb(value.source) for value in self.images.values())
 
     def count_batches(self, unreadable: int = 0) -> int:
         """Return the number of batches in a pass that leaves out so many samples."""
         return count_batches(self.samples - unreadable, self.batch_size, self.last_batch == "wrap")
 
     def part(self, batches: range, *, gpu: int | None, threads: int) -> "ImagePlan":
-        """Return the plan of some of the batches, with a list of their samples alone.
-
-        Raises:
-            DataError: The samples of a batch depend on batches before, or a source cannot be divided.
-        """
+        """Return the plan of some of the batches, with a list of their samples alone."""
         if self.max_unreadable is not None:
             raise DataError(
                 "batches that skip unreadable samples depend on those before, and cannot be divided among workers; "
                 "leave skip_unreadable or workers out"
             )
-        row = range(batches.start * self.batch_size, batches.stop * self.batch_size)
-        numbers = [number % self.samples for number in row]
+        numbers = [n % self.samples for n in range(batches.start * self.batch_size, batches.stop * self.batch_size)]
         gpu = None if self.decoding.stays_on_cpu else gpu
         # The kinds of images are looked for among all samples, of which a part has few.
         on_cpu = self.decoding.on_cpu if gpu is None else self.has_rgb
         decoding = replace(self.decoding, gpu=gpu, cores=threads, on_cpu=on_cpu, is_tried=True)
-        sources = {name: source.part(numbers) for name, source in self.sources.items()}
+        sources = {name: source.take(numbers) for name, source in self.sources.items()}
         return replace(self, sources=sources, decoding=decoding)
 
     def describe(self) -> dict[str, Any]:
@@ -208,20 +186,16 @@ class ImagePlan(Plan):
         }
 
 
-def _find_rgb(sources: Iterable[ImageSource]) -> bool:
+def _has_rgb(source: ImageSource) -> bool:
     """Return whether JPEG files of RGB components are among the first images of a kind; log the first of them."""
-    for source in sources:
-        for numbers in source.first_of_each_kind(TRIED).values():
-            for number in numbers:
-                try:
-                    is_rgb = has_rgb_components(source.content(number, _HEADER))
-                except UnreadableError:  # reported when it is the sample's turn
-                    continue
-                if is_rgb:
-                    _log.warning(
-                        "%s has RGB components, which a GPU's JPEG decoder takes for YCbCr: images are decoded on the "
-                        "CPU",
-                        source.names[number],
-                    )
-                    return True
+    for number in itertools.chain.from_iterable(source.first_of_each_kind(TRIED).values()):
+        try:
+            if has_rgb_components(source.content(number, _HEADER)):
+                _log.warning(
+                    "%s has RGB components, which a GPU's JPEG decoder takes for YCbCr: images are decoded on the CPU",
+                    source.names[number],
+                )
+                return True
+        except UnreadableError:  # reported when it is the sample's turn
+            continue
     return False

@@ -38,10 +38,10 @@ class ImageFeed(PlannedFeed):
         key: The name of the images in shards: for tar shards their extension (by default any extension of an image),
             for TFRecord their feature (by default "image/encoded"); for several inputs, one for all or a dict by input
             name: {"left": "left.jpg", "right": "right.jpg"}.
-        shuffle: Whether to shuffle the samples, before `limit`. Shards are not shuffled.
+        shuffle: Whether to shuffle the samples, before `limit`.
         seed: Decides the shuffled order.
         balance: Whether to take images from each class in turn, before `limit`. A class is a folder in the data's
-            folder (for several inputs, the first input's).
+            folder (for several inputs, the first input's); a tar shard counts as unpacked where it lies.
         limit: The number of samples to use at most.
         last_batch: "wrap" completes the last batch with the first samples, "drop" leaves it out.
         skip_unreadable: Whether to go on without samples that cannot be read or decoded; the next samples take their
@@ -104,6 +104,8 @@ class ImageFeed(PlannedFeed):
         )  # fmt: skip
         if not 0 <= max_unreadable <= 100:
             raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
+        if not 0 <= hw_decoder_load <= 1:
+            raise FastcalError(f"hw_decoder_load is {hw_decoder_load}; it is a share from 0 to 1")
         network = None if model is None else Model.of(model)
         named = name_inputs(data, input_name, network)
         fixed = {name: as_array(values) for name, values in (constants or {}).items()}
@@ -111,10 +113,11 @@ class ImageFeed(PlannedFeed):
         preprocesses = fit_preprocesses(sources, preprocess, network)
         batch_size = batch_size or fixed_batch_size(network, preprocesses) or BATCH_SIZE
         check_inputs(network, sources, fixed, batch_size)
-        decoding = _decoding(device, threads, prefetch_queue_depth, hw_decoder_load)
+        cores = len(os.sched_getaffinity(0))
+        decoding = Decoding(resolve(device), device == "cpu", threads, cores, prefetch_queue_depth, hw_decoder_load)
         log_last_batch(len(next(iter(sources.values())).names), batch_size, last_batch, "images")
         plan = ImagePlan(
-            sources={name: source.keeping((decoding.ahead + 1) * batch_size) for name, source in sources.items()},
+            sources=sources,
             preprocesses=preprocesses,
             constants=fixed,
             batch_size=batch_size,
@@ -135,10 +138,3 @@ class ImageFeed(PlannedFeed):
     def paths(self) -> list[str]:
         """The samples, in order, with unreadable ones."""
         return list(self._plan.sample_names or ())
-
-
-def _decoding(device: str, threads: int | None, queue_depth: int, hw_decoder_load: float) -> Decoding:
-    if not 0 <= hw_decoder_load <= 1:
-        raise FastcalError(f"hw_decoder_load is {hw_decoder_load}; it is a share from 0 to 1")
-    cores = len(os.sched_getaffinity(0))
-    return Decoding(resolve(device), device == "cpu", threads, cores, queue_depth, hw_decoder_load)

@@ -1,5 +1,6 @@
 """The samples and the preprocessing of each input of an `ImageFeed`, checked against the model."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,38 +9,26 @@ from fastcal.errors import DataError, quoted
 from fastcal.feed import dataset
 from fastcal.feed.dataset import Data, Listing
 from fastcal.feed.preprocess import Preprocess
-from fastcal.feed.shards import Shards, TarShards, TFRecords
+from fastcal.feed.shards import open_shards
 from fastcal.feed.sources import Arrays, ImageFiles, ImageSource, Source
 from fastcal.model import Model
 
-
-def image_input(model: Model, name: str | None) -> Input:
-    """Return the input of that name, or the only one."""
-    if name is not None:
-        return _input_of(model, name)
-    if len(model.inputs) != 1:
-        names = quoted(value.name for value in model.inputs)
-        raise DataError(
-            f"{model.path} takes the inputs {names}; name the data of each (NAME=DATA,NAME=DATA, in Python a dict), or "
-            "the one that takes the images (input name)"
-        )
-    return model.inputs[0]
+# The tar file in a sample's name. Without it, the name is that of the file, unpacked in the tar file's folder.
+_TAR = re.compile(r"[^/]*\.tar:", re.IGNORECASE)
 
 
 def name_inputs(data: Data | Mapping[str, Data], name: str | None, model: Model | None) -> dict[str, Data]:
-    """Return the data by input.
-
-    Args:
-        data: The data as the user names them, by input or for one input.
-        name: The name of the one input; None if it has none.
-        model: The model; None if it is not known.
-
-    Raises:
-        DataError: The model has other inputs, or a name is given for several.
-    """
+    """Return the data by input; `name` is for data of one input."""
     if not isinstance(data, Mapping):
-        if model is not None:
-            name = image_input(model, name).name
+        if model is not None and name is not None:
+            _input_of(model, name)
+        elif model is not None:
+            if len(model.inputs) != 1:
+                raise DataError(
+                    f"{model.path} takes the inputs {_names_of(model)}; name the data of each (NAME=DATA,NAME=DATA, in "
+                    "Python a dict), or the one that takes the images (input name)"
+                )
+            name = model.inputs[0].name
         return {name or UNNAMED: data}
     if name is not None:
         raise DataError(f"input_name {name!r} is for data of one input; a dict of data names its inputs")
@@ -57,19 +46,7 @@ def open_sources(
     balance: bool,
     limit: int | None,
 ) -> dict[str, Source]:
-    """Return the samples of each input, in order: those of one number belong together.
-
-    Args:
-        data: The data as the user names them, by input.
-        key: The name of images in shards: for all inputs, or by input.
-        shuffle: Whether to shuffle the samples; see `fastcal.ImageFeed`, also for the others.
-        seed: Decides the shuffled order.
-        balance: Whether to take samples from each class in turn.
-        limit: The number of samples to take at most.
-
-    Raises:
-        DataError: There are no samples, or those of several inputs do not belong together.
-    """
+    """Return the samples of each input, in order: those of one number belong together; see `fastcal.ImageFeed`."""
     keys = _by_input("key", key, data)
     in_order = None if shuffle or balance else limit
     sources, found = {}, []
@@ -81,11 +58,6 @@ def open_sources(
             raise DataError(f"input {name!r}: {error}" if len(data) > 1 else str(error)) from error
         if listing.sorted:
             found.append(name)
-        if isinstance(sources[name], Shards) and (shuffle or balance):
-            raise DataError(
-                f"{listing.paths[0]}: shards are read from front to back, neither shuffled nor balanced; list them in "
-                "another order, or unpack them into folders"
-            )
     if not any(isinstance(source, ImageSource) for source in sources.values()):
         raise DataError(
             "the data are arrays alone; give one .npz file with the inputs' names (in Python a NumpyFeed takes these "
@@ -94,27 +66,16 @@ def open_sources(
     names = {name: source.names for name, source in sources.items()}
     dataset.check_parallel(names, found)
     first = next(iter(names.values()))
-    numbers = dataset.order(first, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
+    files = [_TAR.sub("", name) for name in first] if balance else first
+    numbers = dataset.order(files, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
     if numbers != range(len(first)):
         sources = {name: source.take(numbers) for name, source in sources.items()}
     return sources
 
 
 def _open_source(listing: Listing, *, limit: int | None, key: str | None) -> Source:
-    """Return the samples in files of one kind.
-
-    Args:
-        listing: The files.
-        limit: For shards: the number of samples after which no further shard is listed.
-        key: For shards: the name of the images.
-
-    Raises:
-        DataError: A key is given for other files, or a shard or array cannot be read.
-    """
-    if listing.kind == "tar shard":
-        return TarShards(listing.paths, limit, key)
-    if listing.kind == "TFRecord":
-        return TFRecords(listing.paths, limit, key)
+    if listing.kind in ("tar shard", "TFRecord"):
+        return open_shards(listing.paths, limit, key, are_tar=listing.kind == "tar shard")
     if key is not None:
         raise DataError(f"key {key!r} is for tar shards and TFRecord, not for {listing.paths[0]}; leave it out")
     return ImageFiles(listing.paths) if listing.kind == "image" else Arrays.of(listing.paths)
@@ -123,16 +84,7 @@ def _open_source(listing: Listing, *, limit: int | None, key: str | None) -> Sou
 def fit_preprocesses(
     sources: Mapping[str, Source], preprocess: str | Preprocess | Mapping[str, str | Preprocess], model: Model | None
 ) -> dict[str, Preprocess]:
-    """Return the preprocessing for each input that takes images, with size and layout of the model's input.
-
-    Args:
-        sources: The samples, by input.
-        preprocess: The preprocessing: for all inputs, or by input.
-        model: The model; None if it is not known.
-
-    Raises:
-        DataError: There is no such preprocessing, or the model contradicts it.
-    """
+    """Return the preprocessing for each input that takes images, with size and layout of the model's input."""
     images = {name: source for name, source in sources.items() if isinstance(source, ImageSource)}
     preprocesses = {}
     for name, wanted in _by_input("preprocess", preprocess, images).items():
@@ -154,7 +106,7 @@ def fit_preprocesses(
 
 def fixed_batch_size(model: Model | None, preprocesses: Mapping[str, Preprocess]) -> int | None:
     """Return the batch size of the model's first input that takes images; None if it is dynamic or not known."""
-    return None if model is None else image_input(model, next(iter(preprocesses))).shape[0]
+    return None if model is None else _input_of(model, next(iter(preprocesses))).shape[0]
 
 
 def check_inputs(
@@ -163,9 +115,6 @@ def check_inputs(
     """Check names, shapes and types of arrays and constants against the model.
 
     A feed of one input alone is not checked: the others may come from elsewhere.
-
-    Raises:
-        DataError: An input is given twice, or arrays do not fit the model. The text shows both sides.
     """
     for name in constants.keys() & sources.keys():
         raise DataError(f"input {name!r} takes samples; it cannot be a constant too")
@@ -175,8 +124,8 @@ def check_inputs(
     missing = [value.name for value in model.inputs if value.name not in given]
     if missing:
         raise DataError(
-            f"{model.path} takes the inputs {quoted(value.name for value in model.inputs)}, the feed has none for "
-            f"{quoted(missing)}; name data or constants for it"
+            f"{model.path} takes the inputs {_names_of(model)}, the feed has none for {quoted(missing)}; name data or "
+            "constants for it"
         )
     arrays = {name: ((batch_size, *source.shape), source.dtype) for name, source in sources.items()
               if isinstance(source, Arrays)}  # fmt: skip
@@ -194,8 +143,11 @@ def _input_of(model: Model, name: str) -> Input:
     for value in model.inputs:
         if value.name == name:
             return value
-    names = quoted(value.name for value in model.inputs)
-    raise DataError(f"{model.path} takes the inputs {names}, and none of the name {name!r}")
+    raise DataError(f"{model.path} takes the inputs {_names_of(model)}, and none of the name {name!r}")
+
+
+def _names_of(model: Model) -> str:
+    return quoted(value.name for value in model.inputs)
 
 
 def _by_input(what: str, value: Any, names: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,7 @@ _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
 def has_end_of_image(jpeg: bytes) -> bool:
-    """Return whether an end-of-image marker follows the beginning of the first scan.
-
-    An EXIF thumbnail, which comes before, has such a marker too.
-    """
+    """Return whether an end-of-image marker follows the first scan; an EXIF thumbnail before has one too."""
     scan = max((end for _, _, end in _segments(jpeg)), default=2)
     return jpeg.find(_END_OF_IMAGE, scan) >= 0
 
@@ -22,11 +19,7 @@ def has_end_of_image(jpeg: bytes) -> bool:
 def has_rgb_components(jpeg: bytes) -> bool:
     """Return whether an image's three components are red, green and blue, by libjpeg's rules.
 
-    Without a JFIF marker, Adobe's marker decides: a transform of 0 means RGB. Without both markers, the names of the
-    components decide.
-
-    Args:
-        jpeg: The file, or its beginning.
+    Without a JFIF marker, Adobe's marker decides: a transform of 0 means RGB. Without both, the components' names do.
     """
     jfif, transform, names = False, None, b""
     for marker, data, _ in _segments(jpeg):

@@ -33,12 +33,7 @@ _DECODED = {"RGB": types.RGB, "BGR": types.BGR, "GRAY": types.GRAY}
 
 @dataclass(frozen=True)
 class ImageInput:
-    """An input that takes images.
-
-    Attributes:
-        source: The encoded images.
-        preprocess: The form in which the network takes them.
-    """
+    """An input that takes images."""
 
     source: ImageSource
     preprocess: Preprocess
@@ -50,19 +45,11 @@ class ImagePipeline:
     Chunks are submitted and collected in the same order; up to `ahead` may be under way.
 
     Args:
-        inputs: The inputs that take images, by name.
         most: The largest number of samples in a chunk.
-        threads: The number of threads that read and decode.
-        gpu: The number of the GPU to work on; None for the CPU.
-        ahead: The number of chunks under way, DALI's prefetch queue depth. DALI begins its work when so many have been
-            submitted.
-        hw_decoder_load: The share of JPEG images for a GPU's own JPEG decoder, if it has one.
-        decode_on_cpu: Whether to decode on the CPU even if there is a GPU.
+        ahead: DALI's prefetch queue depth. DALI begins its work when so many chunks have been submitted.
 
     Attributes:
-        ahead: As given.
-        under_way: The chunks that were submitted and not yet collected, in order.
-        has_begun: Whether `ahead` chunks have been submitted, so that DALI works on them.
+        has_begun: Whether `ahead` chunks have been submitted.
         process: The process that made the pipeline. In a fork of it the pipeline has no threads.
     """
 
@@ -71,10 +58,10 @@ class ImagePipeline:
         inputs: Mapping[str, ImageInput],
         *,
         most: int,
-        threads: int,
+        threads: int = 1,
         gpu: int | None,
-        ahead: int,
-        hw_decoder_load: float,
+        ahead: int = 1,
+        hw_decoder_load: float = 0.0,
         decode_on_cpu: bool = False,
     ) -> None:
         self.ahead = ahead
@@ -102,12 +89,7 @@ class ImagePipeline:
         self._pipeline.build()
 
     def submit(self, chunk: Chunk, fetched: Mapping[str, Any]) -> None:
-        """Begin to prepare the samples of a chunk.
-
-        Args:
-            chunk: The chunk.
-            fetched: Its data, as `Source.fetch` returns them, by input.
-        """
+        """Begin to prepare the samples of a chunk; `fetched` are their data by input, from `Source.fetch`."""
         for name in self._inputs:
             self._pipeline.feed_input(name, fetched[name])
         self.under_way.append(chunk)
@@ -118,16 +100,9 @@ class ImagePipeline:
             self.has_begun = True
 
     def collect(self, out: Mapping[str, Any] | None, stream: Any = None) -> None:
-        """Copy the prepared samples of the oldest chunk into arrays.
+        """Copy the prepared samples of the oldest chunk into arrays, on a GPU into CuPy arrays on `stream`, later.
 
-        Args:
-            out: For each input a float32 array whose first dimension counts the chunk's samples: a NumPy array or, on a
-                GPU, a CuPy array. None copies nothing.
-            stream: On a GPU, the stream to copy on; the copy is under way when this method returns.
-
-        Raises:
-            RuntimeError: DALI failed, or a JPEG file breaks off. The pipeline cannot be used again; `find_unreadable`
-                finds the samples that are to blame.
+        A RuntimeError means that DALI failed or a JPEG file breaks off; then the pipeline cannot be used again.
         """
         outputs = self._pipeline.share_outputs(cuda_stream=stream)
         if self._gpu:
@@ -154,12 +129,7 @@ def find_unreadable(
 ) -> Iterator[UnreadableError]:
     """Yield the samples that have an unreadable image: one that cannot be prepared by itself.
 
-    Args:
-        inputs: The inputs that take images.
-        numbers: The samples to try.
-        gpu: The number of the GPU to work on; None for the CPU.
-        threads: The number of threads. With several, all samples are tried at once before each is tried by itself,
-            which is faster if most are readable.
+    With several threads, all samples are tried at once first, which is faster if most are readable.
     """
     for image_input in inputs:
         if threads > 1 and _are_readable(image_input, numbers, gpu, threads):
@@ -167,15 +137,12 @@ def find_unreadable(
         pipeline: ImagePipeline | None = None
         for number in numbers:
             name = image_input.source.names[number]
-            pipeline = pipeline or ImagePipeline(
-                {"image": image_input}, most=1, threads=1, gpu=gpu, ahead=1, hw_decoder_load=0
-            )
+            pipeline = pipeline or ImagePipeline({"image": image_input}, most=1, gpu=gpu)
             try:
                 if not image_input.source.content(number):
                     yield UnreadableError(number, f"{name} is empty (0 bytes); replace or remove it")
                     continue
-                pipeline.submit(Chunk([number], number, 0), {"image": image_input.source.fetch([number])})
-                pipeline.collect(None)
+                _try(pipeline, image_input, [number])
             except UnreadableError as error:
                 yield error
             except RuntimeError:
@@ -186,16 +153,16 @@ def find_unreadable(
 
 
 def _are_readable(image_input: ImageInput, numbers: Sequence[int], gpu: int | None, threads: int) -> bool:
-    """Return whether the images of these samples can all be read and prepared."""
-    pipeline = ImagePipeline(
-        {"image": image_input}, most=len(numbers), threads=threads, gpu=gpu, ahead=1, hw_decoder_load=0
-    )
     try:
-        pipeline.submit(Chunk(list(numbers), numbers[0], 0), {"image": image_input.source.fetch(numbers)})
-        pipeline.collect(None)
+        _try(ImagePipeline({"image": image_input}, most=len(numbers), threads=threads, gpu=gpu), image_input, numbers)
     except (UnreadableError, RuntimeError):
         return False
     return True
+
+
+def _try(pipeline: ImagePipeline, image_input: ImageInput, numbers: Sequence[int]) -> None:
+    pipeline.submit(Chunk(list(numbers), numbers[0], 0), {"image": image_input.source.fetch(numbers)})
+    pipeline.collect(None)
 
 
 def _check_ends(image_input: ImageInput, numbers: Sequence[int], ends: Any) -> None:
@@ -211,14 +178,9 @@ def _check_ends(image_input: ImageInput, numbers: Sequence[int], ends: Any) -> N
 
 def _prepare(images: Any, shape: Any, preprocess: Preprocess) -> Any:
     size, position = _geometry(shape, preprocess)
-    images = fn.resize(
-        images,
-        size=size,
-        interp_type=_INTERPOLATIONS[preprocess.interpolation],
-        antialias=preprocess.antialias,
-    )
-    count = preprocess.channel_count
-    mean, std = _per_channel(preprocess.mean, count), _per_channel(preprocess.std, count)
+    interpolation = _INTERPOLATIONS[preprocess.interpolation]
+    images = fn.resize(images, size=size, interp_type=interpolation, antialias=preprocess.antialias)
+    mean, std = (np.resize(values, preprocess.channel_count).tolist() for values in (preprocess.mean, preprocess.std))
     return fn.crop_mirror_normalize(
         images,
         crop=preprocess.size,
@@ -231,10 +193,6 @@ def _prepare(images: Any, shape: Any, preprocess: Preprocess) -> Any:
         mean=[m / preprocess.scale for m in mean],
         std=[s / preprocess.scale for s in std],
     )
-
-
-def _per_channel(values: tuple[float, ...], count: int) -> tuple[float, ...]:
-    return values if len(values) == count else values * count
 
 
 def _geometry(shape: Any, preprocess: Preprocess) -> tuple[Any, Any]:

@@ -9,10 +9,12 @@ from typing import Any
 from fastcal.errors import DataError
 from fastcal.feed import preprocess_files
 
-CHANNELS = ("RGB", "BGR", "GRAY")
-LAYOUTS = ("NCHW", "NHWC")
-RESIZES = ("stretch", "crop", "letterbox")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+_CHOICES = {
+    "resize": ("stretch", "crop", "letterbox"),
+    "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
+    "channels": ("RGB", "BGR", "GRAY"),
+    "layout": ("NCHW", "NHWC"),
+}
 
 # Added to a number of pixels computed from a share, so that rounding down gives the number that the share was made of.
 _SLACK = 1e-6
@@ -70,14 +72,9 @@ class Preprocess:
     layout: str = "NCHW"
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("resize", self.resize, RESIZES),
-            ("interpolation", self.interpolation, INTERPOLATIONS),
-            ("channels", self.channels, CHANNELS),
-            ("layout", self.layout, LAYOUTS),
-        ):
-            if value not in known:
-                raise DataError(f"there is no {name} {value!r}; choose one of {', '.join(known)}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise DataError(f"there is no {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         whole = isinstance(self.size, Sequence) and all(
             isinstance(side, numbers.Integral) and not isinstance(side, bool) for side in self.size
         )
@@ -96,7 +93,6 @@ class Preprocess:
             raise DataError(f"std {self.std} has a 0, which cannot be a divisor")
 
     def _check_channels(self, name: str, values: Any) -> None:
-        """Raise DataError unless `values` are numbers, one for each channel or one for all."""
         if isinstance(values, numbers.Real):
             raise DataError(f"{name} is {values}; give a sequence, ({values},) for all channels alike")
         if not hasattr(values, "__len__") or isinstance(values, str):

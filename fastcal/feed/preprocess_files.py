@@ -48,10 +48,7 @@ _CROP_PCT_BELOW = 384
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the attributes, and perhaps "preset", that a file describes: see `fastcal.Preprocess.load`.
 
-    Raises:
-        DataError: The file asks for something that `fastcal.Preprocess` does not do.
-        OSError: The file cannot be read.
-        ValueError, TypeError, KeyError, ArithmeticError, RecursionError: The file has other contents.
+    A file of other contents raises ValueError, TypeError, KeyError, ArithmeticError or RecursionError.
     """
     parse = tomllib.loads if Path(path).suffix == ".toml" else json.loads
     values = parse(Path(path).read_bytes().decode())
@@ -65,11 +62,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def from_torchvision(transforms: Any) -> dict[str, Any]:
-    """Return the attributes of torchvision's transforms: see `fastcal.Preprocess.from_torchvision`.
-
-    Raises:
-        AttributeError, TypeError, ValueError: They are no transforms for image classification.
-    """
+    """Return the attributes of torchvision's transforms: see `fastcal.Preprocess.from_torchvision`."""
     (covered,), (size,) = transforms.resize_size, transforms.crop_size
     return {
         "size": (size, size),
@@ -93,7 +86,6 @@ def _from_attributes(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of an image processor of Hugging Face's transformers."""
     kind = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
     if kind.startswith(_REJECTED_TYPES) or (kind.startswith("ConvNext") and not values.get("crop_pct")):
         raise _rejection(f"{kind}, which does something else than its configuration says,")
@@ -116,7 +108,6 @@ def _from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _geometry(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return size, way of resizing and crop fraction of an image processor of Hugging Face's."""
     size, crop_pct, is_cropped = values["size"], values.get("crop_pct"), values.get("do_center_crop")
     if isinstance(size, Mapping):
         size = {name: side for name, side in size.items() if side is not None}
@@ -155,7 +146,6 @@ def _rejection(what: str) -> DataError:
 
 
 def _from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of a model's configuration in timm."""
     _, height, width = values["input_size"]
     modes = {"center": "crop", "squash": "stretch"}
     mode = values.get("crop_mode") or "center"

@@ -1,13 +1,14 @@
-"""The samples of one input: image files and arrays. For shards of many samples see `fastcal.feed.shards`."""
+"""The samples of one input: image files and arrays; for shards of many samples see `fastcal.feed.shards`."""
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from nvidia.dali import fn
@@ -19,12 +20,7 @@ from fastcal.feed.decode import is_hazardous, make_safe
 
 
 class UnreadableError(DataError):
-    """A sample cannot be read or decoded.
-
-    Args:
-        number: The number of the sample.
-        text: The problem and the remedy.
-    """
+    """A sample cannot be read or decoded."""
 
     def __init__(self, number: int, text: str) -> None:
         super().__init__(text)
@@ -35,82 +31,58 @@ class UnreadableError(DataError):
 
 
 class Source(ABC):
-    """The samples of one input, by number from 0 on.
+    """The samples of one input, by number; `names` are paths, or places in a shard."""
 
-    Attributes:
-        names: The names of the samples: paths, or places in a shard.
-    """
+    #: The lists that have an element for each sample.
+    per_sample: ClassVar[tuple[str, ...]] = ("names",)
 
     names: list[str]
 
     def take(self, numbers: Sequence[int]) -> "Source":
         """Return a source of these samples, in this order and numbered anew."""
         taken = copy(self)
-        vars(taken)["names"] = [self.names[number] for number in numbers]  # some sources are frozen
+        for name in self.per_sample:
+            vars(taken)[name] = [getattr(self, name)[number] for number in numbers]  # sources are frozen
         return taken
-
-    def part(self, numbers: Sequence[int]) -> "Source":
-        """Return a source of these samples for use on another machine.
-
-        Raises:
-            DataError: The source cannot be divided.
-        """
-        return self.take(numbers)
-
-    def keeping(self, samples: int) -> "Source":
-        """Return this source, set to keep so many samples in memory if reading one again would be expensive."""
-        return self
 
     @abstractmethod
     def fetch(self, numbers: Sequence[int]) -> Any:
-        """Return the data that these samples are prepared from.
-
-        Raises:
-            UnreadableError: A sample cannot be read.
-        """
+        """Return the data that these samples are prepared from; raise UnreadableError if one cannot be read."""
 
     def add_to_digest(self, digest: Any, *, lenient: bool) -> None:
         """Add the identity of the samples to a hash: see `fastcal.feed.dataset.add_files`."""
         add_files(digest, self.names, lenient=lenient)
 
-    def close(self) -> None:  # noqa: B027 - a source may hold nothing
-        """Release everything that the source holds open or keeps in memory."""
-
 
 class ImageSource(Source):
     """Encoded images."""
 
-    @abstractmethod
     def read_with_dali(self, fetched: Any) -> Any:
         """Return DALI's node of encoded images, given the node of an external source that is fed by `fetch`."""
+        return fetched
+
+    def fetch(self, numbers: Sequence[int]) -> Any:
+        """Return the encoded images."""
+        return [self._safe(number) for number in numbers]
 
     @abstractmethod
     def content(self, number: int, most: int = -1) -> bytes:
-        """Return an encoded image, or its first `most` bytes.
-
-        Raises:
-            UnreadableError: The image cannot be read.
-        """
+        """Return an encoded image, or its first `most` bytes; raise UnreadableError if it cannot be read."""
 
     @abstractmethod
     def size(self, number: int) -> int:
-        """Return the size of an encoded image in bytes; 0 if it is not known."""
+        """Return the size of an encoded image in bytes, roughly; 0 if it is not known."""
 
     def first_of_each_kind(self, most: int) -> dict[str, list[int]]:
-        """Return the first images of each kind by extension: at most `most`, and only those that are cheap to read."""
+        """Return the first images, at most `most`, by extension."""
         kinds: dict[str, list[int]] = defaultdict(list)
-        for number, name in enumerate(self._cheap_to_read()):
-            numbers = kinds[os.path.splitext(name)[1].lower()]
+        for number, name in enumerate(self.names):
+            numbers = kinds[os.path.splitext(re.sub(r":\d+$", "", name))[1].lower()]  # a TFRecord file's record
             if len(numbers) < most:
                 numbers.append(number)
         return kinds
 
-    def _cheap_to_read(self) -> Sequence[str]:
-        """Return the names of the samples that cost no more to read than the first."""
-        return self.names
-
     def _safe(self, number: int) -> Any:
-        """Return an encoded image that DALI decodes safely, as a NumPy array of bytes."""
         try:
             return np.frombuffer(make_safe(self.content(number)), np.uint8)
         except ValueError as error:
@@ -121,11 +93,7 @@ class ImageSource(Source):
 
 @dataclass(frozen=True)
 class ImageFiles(ImageSource):
-    """Image files. DALI reads them, unless some are of a format that DALI must not decode: see `fastcal.feed.decode`.
-
-    Attributes:
-        names: The files.
-    """
+    """Image files. DALI reads them, unless some are of a format that it must not decode: see `fastcal.feed.decode`."""
 
     names: list[str]
 
@@ -142,7 +110,7 @@ class ImageFiles(ImageSource):
     def fetch(self, numbers: Sequence[int]) -> Any:
         """Return the paths as bytes for DALI, or the encoded images."""
         if not self.are_safe:
-            return [self._safe(number) for number in numbers]
+            return super().fetch(numbers)
         # Paths as DALI reads them: a row of bytes each, zeros at the end, which no path holds and the system ignores.
         paths = [os.fsencode(self.names[number]) for number in numbers]
         return np.array(paths).view(np.uint8).reshape(len(numbers), -1)
@@ -168,13 +136,7 @@ class ImageFiles(ImageSource):
 
 @dataclass(frozen=True)
 class Arrays(Source):
-    """Arrays in `.npy` files, one sample each.
-
-    Attributes:
-        names: The files.
-        shape: The shape of each array.
-        dtype: The type of the arrays in batches: float32 for float64.
-    """
+    """Arrays of one shape in `.npy` files, one sample each; `dtype` is the type in batches: float32 for float64."""
 
     names: list[str]
     shape: tuple[int, ...]
@@ -182,21 +144,12 @@ class Arrays(Source):
 
     @classmethod
     def of(cls, paths: list[str]) -> "Arrays":
-        """Return the source of these files.
-
-        Raises:
-            UnreadableError: The first file has no array.
-        """
+        """Return the source of these files, with the first one's shape and type."""
         first = _load(0, paths[0])
         return cls(paths, first.shape, first.dtype)
 
     def fetch(self, numbers: Sequence[int]) -> Any:
-        """Return the samples as one array.
-
-        Raises:
-            DataError: An array has another shape or type than the first.
-            UnreadableError: A sample cannot be read.
-        """
+        """Return the samples as one array; raise DataError if one has another shape or type than the first."""
         arrays = [_load(number, self.names[number]) for number in numbers]
         for number, array in zip(numbers, arrays, strict=True):
             if array.shape != self.shape or array.dtype != self.dtype:

@@ -165,10 +165,57 @@ def test_what_a_feed_of_shards_is_made_from(shards):
     assert plain["samples"] != ImageFeed(folder, preprocess=SMALL).describe()["samples"]
 
 
-@pytest.mark.parametrize("option", ["shuffle", "balance"])
-def test_shards_are_read_from_front_to_back(shards, option):
-    with pytest.raises(FastcalError, match=r"are read from front to back, neither shuffled nor balanced; "):
-        ImageFeed(shards[0], **{option: True})
+@pytest.mark.parametrize("options", [{}, {"limit": 5}, {"seed": 3, "limit": 1}])
+def test_shards_are_shuffled_like_files(as_files, shards, options):
+    folder, name = shards
+    feed = ImageFeed(folder, preprocess=SMALL, batch_size=3, shuffle=True, **options)
+    files = ImageFeed(as_files, preprocess=SMALL, batch_size=3, shuffle=True, **options)
+    assert feed.paths == [name(int(os.path.basename(path)[:5])) for path in files.paths]
+    np.testing.assert_array_equal(all_of(feed), all_of(files))
+    assert feed.describe() == ImageFeed(folder, preprocess=SMALL, batch_size=3, shuffle=True, **options).describe()
+    in_order = ImageFeed(folder, preprocess=SMALL, batch_size=3, **options).describe()
+    assert feed.describe()["samples"] != in_order["samples"]
+    one = [ImageFeed(sorted(folder.iterdir())[0], shuffle=shuffle).describe()["samples"] for shuffle in (True, False)]
+    assert one[0] != one[1]
+
+
+def test_classes_in_shards_are_balanced(tmp_path, encoded):
+    for shard, classes in enumerate(("aaab", "abba")):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for number, label in enumerate(classes):
+                add(archive, f"{label}/{number}.jpg", encoded[number])
+    paths = ImageFeed(tmp_path, balance=True, limit=6).paths
+    names = ["0.tar:a/0.jpg", "0.tar:b/3.jpg", "0.tar:a/1.jpg", "1.tar:b/1.jpg", "0.tar:a/2.jpg", "1.tar:b/2.jpg"]
+    assert paths == [f"{tmp_path}/{name}" for name in names]
+
+
+def test_folders_of_shards_are_balanced(tmp_path, encoded):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        write_tfrecord(tmp_path / label / "x.tfrecord", [example(x=encoded[0]) for _ in range(2)])
+    paths = ImageFeed(tmp_path, key="x", balance=True, limit=3).paths
+    assert paths == [f"{tmp_path}/{name}" for name in ("a/x.tfrecord:0", "b/x.tfrecord:0", "a/x.tfrecord:1")]
+
+
+@pytest.mark.parametrize("record", [b"\n", b"\n\xff", b"\x08\x00", b"\x12\x05x", b"\n" + b"\xff" * 20, b"x" * 30])
+def test_a_record_that_is_no_example(tmp_path, encoded, record):
+    path = write_tfrecord(tmp_path / "a.tfrecord", [example(x=encoded[0]), record, example(x=encoded[1])])
+    with (
+        ImageFeed(path, key="x", preprocess=SMALL, batch_size=1) as feed,
+        pytest.raises(FastcalError, match=r"cannot read .*a.tfrecord:1: no tf.train.Example; replace or remove it"),
+    ):
+        list(feed)
+    feed = ImageFeed(path, key="x", preprocess=SMALL, batch_size=2, skip_unreadable=True, max_unreadable=50)
+    assert len(all_of(feed)) == 1
+    assert feed.skipped == [f"{path}:1"]
+
+
+def test_a_record_that_has_another_length_now(tmp_path, encoded):
+    path = write_tfrecord(tmp_path / "a.tfrecord", [example(x=encoded[0])])
+    feed = ImageFeed(path, key="x", preprocess=SMALL, batch_size=1)
+    write_tfrecord(path, [example(x=encoded[0] + b"more")])
+    with feed, pytest.raises(FastcalError, match=r"a.tfrecord:0: the shard was changed since it was listed"):
+        list(feed)
 
 
 def test_the_key_chooses_an_image(tmp_path, encoded):
@@ -248,7 +295,7 @@ def test_a_shard_that_is_changed_while_it_is_read(tmp_path, encoded):
     with (
         feed,
         pytest.raises(
-            FastcalError, match=r"DALI cannot read the shards from .*train-0000.tar:.* on; were they changed"
+            FastcalError, match=r"cannot read .*train-0001.tar:00004 é.jpg: the shard was changed since it was listed"
         ),
     ):
         list(feed)
