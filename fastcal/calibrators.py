@@ -23,19 +23,13 @@ class EntropyCalibrator2(FeedCalibrator, trt.IInt8EntropyCalibrator2):  # type: 
 
 
 class EntropyCalibrator(FeedCalibrator, trt.IInt8EntropyCalibrator):  # type: ignore[misc]
-    """TensorRT's `IInt8EntropyCalibrator`.
-
-    Takes `feed`, `cache`, `model` and `progress`, as `FeedCalibrator` explains them.
-    """
+    """TensorRT's `IInt8EntropyCalibrator`, with the arguments of `FeedCalibrator`."""
 
     _base, _algorithm = trt.IInt8EntropyCalibrator, Algorithm("entropy")
 
 
 class MinMaxCalibrator(FeedCalibrator, trt.IInt8MinMaxCalibrator):  # type: ignore[misc]
-    """TensorRT's `IInt8MinMaxCalibrator`, which clips nothing.
-
-    Takes `feed`, `cache`, `model` and `progress`, as `FeedCalibrator` explains them.
-    """
+    """TensorRT's `IInt8MinMaxCalibrator`, which clips nothing, with the arguments of `FeedCalibrator`."""
 
     _base, _algorithm = trt.IInt8MinMaxCalibrator, Algorithm("minmax")
 
@@ -138,13 +132,7 @@ _CLASSES: dict[str, type[FeedCalibrator]] = {
 
 
 def make_calibrator(algorithm: Algorithm, feed: Feed, **options: Any) -> FeedCalibrator:
-    """Return the calibrator of an algorithm.
-
-    Args:
-        algorithm: The algorithm.
-        feed: The batches.
-        **options: `cache`, `model` and `progress`, as the classes take them.
-    """
+    """Return the calibrator of an algorithm, with the options of its class."""
     if algorithm.name in _CLASSES:
         return _CLASSES[algorithm.name](feed, **options)
     return LegacyCalibrator(feed, quantile=algorithm.quantile or DEFAULT_QUANTILE, **options)

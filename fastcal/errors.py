@@ -44,12 +44,8 @@ class CacheError(FastcalError):
 class UnavailableError(FastcalError):
     """A package, a library or a device is missing or does not work here.
 
-    Args:
-        text: The problem and the remedy.
-        package: The package that is missing, for instance "Ray"; empty if the cause is not one package.
-
     Attributes:
-        package: As given.
+        package: The package that is missing, for instance "Ray"; empty if the cause is not one package.
     """
 
     def __init__(self, text: str, package: str = "") -> None:

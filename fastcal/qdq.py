@@ -92,12 +92,7 @@ def count_quantized(model: onnx.ModelProto) -> tuple[int, int]:
 
 
 def check_quantizable(model: Model, exclude: Iterable[str] = ()) -> set[int]:
-    """Return the numbers of the nodes to exclude, in the graph's order, if `quantize` accepts the model.
-
-    Raises:
-        ModelError: As `quantize`.
-        FastcalError: As `quantize`.
-    """
+    """Return the numbers of the nodes to exclude, in the graph's order, if `quantize` accepts the model."""
     if model.has_pairs:
         raise ModelError(
             f"{model.label} has QuantizeLinear or DequantizeLinear already; quantize the float model that it was made "
@@ -126,11 +121,7 @@ def check_quantizable(model: Model, exclude: Iterable[str] = ()) -> set[int]:
 
 
 def load_for(model: Model, cache: CalibrationCache | str | os.PathLike[str]) -> CalibrationCache:
-    """Return a cache, or load it from its file.
-
-    Raises:
-        CacheError: The cache cannot be read, or its record is of another model.
-    """
+    """Return a cache, or load it from its file, after checking that its record is not of another model."""
     if isinstance(cache, CalibrationCache):
         label, remedy, loaded = "the cache", "calibrate this one", cache
     else:

@@ -5,17 +5,15 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastcal.algorithm import Algorithm
+from fastcal.algorithm import Algorithm, from_hex, packed, to_hex
 from fastcal.cache.record import Record, read_record
 from fastcal.errors import CacheError, FastcalError
 from fastcal.files import write_atomically
 from fastcal.observe.observations import Observations
-from fastcal.packing import from_hex, packed, to_hex
 from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
 #: The forms in which `CalibrationCache.save` writes a cache.
@@ -126,7 +124,9 @@ class CalibrationCache:
         unknown = content.keys() - {*_SETTINGS.values(), "scales", "made_from"}
         if unknown:
             raise CacheError(f"{origin} is no calibration cache in JSON: it has {min(unknown)!r}; a cache has not")
-        cache = cls(record=_record_of(content, origin))
+        if not isinstance(content.get("made_from", {}), dict):
+            raise CacheError(f'{origin} is no calibration cache in JSON: its "made_from" is no object')
+        cache = cls(record=Record(content["made_from"]) if "made_from" in content else None)
         settings = {name: content[key] for name, key in _SETTINGS.items() if key in content}
         version = settings.pop("tensorrt_version", cache.tensorrt_version)
         try:
@@ -188,17 +188,7 @@ class CalibrationCache:
         return cache
 
 
-def _record_of(content: Mapping[str, Any], origin: str) -> Record | None:
-    """Return the record in a cache's JSON object; None if there is none."""
-    if "made_from" not in content:
-        return None
-    if not isinstance(content["made_from"], dict):
-        raise CacheError(f'{origin} is no calibration cache in JSON: its "made_from" is no object')
-    return Record(content["made_from"])
-
-
 def _float32(value: Any, label: str) -> float:
-    """Return the float32 that a scale stands for, as a Python number."""
     scale: float = struct.unpack(">f", packed(value, ">f", label))[0]
     if not 0 <= float(value) < math.inf:
         raise CacheError(f"{label} is {float(value):g}; it must be a finite number from 0 on")

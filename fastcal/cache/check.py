@@ -59,7 +59,6 @@ def check_cache(cache: CalibrationCache, model: str | os.PathLike[str] | Model, 
 
 
 def _record(feed: Any, network: Model) -> Record:
-    """Return the record of a calibration with these batches, as far as it can be compared."""
     if feed is None:
         return Record.of({}, network.digest)
     with as_feed(feed, network.input_names, "cpu") as batches:
