@@ -110,8 +110,7 @@ class Algorithm:
     def header(self, tensorrt_version: str | None) -> str:
         """Return the first line of a cache, without its line end.
 
-        Args:
-            tensorrt_version: "major.minor.patch"; Legacy calibration writes the cutoff and the quantile instead.
+        It names `tensorrt_version`, "major.minor.patch"; for Legacy calibration the cutoff and the quantile instead.
 
         Raises:
             FastcalError: There is no such version, or none is given where the header needs one; or the quantile or the

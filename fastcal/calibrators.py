@@ -23,13 +23,16 @@ class EntropyCalibrator2(FeedCalibrator, trt.IInt8EntropyCalibrator2):  # type: 
 
 
 class EntropyCalibrator(FeedCalibrator, trt.IInt8EntropyCalibrator):  # type: ignore[misc]
-    """TensorRT's `IInt8EntropyCalibrator`, with the arguments of `FeedCalibrator`."""
+    """TensorRT's `IInt8EntropyCalibrator`; takes `feed`, `cache`, `model` and `progress`, as `FeedCalibrator` does."""
 
     _base, _algorithm = trt.IInt8EntropyCalibrator, Algorithm("entropy")
 
 
 class MinMaxCalibrator(FeedCalibrator, trt.IInt8MinMaxCalibrator):  # type: ignore[misc]
-    """TensorRT's `IInt8MinMaxCalibrator`, which clips nothing, with the arguments of `FeedCalibrator`."""
+    """TensorRT's `IInt8MinMaxCalibrator`, which clips nothing.
+
+    Takes `feed`, `cache`, `model` and `progress`, as `FeedCalibrator` explains them.
+    """
 
     _base, _algorithm = trt.IInt8MinMaxCalibrator, Algorithm("minmax")
 

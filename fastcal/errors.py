@@ -42,7 +42,7 @@ class CacheError(FastcalError):
 
 
 class UnavailableError(FastcalError):
-    """A package, a library or a device is missing or does not work here.
+    """A package, a library or a device is missing or does not work here; `text` names it and the remedy.
 
     Attributes:
         package: The package that is missing, for instance "Ray"; empty if the cause is not one package.

@@ -49,11 +49,11 @@ class Model:
 
     @classmethod
     def of(cls, model: "str | os.PathLike[str] | Model") -> "Model":
-        """Return the model itself, or read it from a file."""
+        """Return `model` itself, or read it from a file."""
         return model if isinstance(model, Model) else cls(model)
 
     def invalid(self, reason: str) -> ModelError:
-        """Return the error to raise if the graph breaks a rule of ONNX."""
+        """Return the error to raise if the graph breaks a rule of ONNX; `reason` names the rule."""
         return ModelError(f"{self.label} is not a valid ONNX model: {reason}; export the network again")
 
     def _check_nodes(self) -> None:
@@ -161,7 +161,7 @@ class Model:
         return {value.name: value.type.tensor_type.elem_type for value in known}
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """Return the bytes that the nodes' outputs take for inputs of these shapes, as far as ONNX can infer them."""
+        """Return the bytes that the nodes' outputs take for inputs of `shapes`, by name, as far as ONNX infers them."""
         try:
             inferred = self._infer(shapes)
         except onnx.shape_inference.InferenceError:  # the backend reports the error
