@@ -13,7 +13,7 @@ from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record, read_record, why_no_record
 from fastcal.definition import Network, as_network
-from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, missing
+from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
 from fastcal.model import Model
@@ -256,8 +256,6 @@ def _tensorrt_version(asked: str | None) -> str:
 
 
 def _warn_of_nonfinite(histograms: Mapping[str, Histogram]) -> None:
-    bad = {name: histogram for name, histogram in histograms.items() if histogram.nan or histogram.inf}
+    bad = [f"{name} ({found.nan} NaN, {found.inf} Inf)" for name, found in histograms.items() if found.nan or found.inf]
     if bad:
-        shown = [f"{name} ({histogram.nan} NaN, {histogram.inf} Inf)" for name, histogram in list(bad.items())[:5]]
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        _log.warning("left NaN and Inf out of the histograms of %s%s", ", ".join(shown), more)
+        _log.warning("left NaN and Inf out of the histograms of %s", first_few(bad))

@@ -127,11 +127,7 @@ _ALGORITHMS = {
     trt.CalibrationAlgoType.LEGACY_CALIBRATION: Algorithm("percentile", math.nan, math.nan),
 }
 
-_CLASSES: dict[str, type[FeedCalibrator]] = {
-    "entropy2": EntropyCalibrator2,
-    "entropy": EntropyCalibrator,
-    "minmax": MinMaxCalibrator,
-}
+_CLASSES = {"entropy2": EntropyCalibrator2, "entropy": EntropyCalibrator, "minmax": MinMaxCalibrator}
 
 
 def make_calibrator(algorithm: Algorithm, feed: Feed, **options: Any) -> FeedCalibrator:

@@ -1,6 +1,6 @@
 """The exceptions that fastcal raises, and the texts and checks that several modules share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 #: The command that installs the packages a GPU needs.
 GPU_EXTRAS = "pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'"
@@ -72,3 +72,8 @@ def check_range(name: str, value: int | None, least: int, most: int | None = Non
 def quoted(names: Iterable[str | None]) -> str:
     """Return names in quotation marks, separated by commas."""
     return ", ".join(map(repr, names))
+
+
+def first_few(texts: Sequence[str], most: int = 5) -> str:
+    """Return the first texts, separated by commas, and the number of the others."""
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
