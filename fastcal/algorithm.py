@@ -6,7 +6,8 @@ those scales to the last bit.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,6 @@ import numpy as np
 from fastcal.errors import CacheError, FastcalError
 from fastcal.observe.histogram import BINS, Histogram
 from fastcal.observe.observations import Observations
-from fastcal.packing import from_hex, to_hex
 from fastcal.versions import version_number, version_of_number
 
 #: INT8's largest value: a scale is amax, or the threshold, over this.
@@ -25,6 +25,19 @@ INT8_MAX = np.float32(127)
 
 #: The fewest bins that the entropy algorithms keep below the threshold, and the number of levels they compare with.
 LEVELS = 128
+
+#: The names of the algorithms, with their names in the headers of caches; Legacy calibration's header has none.
+_HEADERS = {
+    "entropy2": "EntropyCalibration2",
+    "entropy": "EntropyCalibration",
+    "minmax": "MinMaxCalibration",
+    "percentile": None,
+}
+
+ALGORITHMS = tuple(_HEADERS)
+
+#: The names of the algorithms whose header has a TensorRT version.
+VERSIONED = tuple(name for name, header in _HEADERS.items() if header is not None)
 
 #: The share of values that "percentile" does not clip, if none is given.
 DEFAULT_QUANTILE = 0.9999
@@ -58,7 +71,7 @@ class Algorithm:
     cutoff: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or self.name not in _KINDS:
+        if not isinstance(self.name, str) or self.name not in _HEADERS:
             raise FastcalError(f"there is no algorithm {self.name!r}; choose one of {', '.join(ALGORITHMS)}")
         if self.has_version:
             if self.quantile is not None or self.cutoff is not None:
@@ -85,8 +98,8 @@ class Algorithm:
     def of_header(cls, line: str) -> "tuple[Algorithm, str | None] | None":
         """Return the algorithm and the TensorRT version in `line`, a cache's header; None if it is not a header."""
         match = re.fullmatch(r"TRT-(\d{4,6})-(\w+)\s*", line)
-        for name, kind in _KINDS.items():
-            if match and kind.header == match[2]:
+        for name, kind in _HEADERS.items():
+            if match and kind == match[2]:
                 return cls(name), version_of_number(match[1])
         match = re.fullmatch(r"0 ([0-9a-f]{1,16}) ([0-9a-f]{1,16})\s*", line)
         if match is None:
@@ -97,14 +110,13 @@ class Algorithm:
     def header(self, tensorrt_version: str | None) -> str:
         """Return the first line of a cache, without its line end.
 
-        Args:
-            tensorrt_version: "major.minor.patch"; Legacy calibration writes the cutoff and the quantile instead.
+        It names `tensorrt_version`, "major.minor.patch"; for Legacy calibration the cutoff and the quantile instead.
 
         Raises:
             FastcalError: There is no such version, or none is given where the header needs one; or the quantile or the
                 cutoff is not a number that a float64 holds.
         """
-        kind = _KINDS[self.name].header
+        kind = _HEADERS[self.name]
         if kind is None:
             return f"0 {to_hex(self.cutoff, '>d', 'the cutoff')} {to_hex(self.quantile, '>d', 'the quantile')}"
         if tensorrt_version is None:
@@ -120,17 +132,24 @@ class Algorithm:
 
     @property
     def has_version(self) -> bool:
-        """Return whether the header of the algorithm's caches names a TensorRT version."""
-        return _KINDS[self.name].header is not None
+        """True if the header of the algorithm's caches names a TensorRT version."""
+        return self.name in VERSIONED
 
     @property
     def is_known(self) -> bool:
-        """Return whether fastcal can pick the scales: only TensorRT knows the rule of a regression cutoff below 1."""
+        """True if fastcal can pick the scales: only TensorRT knows the rule of a regression cutoff below 1."""
         return self.cutoff in (None, _NO_REGRESSION)
 
     def pick(self, histogram: Histogram) -> float:
         """Return the scale for a tensor's `histogram`, exactly a float32; 0.0 for a tensor that is always 0."""
-        return _KINDS[self.name].pick(histogram, self)
+        if self.name == "minmax":
+            return float(np.float32(histogram.amax) / INT8_MAX)
+        if histogram.range == 0.0:
+            return 0.0
+        counts, widths = histogram.counts[None], np.array([histogram.width], np.float32)
+        if self.name == "percentile":
+            return float(percentile_scales(counts, widths, self.quantile or 1.0)[0])
+        return float(entropy_scales(counts, widths)[0])
 
     def pick_all(self, histograms: Mapping[str, Histogram]) -> dict[str, float]:
         """Return the scale of every tensor in `histograms`, in the same order, picked on all cores."""
@@ -144,38 +163,11 @@ class Algorithm:
         return scales | {name: scales[source] for name, source in shared if {name, source} <= scales.keys()}
 
 
-def _minmax(histogram: Histogram, algorithm: Algorithm) -> float:
-    return float(np.float32(histogram.amax) / INT8_MAX)
-
-
-def _entropy(histogram: Histogram, algorithm: Algorithm) -> float:
-    return _of_bins(histogram, entropy_scales)
-
-
-def _percentile(histogram: Histogram, algorithm: Algorithm) -> float:
-    return _of_bins(histogram, lambda counts, widths: percentile_scales(counts, widths, algorithm.quantile or 1.0))
-
-
-def _of_bins(histogram: Histogram, scales: Callable[[Any, Any], Any]) -> float:
-    """Return the scale that a function of counts and bin widths picks; 0.0 for a tensor that is always 0."""
-    if histogram.range == 0.0:
-        return 0.0
-    return float(scales(histogram.counts[None], np.array([histogram.width], np.float32))[0])
-
-
 def percentile_scales(counts: Any, widths: Any, quantile: float) -> Any:
-    """Return scales that clip the largest values: TensorRT's Legacy calibration with regression cutoff 1.
+    """Return the scales of TensorRT's Legacy calibration with regression cutoff 1; arrays as for `entropy_scales`.
 
     The threshold is the upper end of the first bin at which the cumulative count, bin 0 included, exceeds
     quantile * total (or is the total, for a quantile of 1).
-
-    Args:
-        counts: int64 array of shape (tensors, 2048).
-        widths: Bin widths, float32 array of shape (tensors,).
-        quantile: The share of values below the threshold, in (0, 1].
-
-    Returns:
-        float32 array of shape (tensors,).
     """
     cumulative = np.cumsum(counts, axis=1)
     total = cumulative[:, -1:]
@@ -187,14 +179,8 @@ def entropy_scales(counts: Any, widths: Any) -> Any:
     """Return scales whose INT8 histogram diverges least from the float one: TensorRT's Entropy and Entropy2.
 
     A candidate i, from 128 to 2048, is the number of bins below the threshold. The smallest divergence wins; among
-    equal divergences, the largest candidate. scale = float32(float32(i + 0.5) * width) / 127.
-
-    Args:
-        counts: int64 array of shape (tensors, 2048).
-        widths: Bin widths, float32 array of shape (tensors,).
-
-    Returns:
-        float32 array of shape (tensors,).
+    equal divergences, the largest candidate. scale = float32(float32(i + 0.5) * width) / 127. `counts` is int64 of
+    shape (tensors, 2048); the bins' `widths` and the result are float32 of shape (tensors,).
     """
     divergence = divergences(counts)
     equal = divergence <= divergence.min(axis=1, keepdims=True) + _TIE
@@ -203,9 +189,10 @@ def entropy_scales(counts: Any, widths: Any) -> Any:
 
 
 def divergences(counts: Any) -> Any:
-    """Return the Kullback-Leibler divergence KL(P || Q) of every candidate threshold.
+    """Return the Kullback-Leibler divergence KL(P || Q) of every candidate: float64, shape (tensors, 1921).
 
-    For a candidate i, with bin 1's count in place of bin 0's:
+    The divergence is infinite if fewer than two bins of P are non-empty, or if bin i-1 is empty in Q but not in P. For
+    a candidate i, with bin 1's count in place of bin 0's:
 
     - P is bins 0 to i-1, with all counts beyond added to bin i-1, over its sum.
     - Q cuts bins 0 to i-1, without the added counts, into 128 groups with edges ceil(j * i / 128), and gives each
@@ -213,13 +200,6 @@ def divergences(counts: Any) -> Any:
 
     Within a group log Q is one constant. So the group's part of the divergence needs only the group's sum and its
     number of non-empty bins, which are differences of prefix sums: no loop over bins.
-
-    Args:
-        counts: int64 array of shape (tensors, 2048).
-
-    Returns:
-        float64 array of shape (tensors, 1921), for i = 128 to 2048; infinite if fewer than two bins of P are
-        non-empty, or if bin i-1 is empty in Q but not in P.
     """
     counts = counts.astype(np.float64)
     counts[:, 0] = counts[:, 1]
@@ -259,28 +239,24 @@ def _x_log_x(values: Any) -> Any:
     return values * np.log(np.where(values > 0, values, 1.0))
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """An entry of the table of algorithms.
+def packed(value: Any, form: str, label: str) -> bytes:
+    """Return a number of any library in a form of `struct`, ">f" or ">d"; raise CacheError, with `label`, if none."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise CacheError(f"{label} is {value!r}; it must be a number")
+    try:
+        return struct.pack(form, float(value))
+    except OverflowError as error:
+        raise CacheError(f"{label} is too large for a float{8 * struct.calcsize(form)}") from error
+    except (TypeError, ValueError) as error:  # an array of several numbers, for instance
+        raise CacheError(f"{label} is {value!r}; it must be a number") from error
 
-    Attributes:
-        pick: The scale for a histogram.
-        header: The algorithm's name in the header of a cache; None for Legacy calibration, whose header has none.
-    """
 
-    pick: Callable[[Histogram, Algorithm], float]
-    header: str | None
+def to_hex(value: Any, form: str, label: str) -> str:
+    """Return the hexadecimal digits of a number as TensorRT's caches have them: big-endian, without leading zeros."""
+    return packed(value, form, label).hex().lstrip("0") or "0"
 
 
-_KINDS = {
-    "entropy2": _Kind(_entropy, "EntropyCalibration2"),
-    "entropy": _Kind(_entropy, "EntropyCalibration"),
-    "minmax": _Kind(_minmax, "MinMaxCalibration"),
-    "percentile": _Kind(_percentile, None),
-}
-
-#: The names of the algorithms.
-ALGORITHMS = tuple(_KINDS)
-
-#: The names of those whose header has a TensorRT version.
-VERSIONED = tuple(name for name, kind in _KINDS.items() if kind.header is not None)
+def from_hex(digits: str, form: str) -> float:
+    """Return the number that `to_hex` wrote."""
+    value: float = struct.unpack(form, bytes.fromhex(digits.strip().zfill(2 * struct.calcsize(form))))[0]
+    return value

@@ -25,13 +25,7 @@ UNNAMED = _Unnamed("input")
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a network.
-
-    Attributes:
-        name: The name.
-        shape: The dimensions; None stands for a dynamic one.
-        dtype: The element type.
-    """
+    """One input of a network."""
 
     name: str
     shape: Shape
@@ -57,17 +51,7 @@ def shape_fits(wanted: Shape, shape: tuple[int, ...]) -> bool:
 
 
 def match_batch(inputs: Sequence[Input], label: str, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch's arrays by a network's input names, after checking names, shapes, types and values.
-
-    Args:
-        inputs: The network's inputs.
-        label: The network's name in messages.
-        batch: Arrays by input name, or one array by `UNNAMED`.
-
-    Raises:
-        DataError: An input is missing or unknown, or an array has another shape, a type that cannot be converted, or
-            values that the input's type cannot hold. The text shows both sides.
-    """
+    """Return a batch's arrays by the names of a network's inputs, after checking names, shapes, types and values."""
     arrays = match_names([value.name for value in inputs], label, batch)
     for value in inputs:
         _check_shape(value, label, tuple(arrays[value.name].shape))
@@ -82,16 +66,7 @@ def match_batch(inputs: Sequence[Input], label: str, batch: Mapping[str, Any]) -
 
 
 def match_names(names: Sequence[str], label: str, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch's arrays by a network's input names, in the network's order.
-
-    Args:
-        names: The names of the network's inputs.
-        label: The network's name in messages.
-        batch: Arrays by input name, or one array by `UNNAMED`.
-
-    Raises:
-        DataError: An input is missing or unknown. The text shows both sides.
-    """
+    """Return a batch's arrays by a network's input names, in that order, after checking the names."""
     if len(names) == len(batch) == 1 and isinstance(next(iter(batch)), _Unnamed):
         return {names[0]: next(iter(batch.values()))}
     if set(names) != set(batch):
@@ -122,12 +97,9 @@ def check_values(array: Any, value: Input, label: str) -> None:
 def _check_shape(value: Input, label: str, shape: tuple[int, ...]) -> None:
     if shape_fits(value.shape, shape):
         return
-    differ = [
-        axis for axis, (want, have) in enumerate(zip(value.shape, shape, strict=False)) if want not in (None, have)
-    ]
     if len(value.shape) != len(shape):
         remedy = f"give arrays of {len(value.shape)} dimensions"
-    elif differ == [0]:
+    elif shape_fits(value.shape[1:], shape[1:]):
         remedy = f"use batch size {value.shape[0]}"
     else:
         remedy = "choose the preprocessing (size, layout, channels) that the network was trained with"

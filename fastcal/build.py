@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +89,17 @@ def build_engine(
     _add_profiles(builder, network, config, batches, calibrator.feed)
     config.int8_calibrator = calibrator
     calibrator.check_network(network, config)
-    timings = None if timing_cache is None else _Timings(timing_cache, config, logger)
-    with calibrator:
-        if calibration == "fastcal":
-            calibrator.calibrate(network, tf32=tf32, tactic_sources=tactics)
-        engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise ModelError(f"TensorRT builds no engine from {model.label}: {logger.reasons()}")
-    if timings is not None:
-        timings.save()
+    with _timings(timing_cache, config, logger):
+        with calibrator:
+            if calibration == "fastcal":
+                calibrator.calibrate(network, tf32=tf32, tactic_sources=tactics)
+            engine = builder.build_serialized_network(network, config)
+        if engine is None:
+            raise ModelError(f"TensorRT builds no engine from {model.label}: {logger.reasons()}")
     return bytes(engine)
 
 
 def _check_gpu(feed: Feed) -> None:
-    """Raise FastcalError if the batches are on another GPU than CUDA's current one, on which TensorRT builds."""
     current = None if feed.gpu is None else resolve("cuda")
     if current != feed.gpu:
         raise FastcalError(
@@ -163,15 +161,7 @@ def _add_profiles(builder: Any, network: Any, config: Any, batches: tuple[int, i
 
 
 def fill_sizes(shapes: dict[str, tuple[int, ...]], feed: Feed) -> dict[str, tuple[int, ...]]:
-    """Return inputs' shapes with the sizes of the feed's batches for all dynamic dimensions but the batch.
-
-    Args:
-        shapes: The shapes by input name; -1 stands for a dynamic dimension.
-        feed: The batches. The feed is asked only if a dimension other than a batch is dynamic.
-
-    Raises:
-        DataError: The batches do not fit these inputs.
-    """
+    """Return inputs' shapes with the sizes of the feed's batches in place of -1 for all dimensions but the batch."""
     if not any(-1 in shape[1:] for shape in shapes.values()):
         return shapes
     given = match_names(list(shapes), "the network", feed.shapes())
@@ -187,42 +177,26 @@ def fill_sizes(shapes: dict[str, tuple[int, ...]], feed: Feed) -> dict[str, tupl
     return filled
 
 
-class _Timings:
-    """TensorRT's timings in a file, which a build uses and extends.
-
-    TensorRT needs this object until the build has ended.
-
-    Args:
-        path: The file; it may be missing.
-        config: The configuration of the build.
-        logger: The logger of the builder.
-
-    Raises:
-        FastcalError: The file cannot be read.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], config: Any, logger: Logger) -> None:
-        try:
-            known = Path(path).read_bytes() if Path(path).exists() else b""
-        except OSError as error:
-            raise FastcalError(f"cannot read timing cache {path}: {error.strerror}; name another file") from error
-        self._path, self._config, self._logger = path, config, logger
-        self._timings = config.create_timing_cache(known)
-        self._is_rejected = not self._set()
-        if self._is_rejected:
-            self._timings = config.create_timing_cache(b"")
-            self._set()
-
-    def _set(self) -> bool:
-        return self._timings is not None and bool(self._config.set_timing_cache(self._timings, ignore_mismatch=False))
-
-    def save(self) -> None:
-        """Write the timings and those that the build has added to the file; log if the old ones were rejected."""
-        messages = self._logger.errors + self._logger.warnings
-        # TensorRT 8.6 accepts a file that is not a timing cache, and only logs a message.
-        if self._is_rejected or any("timing cache will not be used" in message for message in messages):
-            _log.info("%s was rejected: it is of another TensorRT or GPU, or is not a timing cache", self._path)
-        try:
-            write_atomically(self._path, bytes(self._config.get_timing_cache().serialize()))
-        except FastcalError as error:  # the engine took longer to build, and must not be lost for this
-            _log.warning("the timings are not saved: %s", error)
+@contextmanager
+def _timings(path: str | os.PathLike[str] | None, config: Any, logger: Logger) -> Iterator[None]:
+    """Let a build use the timings in a file; if the build succeeds, write them and those that it added."""
+    if path is None:
+        yield
+        return
+    try:
+        known = Path(path).read_bytes() if Path(path).exists() else b""
+    except OSError as error:
+        raise FastcalError(f"cannot read timing cache {path}: {error.strerror}; name another file") from error
+    timings = config.create_timing_cache(known)
+    is_rejected = timings is None or not config.set_timing_cache(timings, ignore_mismatch=False)
+    if is_rejected:
+        timings = config.create_timing_cache(b"")
+        config.set_timing_cache(timings, ignore_mismatch=False)
+    yield  # TensorRT needs `timings` until the build has ended
+    # TensorRT 8.6 accepts a file that is not a timing cache, and only logs a message.
+    if is_rejected or any("timing cache will not be used" in message for message in logger.errors + logger.warnings):
+        _log.info("%s was rejected: it is of another TensorRT or GPU, or is not a timing cache", path)
+    try:
+        write_atomically(path, bytes(config.get_timing_cache().serialize()))
+    except FastcalError as error:  # the engine took longer to build, and must not be lost for this
+        _log.warning("the timings are not saved: %s", error)

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm
 from fastcal.cache.cache import CalibrationCache
-from fastcal.cache.record import Record
-from fastcal.cache.reuse import reuse
+from fastcal.cache.record import Record, read_record, why_no_record
 from fastcal.definition import Network, as_network
-from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, missing
+from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
 from fastcal.model import Model
@@ -114,7 +114,11 @@ def calibrate(
     chosen = choose_backend(backend, isinstance(network, Model))
     runner: Backend = local[chosen]
     if workers is not None:
-        runner = _ray_backend()(workers, ray_address, backend, local, threads)
+        try:
+            from fastcal.observe.with_ray import RayBackend
+        except ModuleNotFoundError as error:
+            raise missing("a calibration with workers", error) from error
+        runner = RayBackend(workers, ray_address, backend, local, threads)
     with as_feed(feed, network.input_names or None, runner.device) as batches:
         return Calibration(batches, picked, network, runner, version, until_stable).run(progress)
 
@@ -153,7 +157,27 @@ class Calibration:
 
     def reuse(self, path: str | os.PathLike[str]) -> tuple[bytes | None, str]:
         """Return the contents of the cache at `path` and "" if it is up to date, else None and the reason."""
-        return reuse(path, self.header, self.record)
+        try:
+            data = Path(path).read_bytes()
+        except FileNotFoundError:
+            return None, "there is none yet"
+        except OSError as error:
+            return None, f"it cannot be read ({error.strerror})"
+        try:
+            found = CalibrationCache.from_bytes(data, str(path))
+        except FastcalError as error:
+            return None, str(error)
+        if found.header != self.header:
+            return None, f"its header is {found.header}, not {self.header}"
+        if not found.scales:
+            return None, "it holds no scales"
+        earlier = read_record(path, data)
+        if earlier is None:
+            return None, f"nothing tells what it was made from: {why_no_record(path)}"
+        differences = self.record.differences(earlier)
+        if self.until_stable is None and "until_stable" in earlier.entries:
+            differences.append(f"until_stable ({earlier.entries['until_stable']} then: perhaps not all batches)")
+        return (None, "it was made from other " + ", ".join(differences)) if differences else (data, "")
 
     def cache(self, scales: dict[str, float]) -> CalibrationCache:
         """Return a cache of `scales` with the calibration's header and record."""
@@ -161,14 +185,7 @@ class Calibration:
         return CalibrationCache(scales, self.algorithm, version, self.record.skipping(self.feed.skipped))
 
     def run(self, progress: Callable[[Progress], None] | None = None) -> CalibrationCache:
-        """Run the network over the batches, and pick its tensors' scales.
-
-        Args:
-            progress: Called as `fastcal.calibrate` describes.
-
-        Raises:
-            FastcalError: As `fastcal.calibrate`.
-        """
+        """Run the network over the batches, and pick its tensors' scales. `progress` and errors: as `calibrate`."""
         network = self.network
         assert network is not None
         if network.has_pairs:
@@ -195,25 +212,18 @@ class Calibration:
 
 
 class _StabilityCheck:
-    """Checks the scales on the way, at ever larger intervals, and tells when they no longer move.
-
-    Args:
-        algorithm: The algorithm that picks the scales.
-        percent: The percentage by which a scale may move from check to check.
-    """
+    """Checks the scales on the way, at ever larger intervals, and tells when they no longer move."""
 
     #: The number of checks in a row without movement.
     _in_a_row = 3
 
     def __init__(self, algorithm: Algorithm, percent: float) -> None:
-        self._algorithm = algorithm
-        self._percent = percent
+        self._algorithm, self._percent = algorithm, percent
         self._next = 0
         self._scales: Mapping[str, float] = {}
         self._still = 0
 
     def __call__(self, observer: Observer, images: int) -> bool:
-        """Return whether to stop after this number of images, which `observer` has counted."""
         if images < self._next:
             return False
         self._next = images + images // 10
@@ -235,15 +245,6 @@ def _percent_moved(before: float, now: float) -> float:
     return math.inf if before == 0 else 100 * abs(now / before - 1)
 
 
-def _ray_backend() -> Any:
-    """Return the class `RayBackend`; Ray may not be installed."""
-    try:
-        from fastcal.observe.with_ray import RayBackend
-    except ModuleNotFoundError as error:
-        raise missing("a calibration with workers", error) from error
-    return RayBackend
-
-
 def _tensorrt_version(asked: str | None) -> str:
     if asked is not None:
         return check_tensorrt_version(asked)
@@ -255,8 +256,6 @@ def _tensorrt_version(asked: str | None) -> str:
 
 
 def _warn_of_nonfinite(histograms: Mapping[str, Histogram]) -> None:
-    bad = {name: histogram for name, histogram in histograms.items() if histogram.nan or histogram.inf}
+    bad = [f"{name} ({found.nan} NaN, {found.inf} Inf)" for name, found in histograms.items() if found.nan or found.inf]
     if bad:
-        shown = [f"{name} ({histogram.nan} NaN, {histogram.inf} Inf)" for name, histogram in list(bad.items())[:5]]
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        _log.warning("left NaN and Inf out of the histograms of %s%s", ", ".join(shown), more)
+        _log.warning("left NaN and Inf out of the histograms of %s", first_few(bad))

@@ -23,10 +23,7 @@ class EntropyCalibrator2(FeedCalibrator, trt.IInt8EntropyCalibrator2):  # type: 
 
 
 class EntropyCalibrator(FeedCalibrator, trt.IInt8EntropyCalibrator):  # type: ignore[misc]
-    """TensorRT's `IInt8EntropyCalibrator`.
-
-    Takes `feed`, `cache`, `model` and `progress`, as `FeedCalibrator` explains them.
-    """
+    """TensorRT's `IInt8EntropyCalibrator`; takes `feed`, `cache`, `model` and `progress`, as `FeedCalibrator` does."""
 
     _base, _algorithm = trt.IInt8EntropyCalibrator, Algorithm("entropy")
 
@@ -130,21 +127,11 @@ _ALGORITHMS = {
     trt.CalibrationAlgoType.LEGACY_CALIBRATION: Algorithm("percentile", math.nan, math.nan),
 }
 
-_CLASSES: dict[str, type[FeedCalibrator]] = {
-    "entropy2": EntropyCalibrator2,
-    "entropy": EntropyCalibrator,
-    "minmax": MinMaxCalibrator,
-}
+_CLASSES = {"entropy2": EntropyCalibrator2, "entropy": EntropyCalibrator, "minmax": MinMaxCalibrator}
 
 
 def make_calibrator(algorithm: Algorithm, feed: Feed, **options: Any) -> FeedCalibrator:
-    """Return the calibrator of an algorithm.
-
-    Args:
-        algorithm: The algorithm.
-        feed: The batches.
-        **options: `cache`, `model` and `progress`, as the classes take them.
-    """
+    """Return the calibrator of an algorithm, with the options of its class."""
     if algorithm.name in _CLASSES:
         return _CLASSES[algorithm.name](feed, **options)
     return LegacyCalibrator(feed, quantile=algorithm.quantile or DEFAULT_QUANTILE, **options)

@@ -14,20 +14,14 @@ from fastcal.model import Model
 
 @dataclass(frozen=True)
 class Definition:
-    """A network that an application has defined with TensorRT's API, or has parsed from an ONNX file.
+    """An `INetworkDefinition`, `raw`, with the digest of the ONNX file that it was parsed from, if that is known.
 
-    Attributes:
-        raw: The `tensorrt.INetworkDefinition`.
-        digest: The digest of the ONNX file that the network was parsed from; None if the file is not known.
+    Q/DQ pairs are not looked for, and the tensors are not listed.
     """
 
     raw: Any
     digest: str | None = None
-
-    #: False, since fastcal does not look for Q/DQ pairs in an `INetworkDefinition`.
     has_pairs: ClassVar[bool] = False
-
-    #: Empty, since fastcal does not list the tensors of an `INetworkDefinition`.
     activations: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -37,7 +31,7 @@ class Definition:
 
     @property
     def input_names(self) -> list[str]:
-        """The names of the network's inputs, in order."""
+        """The names of `inputs`."""
         return [self.raw.get_input(index).name for index in range(self.raw.num_inputs)]
 
     @cached_property
@@ -54,11 +48,7 @@ Network = Model | Definition
 
 
 def as_network(model: Any) -> Network:
-    """Return an ONNX file or a `Model` as a `Model`, and an `INetworkDefinition` as a `Definition`.
-
-    Raises:
-        ModelError: `model` is none of these, or the file cannot be read.
-    """
+    """Return an ONNX file or a `Model` as a `Model`, and an `INetworkDefinition` as a `Definition`."""
     if isinstance(model, str | os.PathLike | Model):
         return Model.of(model)
     if not hasattr(model, "num_inputs"):

@@ -1,6 +1,6 @@
 """The exceptions that fastcal raises, and the texts and checks that several modules share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 #: The command that installs the packages a GPU needs.
 GPU_EXTRAS = "pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'"
@@ -42,14 +42,10 @@ class CacheError(FastcalError):
 
 
 class UnavailableError(FastcalError):
-    """A package, a library or a device is missing or does not work here.
-
-    Args:
-        text: The problem and the remedy.
-        package: The package that is missing, for instance "Ray"; empty if the cause is not one package.
+    """A package, a library or a device is missing or does not work here; `text` names it and the remedy.
 
     Attributes:
-        package: As given.
+        package: The package that is missing, for instance "Ray"; empty if the cause is not one package.
     """
 
     def __init__(self, text: str, package: str = "") -> None:
@@ -76,3 +72,8 @@ def check_range(name: str, value: int | None, least: int, most: int | None = Non
 def quoted(names: Iterable[str | None]) -> str:
     """Return names in quotation marks, separated by commas."""
     return ", ".join(map(repr, names))
+
+
+def first_few(texts: Sequence[str], most: int = 5) -> str:
+    """Return the first texts, separated by commas, and the number of the others."""
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -86,9 +85,8 @@ class FeedCalibrator:
         self._progress = progress
         self._handout = Handout(self.feed, progress)
         version = check_tensorrt_version(trt.__version__)
-        #: The calibration that TensorRT makes, and the one of the build at hand.
         self._default = Calibration(self.feed, self._algorithm, network, TensorRTBackend(), version)
-        self._calibration = self._default
+        self._calibration = self._default  # the one of the build at hand
         self._cache = None if cache is None else Path(cache)
         self._error: BaseException | None = None
         self._finished = False  # whether TensorRT has had its cache written
@@ -110,13 +108,9 @@ class FeedCalibrator:
             return 1
 
     def get_batch(self, names: Sequence[str], *_: Any) -> list[int] | None:
-        """Return the device addresses of the next batch.
+        """Return the device addresses of the next batch's arrays, in the order of the inputs `names`.
 
-        Args:
-            names: The network's inputs, in the order in which TensorRT wants them.
-
-        Returns:
-            One address per name, valid until the next call; None at the end of the data, or after an error.
+        The addresses are valid until the next call. None is returned at the end of the data, and after an error.
         """
         if self._error is not None:
             return None
@@ -144,10 +138,7 @@ class FeedCalibrator:
             return None
 
     def write_calibration_cache(self, cache: Any) -> None:
-        """Keep `cache`, the bytes that TensorRT made, with a record of what it was made from.
-
-        After an error nothing is kept.
-        """
+        """Keep `cache`, TensorRT's bytes, with a record of what it was made from; after an error, keep nothing."""
         self._finished = True
         if self._cache is None or self._ready is not None:
             return
@@ -239,9 +230,7 @@ class FeedCalibrator:
         self.rewind()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._handout.end()
         if self._owns_feed:
             self.feed.close()
@@ -275,7 +264,6 @@ class FeedCalibrator:
 
 
 def _calibrated_shape(value: Any, config: Any) -> tuple[int, ...]:
-    """Return the shape of an input that TensorRT reads when it calibrates."""
     shape = tuple(value.shape)
     if -1 not in shape:
         return shape

@@ -36,22 +36,15 @@ class CalibratorStats:
 
 
 class Handout:
-    """Hands out the addresses of a feed's batches, one batch after another.
+    """Hands out the addresses of a feed's batches, one batch after another; `ended`: all of them.
 
-    Args:
-        feed: The batches. Arrays on the GPU are read where they are; others are copied there.
-        progress: Called before a batch is fetched, with the batches that TensorRT has finished.
-
-    Attributes:
-        stats: The statistics of the pass under way, or of the last one.
-        ended: Whether all batches have been handed out.
+    Arrays on the GPU are read where they are; others are copied there.
     """
 
     def __init__(self, feed: Feed, progress: Callable[[Progress], None] | None) -> None:
         self.stats = CalibratorStats()
         self.ended = False
-        self._feed = feed
-        self._progress = progress
+        self._feed, self._progress = feed, progress
         self._batches: Iterator[Batch] | None = None
         self._wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
         self._held: list[Any] = []
@@ -63,12 +56,7 @@ class Handout:
         self._wanted = dict(wanted)
 
     def next(self, names: Sequence[str]) -> list[int] | None:
-        """Return the device addresses of the next batch, in the order of `names`; None at the end of the batches.
-
-        Raises:
-            DataError: The batch does not fit the network; or there are no batches, or fewer than the feed announced.
-            Exception: As the feed.
-        """
+        """Return the device addresses of the next batch, in the order of `names`; None at the end of the batches."""
         entered = time.perf_counter()
         self._report(entered)
         addresses = self._next(names)

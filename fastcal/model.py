@@ -18,15 +18,12 @@ FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOU
 #: The names of the domain of ONNX's standard operators.
 _STANDARD = ("", "ai.onnx")
 
-#: A constant with more elements than this is not a shape, so type inference does not need its values.
+#: A constant with more elements is not a shape: type inference does not need its values, and copying them takes long.
 _LARGE = 1024
 
 
 class Model:
     """An ONNX file, read without its external data.
-
-    Args:
-        path: The file.
 
     Attributes:
         path: The file.
@@ -52,15 +49,15 @@ class Model:
 
     @classmethod
     def of(cls, model: "str | os.PathLike[str] | Model") -> "Model":
-        """Return the model itself, or read it from a file."""
+        """Return `model` itself, or read it from a file."""
         return model if isinstance(model, Model) else cls(model)
 
     def invalid(self, reason: str) -> ModelError:
-        """Return the error to raise if the graph breaks a rule of ONNX."""
+        """Return the error to raise if the graph breaks a rule of ONNX; `reason` names the rule."""
         return ModelError(f"{self.label} is not a valid ONNX model: {reason}; export the network again")
 
     def _check_nodes(self) -> None:
-        """Raise ModelError if a node has too few inputs or outputs: code that reads the graph relies on them."""
+        """Raise ModelError if a node has fewer inputs or outputs than code that reads the graph relies on."""
         for node in self.proto.graph.node:
             if node.domain not in _STANDARD:
                 continue
@@ -68,10 +65,8 @@ class Model:
                 schema = onnx.defs.get_schema(node.op_type, self.opset, "")
             except onnx.defs.SchemaError:  # the backend may know the operator
                 continue
-            for kind, names, least in (
-                ("inputs", node.input, schema.min_input),
-                ("outputs", node.output, schema.min_output),
-            ):
+            ends = ("inputs", node.input, schema.min_input), ("outputs", node.output, schema.min_output)
+            for kind, names, least in ends:
                 if len(names) < least:
                     raise self.invalid(
                         f"node {node_label(node)!r} has {len(names)} {kind}, and {node.op_type} needs at least {least}"
@@ -84,11 +79,7 @@ class Model:
 
     @property
     def input_names(self) -> list[str]:
-        """The names of `inputs`, in the same order.
-
-        Raises:
-            ModelError: As `inputs`.
-        """
+        """The names of `inputs`, in the same order; errors as there."""
         return [value.name for value in self.inputs]
 
     @property
@@ -131,27 +122,21 @@ class Model:
 
         Constants are left out: TensorRT's parser gives constants names of its own.
         """
-        return tuple(
-            name for node in self.proto.graph.node if node.op_type != "Constant" for name in node.output if name
-        )
+        nodes = (node for node in self.proto.graph.node if node.op_type != "Constant")
+        return tuple(name for node in nodes for name in node.output if name)
 
     @cached_property
     def tensors(self) -> frozenset[str]:
         """The names of all tensors of the graph: inputs, constants and the outputs of nodes."""
         graph = self.proto.graph
         values = [*graph.input, *graph.initializer, *(tensor.values for tensor in graph.sparse_initializer)]
-        return frozenset(
-            {value.name for value in values} | {name for node in graph.node for name in node.output if name}
-        )
+        return frozenset(value.name for value in values) | {name for node in graph.node for name in node.output if name}
 
     @cached_property
     def calibrated(self) -> tuple[str, ...]:
         """The names of the tensors that a calibration picks scales for: the float tensors that depend on the inputs.
 
-        The names are in the graph's order, inputs first. A tensor whose type ONNX cannot infer is left out.
-
-        Raises:
-            ModelError: As `types`.
+        In the graph's order, inputs first, without tensors whose type ONNX cannot infer; errors as `types`.
         """
         floats = {name for name, kind in self.types.items() if kind in FLOATS}
         varying = dict.fromkeys(value.name for value in self.inputs)
@@ -176,11 +161,7 @@ class Model:
         return {value.name: value.type.tensor_type.elem_type for value in known}
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """Return the bytes that the outputs of the nodes take, by name, as far as ONNX can infer their shapes.
-
-        Args:
-            shapes: The shapes of the inputs, by name.
-        """
+        """Return the bytes that the nodes' outputs take for inputs of `shapes`, by name, as far as ONNX infers them."""
         try:
             inferred = self._infer(shapes)
         except onnx.shape_inference.InferenceError:  # the backend reports the error
@@ -195,10 +176,7 @@ class Model:
         return sizes
 
     def _infer(self, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
-        """Return the graph with the types and shapes that ONNX infers for inputs of these shapes.
-
-        The values of large constants are left out: they are not needed, and copying them takes long.
-        """
+        """Return the graph with the types and shapes that ONNX infers, and without large constants' values."""
         proto = onnx.ModelProto(ir_version=self.proto.ir_version, opset_import=self.proto.opset_import)
         proto.functions.extend(self.proto.functions)
         for field, value in self.proto.graph.ListFields():

@@ -19,12 +19,7 @@ _log = logging.getLogger("fastcal.tensorrt")
 
 
 class Logger(trt.ILogger):  # type: ignore[misc]
-    """Passes TensorRT's messages on to `logging`, and keeps its errors and warnings for fastcal's own errors.
-
-    Attributes:
-        errors: The texts of TensorRT's errors so far.
-        warnings: The texts of TensorRT's warnings so far.
-    """
+    """Passes TensorRT's messages on to `logging`, and keeps its errors and warnings for fastcal's own errors."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
@@ -47,11 +42,7 @@ class Logger(trt.ILogger):  # type: ignore[misc]
 
 
 def start_builder(logger: Logger) -> Any:
-    """Return a `tensorrt.Builder`.
-
-    Raises:
-        UnavailableError: TensorRT cannot start, for instance because there is no GPU.
-    """
+    """Return a `tensorrt.Builder`."""
     try:
         return trt.Builder(logger)
     except TypeError as error:  # raised by the bindings if TensorRT returns no builder
@@ -62,15 +53,9 @@ def start_builder(logger: Logger) -> Any:
 
 
 def parse(builder: Any, model: Model, logger: Logger) -> Any:
-    """Return the `tensorrt.INetworkDefinition` of an ONNX file.
-
-    Raises:
-        ModelError: TensorRT's parser rejects the file.
-    """
-    explicit_batch = getattr(
-        trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None
-    )  # TensorRT 10 has no other kind and no flag
-    network = builder.create_network(0 if explicit_batch is None else 1 << int(explicit_batch))
+    """Return the `tensorrt.INetworkDefinition` of an ONNX file."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)  # None: there is no other kind
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(model.path)):
         errors = [_describe(parser.get_error(index), model) for index in range(parser.num_errors)]
@@ -79,11 +64,7 @@ def parse(builder: Any, model: Model, logger: Logger) -> Any:
 
 
 def tactic_bits(sources: int | Iterable[str] | None) -> int | None:
-    """Return the bits of tactic sources, which are given as bits or by their names in `tensorrt.TacticSource`.
-
-    Raises:
-        FastcalError: TensorRT has no tactic source of a given name.
-    """
+    """Return the bits of tactic sources, which are given as bits or by their names in `tensorrt.TacticSource`."""
     if sources is None or isinstance(sources, int):
         return sources
     if isinstance(sources, str):

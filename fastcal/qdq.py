@@ -6,13 +6,13 @@ From 11.0 on TensorRT has no calibration: it runs in INT8 the layers that a mode
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import onnx
 
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import record_path
-from fastcal.errors import CacheError, FastcalError, ModelError
+from fastcal.errors import CacheError, FastcalError, ModelError, first_few
 from fastcal.model import Model, node_label
 from fastcal.qdq_graph import Graph
 from fastcal.qdq_placement import WEIGHTED, Placement
@@ -24,9 +24,6 @@ _LAYERS = ", ".join(WEIGHTED[:-1]) + f" or {WEIGHTED[-1]}"
 
 #: The first opset whose QuantizeLinear takes a scale per channel.
 _FIRST_OPSET = 13
-
-#: The largest number of layers in float that a message names.
-_MOST_NAMED = 5
 
 _log = logging.getLogger("fastcal")
 
@@ -72,7 +69,7 @@ def quantize(
     scales = load_for(model, cache).scales
     graph = Graph(model)
     placement = Placement(graph, scales, excluded)
-    in_float = _listed(placement.in_float)
+    in_float = first_few([f"{name} ({reason})" for name, reason in placement.in_float.items()])
     if not placement.axes:
         raise ModelError(
             f"{model.label} has no layer to quantize{in_float and ': ' + in_float}; fastcal quantizes a {_LAYERS} with "
@@ -92,12 +89,7 @@ def count_quantized(model: onnx.ModelProto) -> tuple[int, int]:
 
 
 def check_quantizable(model: Model, exclude: Iterable[str] = ()) -> set[int]:
-    """Return the numbers of the nodes to exclude, in the graph's order, if `quantize` accepts the model.
-
-    Raises:
-        ModelError: As `quantize`.
-        FastcalError: As `quantize`.
-    """
+    """Return the numbers of the nodes to exclude, in the graph's order, if `quantize` accepts the model."""
     if model.has_pairs:
         raise ModelError(
             f"{model.label} has QuantizeLinear or DequantizeLinear already; quantize the float model that it was made "
@@ -126,11 +118,7 @@ def check_quantizable(model: Model, exclude: Iterable[str] = ()) -> set[int]:
 
 
 def load_for(model: Model, cache: CalibrationCache | str | os.PathLike[str]) -> CalibrationCache:
-    """Return a cache, or load it from its file.
-
-    Raises:
-        CacheError: The cache cannot be read, or its record is of another model.
-    """
+    """Return a cache, or load it from its file, after checking that its record is not of another model."""
     if isinstance(cache, CalibrationCache):
         label, remedy, loaded = "the cache", "calibrate this one", cache
     else:
@@ -146,9 +134,3 @@ def _similar(name: str, model: Model) -> str:
     nodes = model.proto.graph.node
     known = sorted({node_label(node) for node in nodes} | {node.op_type for node in nodes})
     return ", ".join(difflib.get_close_matches(name, known, 3, 0.5) or [kind for kind in WEIGHTED if kind in known])
-
-
-def _listed(in_float: Mapping[str, str]) -> str:
-    shown = [f"{name} ({reason})" for name, reason in list(in_float.items())[:_MOST_NAMED]]
-    more = f" and {len(in_float) - _MOST_NAMED} more" if len(in_float) > _MOST_NAMED else ""
-    return ", ".join(shown) + more

@@ -22,19 +22,7 @@ _FIRST_IR = 4
 class Graph:
     """A copy of a model with all its weights, and the connections between its nodes.
 
-    Args:
-        model: The model.
-
-    Attributes:
-        model: The model.
-        proto: The copy.
-        nodes: The nodes of the copy, in the graph's order.
-        outputs: The names of the graph's outputs.
-        producers: The number of the node that computes a tensor, by the tensor's name.
-        readers: The edges that read a tensor, by the tensor's name.
-
-    Raises:
-        ModelError: The external data cannot be loaded, or a node depends on its own output.
+    By the name of a tensor, `producers` has the number of the node that computes it, `readers` the edges that read it.
     """
 
     def __init__(self, model: Model) -> None:
@@ -52,11 +40,7 @@ class Graph:
         self._check_for_cycles()
 
     def constant(self, name: str) -> npt.NDArray[Any] | None:
-        """Return the value of a weight or another constant, also of a transposed one; None for other tensors.
-
-        Raises:
-            ModelError: A Transpose of a constant is invalid.
-        """
+        """Return the value of a weight or another constant, also of a transposed one; None for other tensors."""
         if name not in self._constants:
             self._constants[name] = self._read_constant(name)
         return self._constants[name]
@@ -94,9 +78,7 @@ class Graph:
     def insert_pairs(self, axes: Mapping[Edge, int | None], scales: Mapping[str, float]) -> None:
         """Insert Q/DQ pairs into the copy, each before the first node that reads through it.
 
-        Args:
-            axes: The edges that get a pair, with the axis along which a constant's scales lie; None for one scale.
-            scales: The scales of the tensors that are not constant, by name.
+        `axes` has the edges that get a pair, with the axis along which a constant's scales lie; None for one scale.
         """
         taken = set(_names(self.proto.graph))
         dequantized: dict[tuple[str, int | None], str] = {}
@@ -121,7 +103,7 @@ class Graph:
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """Return the value of a node's attribute, or `default` if the node does not have the attribute."""
+    """Return the value of a node's attribute, or `default` if the node does not have it."""
     return next((helper.get_attribute_value(value) for value in node.attribute if value.name == name), default)
 
 
@@ -164,7 +146,6 @@ def _pair_names(prefix: str) -> tuple[str, ...]:
 
 
 def _names(graph: onnx.GraphProto) -> Iterator[str]:
-    """Yield all names of tensors and nodes in a graph and in its subgraphs."""
     for value in (*graph.input, *graph.output, *graph.initializer):
         yield value.name
     for node in graph.node:

@@ -30,20 +30,9 @@ _COMMUTE = ("Concat", "Dropout", "Flatten", "Identity", "MaxPool", "Reshape", "S
 
 
 class Placement:
-    """The edges of a graph that get a Q/DQ pair.
+    """The edges of a graph that get a Q/DQ pair: `axes`, as `Graph.insert_pairs` takes them.
 
-    Args:
-        graph: The graph.
-        scales: The scales of a calibration cache, by tensor name.
-        excluded: The numbers of the nodes to keep in float.
-
-    Attributes:
-        axes: The edges that get a pair, with the axis along which a constant's scales lie; None for one scale.
-        in_float: The layers that cannot be quantized, with the reason.
-
-    Raises:
-        ModelError: As `Graph.constant`.
-        CacheError: Most of the layers' inputs are not in `scales`.
+    The nodes with the numbers `excluded` stay in float. `in_float` has the layers that must, with the reasons.
     """
 
     def __init__(self, graph: Graph, scales: Mapping[str, float], excluded: set[int]) -> None:
@@ -103,7 +92,6 @@ class Placement:
                 self._add(number, {0: None}, self._fault_of(node.input[0]))
 
     def _nodes(self, *types: str) -> Iterator[tuple[int, onnx.NodeProto]]:
-        """Yield the nodes of these types that are not excluded, with their numbers."""
         for number in self._numbers:
             if self._graph.nodes[number].op_type in types:
                 yield number, self._graph.nodes[number]
@@ -136,7 +124,6 @@ class Placement:
         return node.op_type in _TAKES_ADD and (number, 0) in self.axes
 
     def _is_read_in_int8(self, name: str) -> bool:
-        """Return True if all nodes that read a tensor read it in INT8."""
         if name in self._graph.outputs or name not in self._graph.readers:
             return False
         return all(edge in self.axes or self._commutes(edge[0]) for edge in self._graph.readers[name])

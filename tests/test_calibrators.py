@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,6 @@ import pytest
 import fastcal
 from fastcal.algorithm import ALGORITHMS, Algorithm
 from fastcal.batch import UNNAMED
-from fastcal.cache.record import Record
-from fastcal.cache.reuse import reuse
 from fastcal.errors import DataError, FastcalError
 from fastcal.observe.backends import OnnxRuntimeBackend, TensorRTBackend
 
@@ -230,14 +229,13 @@ def test_a_build_that_ends_before_its_cache_does_not_count_for_the_next(trt_bind
 
 
 def test_a_cache_of_some_batches_is_not_reused_for_all():
-    all_of_them = Record.of(Numbered().describe(), None, algorithm="entropy2")
-    some_of_them = Record.of(Numbered().describe(), None, algorithm="entropy2", until_stable=1)
-    cache = fastcal.CalibrationCache({"a": 1.0}, "entropy2", "10.16.1")
-    some_of_them.save("x.cache", cache.to_bytes())
+    all_of_them = fastcal.Calibration(Numbered(), Algorithm(), None, TensorRTBackend(), "10.16.1")
+    some_of_them = replace(all_of_them, until_stable=1)
+    some_of_them.cache({"a": 1.0}).save("x.cache")
     reason = "it was made from other until_stable (1 then: perhaps not all batches)"
-    assert reuse("x.cache", cache.header, all_of_them) == (None, reason)
-    all_of_them.save("x.cache", cache.to_bytes())
-    assert reuse("x.cache", cache.header, all_of_them)[1] == ""
+    assert all_of_them.reuse("x.cache") == (None, reason)
+    all_of_them.cache({"a": 1.0}).save("x.cache")
+    assert all_of_them.reuse("x.cache")[1] == ""
 
 
 def test_the_cache_is_reused_only_while_it_is_up_to_date(trt_bindings, caplog):

@@ -5,24 +5,22 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastcal.algorithm import Algorithm
+from fastcal.algorithm import Algorithm, from_hex, packed, to_hex
 from fastcal.cache.record import Record, read_record
 from fastcal.errors import CacheError, FastcalError
 from fastcal.files import write_atomically
 from fastcal.observe.observations import Observations
-from fastcal.packing import from_hex, packed, to_hex
 from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
 #: The forms in which `CalibrationCache.save` writes a cache.
 FORMS = ("tensorrt", "json")
 
-#: The settings of a cache, by attribute, with their keys in JSON.
-_SETTINGS = {"name": "algorithm", "tensorrt_version": "tensorrt_version", "quantile": "quantile", "cutoff": "cutoff"}
+#: The keys of a cache's settings in JSON.
+_SETTINGS = ("algorithm", "tensorrt_version", "quantile", "cutoff")
 
 
 @dataclass
@@ -74,11 +72,7 @@ class CalibrationCache:
 
     @classmethod
     def from_bytes(cls, data: bytes, origin: str = "calibration cache") -> "CalibrationCache":
-        """Read `data`, a file's contents in TensorRT's own form; `origin` names them in error texts.
-
-        Raises:
-            CacheError: The text is not a calibration cache.
-        """
+        """Read `data` in TensorRT's own form; raise CacheError, in which `origin` names the file, if it is invalid."""
         header, *lines = data.decode(errors="surrogateescape").split("\n")
         found = Algorithm.of_header(header)
         if found is None:
@@ -102,8 +96,10 @@ class CalibrationCache:
         read_back = Algorithm.of_header(self.header)  # the settings as the numbers of a header
         assert read_back is not None
         algorithm, version = read_back
-        settings = {**vars(algorithm), "tensorrt_version": version}
-        content: dict[str, Any] = {key: settings[name] for name, key in _SETTINGS.items() if settings[name] is not None}
+        settings = (algorithm.name, version, algorithm.quantile, algorithm.cutoff)
+        content: dict[str, Any] = {
+            key: value for key, value in zip(_SETTINGS, settings, strict=True) if value is not None
+        }
         content["scales"] = {name: _float32(scale, f"the scale of {name!r}") for name, scale in self.scales.items()}
         if self.record is not None:
             content["made_from"] = dict(self.record.entries)
@@ -111,10 +107,9 @@ class CalibrationCache:
 
     @classmethod
     def from_json(cls, data: bytes, origin: str) -> "CalibrationCache":
-        """Read `data`, a JSON object as `to_json` returns; `origin` names it in error texts. Scales become float32.
+        """Read `data`, as `to_json` returns it; raise CacheError, in which `origin` names the file, if it is invalid.
 
-        Raises:
-            CacheError: The text is not such an object.
+        Scales become float32.
         """
         try:
             content = json.loads(data)
@@ -123,17 +118,19 @@ class CalibrationCache:
         scales = content.get("scales")
         if not isinstance(scales, dict):
             raise CacheError(f'{origin} is no calibration cache in JSON: it has no "scales", an object')
-        unknown = content.keys() - {*_SETTINGS.values(), "scales", "made_from"}
+        unknown = content.keys() - {*_SETTINGS, "scales", "made_from"}
         if unknown:
             raise CacheError(f"{origin} is no calibration cache in JSON: it has {min(unknown)!r}; a cache has not")
-        cache = cls(record=_record_of(content, origin))
-        settings = {name: content[key] for name, key in _SETTINGS.items() if key in content}
-        version = settings.pop("tensorrt_version", cache.tensorrt_version)
+        if not isinstance(content.get("made_from", {}), dict):
+            raise CacheError(f'{origin} is no calibration cache in JSON: its "made_from" is no object')
+        cache = cls(record=Record(content["made_from"]) if "made_from" in content else None)
+        name = content.get("algorithm", cache.algorithm.name)
+        version = content.get("tensorrt_version", cache.tensorrt_version)
         try:
-            if settings.get("name") == "percentile" and not {"quantile", "cutoff"} <= settings.keys():
+            if name == "percentile" and not {"quantile", "cutoff"} <= content.keys():
                 raise CacheError("a cache of algorithm percentile needs its quantile and its cutoff, two numbers")
-            algorithm = Algorithm(**settings)
-            cache = replace(cache, algorithm=algorithm, tensorrt_version=version if algorithm.has_version else None)
+            cache.algorithm = Algorithm(name, content.get("quantile"), content.get("cutoff"))
+            cache.tensorrt_version = version if cache.algorithm.has_version else None
             _ = cache.header
         except FastcalError as error:
             raise CacheError(f"{origin}: {error}") from error
@@ -142,11 +139,7 @@ class CalibrationCache:
 
     @classmethod
     def from_any(cls, data: bytes, origin: str) -> "CalibrationCache":
-        """Read `data`, a file's contents in any form that `save` writes; `origin` names them in error texts.
-
-        Raises:
-            CacheError: The contents are not a calibration cache.
-        """
+        """Read `data`, a file in any form that `save` writes; `origin` and errors as for `from_bytes`."""
         return cls.from_json(data, origin) if data.lstrip()[:1] == b"{" else cls.from_bytes(data, origin)
 
     def save(self, path: str | os.PathLike[str], *, form: str = "tensorrt") -> None:
@@ -188,17 +181,7 @@ class CalibrationCache:
         return cache
 
 
-def _record_of(content: Mapping[str, Any], origin: str) -> Record | None:
-    """Return the record in a cache's JSON object; None if there is none."""
-    if "made_from" not in content:
-        return None
-    if not isinstance(content["made_from"], dict):
-        raise CacheError(f'{origin} is no calibration cache in JSON: its "made_from" is no object')
-    return Record(content["made_from"])
-
-
 def _float32(value: Any, label: str) -> float:
-    """Return the float32 that a scale stands for, as a Python number."""
     scale: float = struct.unpack(">f", packed(value, ">f", label))[0]
     if not 0 <= float(value) < math.inf:
         raise CacheError(f"{label} is {float(value):g}; it must be a finite number from 0 on")

@@ -41,12 +41,9 @@ def check_cache(cache: CalibrationCache, model: str | os.PathLike[str] | Model, 
 
     Args:
         cache: The cache, loaded with its record.
-        model: The ONNX file.
+        model: The ONNX file; ModelError is raised if it is none.
         feed: The batches that the cache should have been made from: a `Feed`, or anything else that `calibrate` takes.
             None compares no batches.
-
-    Raises:
-        ModelError: The file is not an ONNX model.
     """
     network = Model.of(model)
     known = network.tensors | {name for name in cache.scales if name.startswith("(Unnamed Layer*")}
@@ -59,7 +56,6 @@ def check_cache(cache: CalibrationCache, model: str | os.PathLike[str] | Model, 
 
 
 def _record(feed: Any, network: Model) -> Record:
-    """Return the record of a calibration with these batches, as far as it can be compared."""
     if feed is None:
         return Record.of({}, network.digest)
     with as_feed(feed, network.input_names, "cpu") as batches:

@@ -28,12 +28,9 @@ class CacheDiff:
 
 
 def diff_caches(before: CalibrationCache, after: CalibrationCache, *, tolerance: float = 0.0) -> CacheDiff:
-    """Return the tensors whose scales differ between two caches. Headers and records are not compared.
+    """Return the tensors whose scales differ from `before` to `after`. Headers and records are not compared.
 
-    Args:
-        before: One cache.
-        after: The other.
-        tolerance: The percentage of the smaller scale by which a scale may differ; by default 0.
+    `tolerance` is the percentage of the smaller scale by which a scale may differ.
 
     Raises:
         FastcalError: The tolerance is negative or no number.

@@ -30,10 +30,7 @@ class Record:
     def of(cls, batches: Mapping[str, Any], model: str | None, **settings: Any) -> "Record":
         """Return the record of a calibration.
 
-        Args:
-            batches: What a feed says of its batches: `Feed.describe`.
-            model: The digest of the model; None if it is not known.
-            **settings: Further entries; those that are None are left out.
+        `batches` is what `Feed.describe` returns, `model` the model's digest; `settings` that are None are left out.
         """
         others = {"model": model, **settings}
         entries = {**batches} | {name: value for name, value in others.items() if value is not None}
@@ -58,11 +55,7 @@ class Record:
         return found
 
     def save(self, cache_path: str | os.PathLike[str], cache: bytes) -> None:
-        """Write a cache with the contents `cache` to `cache_path`, and this record beside it: both or neither.
-
-        Raises:
-            FastcalError: One of the two files cannot be written.
-        """
+        """Write `cache` to `cache_path` and this record beside it: both, or neither, and then raise FastcalError."""
         text = json.dumps({"cache": hashlib.sha256(cache).hexdigest(), "made_from": dict(self.entries)}, indent=1)
         write_together({cache_path: cache, record_path(cache_path): text.encode() + b"\n"})
 
