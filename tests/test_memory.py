@@ -126,3 +126,7 @@ def test_what_just_fits_is_begun(monkeypatch, photographs):
     preprocess = fastcal.Preprocess(size=(100, 100))
     with fastcal.ImageFeed(photographs, batch_size=4, device="cpu", depth=3, preprocess=preprocess) as feed:
         assert next(iter(feed))["input"].shape == (4, 3, 100, 100)
+        feed.close()
+        monkeypatch.setattr(memory, "free_memory", lambda: 3 * 4 * 3 * 100 * 100 * 4 - 1)
+        with pytest.raises(FastcalError, match="3 batches of 4 samples take"):
+            next(iter(feed))

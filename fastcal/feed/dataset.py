@@ -264,8 +264,7 @@ def _choose(named: _Named, kinds: Sequence[str]) -> Listing:
         count = sum(map(len, found.values()))
         empty = "is empty" if named.is_folder else "matches nothing"
         has = f"has {count} files, none of them an {kinds[0]}" if count else empty
-        extensions = ", ".join(extension for kind in kinds for extension in EXTENSIONS[kind])
-        raise DataError(f"{named.origin} {has}; name a folder with {extensions} files")
+        raise DataError(f"{named.origin} {has}; name a folder with {_extensions(kinds)} files")
     if len(wanted) > 1 and wanted[1] != "array":
         raise DataError(f"{named.origin} has {_examples(found, wanted)}; say which with a pattern, like 'folder/*.tar'")
     others = sum(len(paths) for kind, paths in found.items() if kind != wanted[0])
@@ -282,7 +281,7 @@ def _check(named: _Named, kinds: Sequence[str]) -> Listing:
             raise DataError(f"{named.origin}, entry {number}: no such file: {path}; correct or remove it")
         kind = kind_of(path) or "image"
         if kind not in kinds:
-            raise DataError(f"{path} is no {' or '.join(kinds)}; name {', '.join(EXTENSIONS[kinds[-1]])} files")
+            raise DataError(f"{path} is no {' or '.join(kinds)}; name {_extensions(kinds)} files")
         found[kind].append(path)
     if not found:
         raise DataError(f"{named.origin} is empty; it needs at least one path")
@@ -290,6 +289,10 @@ def _check(named: _Named, kinds: Sequence[str]) -> Listing:
         raise DataError(f"{named.origin} has {_examples(found, found)}; all must be of one kind")
     ((kind, paths),) = found.items()
     return Listing(kind, paths)
+
+
+def _extensions(kinds: Iterable[str]) -> str:
+    return ", ".join(extension for kind in kinds for extension in EXTENSIONS[kind])
 
 
 def _examples(found: Mapping[Any, Sequence[str]], kinds: Iterable[str]) -> str:

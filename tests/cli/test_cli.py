@@ -312,7 +312,7 @@ def remove_all_images(tmp_path, images):
         (break_nothing, {"--size": "big"}, r"--size big is not a size; write height x width"),
         (break_nothing, {"--batch-size": "0"}, r"batch_size is 0; it must be at least 1"),
         (break_nothing, {"--input-name": "pixels"}, r"takes the inputs 'image', and none of the name 'pixels'"),
-        (break_nothing, {"data": ""}, "the name of the data is empty; name a folder of images or a list file"),
+        (break_nothing, {"data": ""}, "the name of the data is empty; name a folder, a pattern, a list file or a file"),
         (break_nothing, {"data": "image=images,image=images"}, "names an input twice; give each input its data once"),
         (break_nothing, {"--size": "64x96"}, r"digits.onnx takes images of 32x32 alone; leave out --size 64x96"),
         (break_nothing, {"--batch-size": 10**9}, r"2 batches of 1000000000 samples take 22888.2 GiB of memory, and \d"),

@@ -1,6 +1,7 @@
 """Batches of the caller's in every form they come in. Arrays on a GPU are in test_arrays_gpu.py."""
 
 import gc
+import itertools
 import threading
 import time
 import tracemalloc
@@ -490,3 +491,12 @@ def test_threads_that_begin_passes_cut_each_other_off(photographs, kind):
         thread.join()
     assert len(found) == 60
     assert all(batches is None or len(batches) == len(whole) for batches in found), found
+
+
+def test_passes_change_nothing_in_what_a_feed_is_made_from():
+    numbers = itertools.count()
+    feed = ArrayFeed(lambda: [np.full((2, 1), next(numbers), "f4")], device="cpu")
+    described = feed.describe()
+    for _ in range(3):
+        list(feed)
+    assert feed.describe() == described

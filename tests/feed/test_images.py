@@ -15,6 +15,7 @@ from PIL import Image
 
 from conftest import is_unnamed
 from fastcal import FastcalError, ImageFeed, Preprocess
+from fastcal.feed.buffers import Allocator
 from fastcal.feed.pipeline import ImagePipeline
 from references import PRESETS, crop, difference_from_preset, letterbox, open_upright, stretch
 
@@ -168,6 +169,13 @@ def test_every_iteration_is_a_fresh_pass(photographs):
     after_closing = [batch["input"].copy() for batch in feed]
     np.testing.assert_array_equal(again, first)
     np.testing.assert_array_equal(after_closing, first)
+
+
+def test_a_pass_that_has_ended_begins_no_work(photographs):
+    with ImageFeed(photographs, preprocess=SMALL, batch_size=2, device="cpu") as feed:
+        (buffer,) = Allocator(None).allocate(1, feed._plan.filled)
+        assert feed._passes.begin(Allocator(None)).fill(0, buffer, lambda: True)
+        assert feed._passes.pipeline is None
 
 
 def test_a_new_pass_cuts_off_the_one_before(photographs):

@@ -93,6 +93,16 @@ def test_a_scene_is_skipped_as_a_whole(scenes):
         list(feed)
 
 
+def test_a_scene_of_two_broken_images_is_logged_once(scenes, caplog):
+    (scenes / "left" / "1.png").write_bytes(b"no image")
+    (scenes / "right" / "1.png").write_bytes(b"no image")
+    feed = ImageFeed(
+        data_of(scenes), preprocess=SMALL, batch_size=1, skip_unreadable=True, max_unreadable=60, device="cpu"
+    )
+    assert scene_numbers(all_of(feed)) == [0, 2, 3, 4, 5, 6]
+    assert len([record for record in caplog.records if "skipped" in record.getMessage()]) == 1
+
+
 @pytest.mark.parametrize("ahead", [1, 2, 3])
 def test_fewer_batches_are_left_than_were_begun_with(scenes, monkeypatch, ahead):
     """After scene 1 the pipeline begins again with as many batches as there may be, most of which there are not."""

@@ -69,5 +69,8 @@ def test_a_feed_looks_at_the_first_images(tmp_path, caplog, number, is_found):
         (tmp_path / f"{other}.jpg").write_bytes(encoded(keep_rgb=other == number) if other != 1 else b"no image")
     feed = ImageFeed(tmp_path, preprocess="unit", device="cpu")
     assert feed._plan.has_rgb is is_found
+    part = ImageFeed(tmp_path, preprocess="unit").part(range(1), gpu=0, threads=1)
+    assert part._plan.decoding.on_cpu is is_found
+    assert part._plan.decoding.is_tried
     said = [record.getMessage() for record in caplog.records if "RGB" in record.getMessage()]
-    assert [text.split()[0] for text in said] == [str(tmp_path / f"{number}.jpg")] * is_found
+    assert [text.split()[0] for text in said] == [str(tmp_path / f"{number}.jpg")] * 2 * is_found

@@ -108,10 +108,12 @@ def test_what_can_name_files(save, tmp_path, monkeypatch):
     folder = save(a=batch(0), b=batch(1), c__d=batch(2))
     (folder / "notes.txt").write_text("not an array")
     (folder / ".hidden.npy").write_bytes(b"")
+    np.save(folder / ".named.npy", batch(3))
     for data, expected in (
         (folder, [0, 1, 2]),
         (str(folder / "?.npy"), [0, 1]),
         (str(folder / "**" / "*"), [0, 1, 2]),
+        (str(folder / ".named*"), [3]),
         (folder / "b.npy", [1]),
         ([folder / "c" / "d.npy", str(folder / "a.npy")], [2, 0]),
     ):

@@ -2,6 +2,8 @@
 
 import pickle
 import tarfile
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +118,27 @@ def test_what_is_no_list_cannot_be_divided(batches):
 def test_what_depends_on_batches_before_cannot_be_divided():
     with pytest.raises(fastcal.FastcalError, match="leave skip_unreadable or workers out"):
         images(skip_unreadable=True).part(range(1), gpu=None, threads=1)
+
+
+def test_a_part_of_batches_that_share_memory_has_its_own_copies():
+    class Reused(Sequence):
+        memory = np.zeros((2, 1), "f4")
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, number):
+            self.memory[:] = range(3)[number]
+            return self.memory
+
+    part = fastcal.ArrayFeed(Reused(), ["x"], device="cpu").part(range(1, 3), gpu=None, threads=1)
+    assert [batch["x"].tolist() for batch in part] == [[[1], [1]], [[2], [2]]]
+
+
+@pytest.mark.parametrize("name", ["files, wrapped", "arrays, wrapped"])
+def test_parts_of_arrays_stay_in_host_memory(tmp_path, name):
+    on_gpu = replace(FEEDS[name](tmp_path)._plan, gpu=0)
+    assert on_gpu.part(range(1), gpu=0, threads=1).gpu is None
 
 
 def test_a_part_carries_no_file_that_is_open(tmp_path):

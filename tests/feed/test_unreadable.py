@@ -99,6 +99,7 @@ def test_suspects_do_not_reach_the_pipeline(tmp_path, monkeypatch, broken, threa
         for _ in range(2):
             assert [numbers(batch) for batch in feed] == expected
         assert feed.skipped == [str(tmp_path / f"{number:02}.jpg") for number in sorted(broken)]
+        assert feed._passes.suspects <= 100 - 2 * 4 * len(expected)
 
 
 def test_a_pass_left_midway_and_begun_again(tmp_path):
