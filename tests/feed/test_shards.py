@@ -112,12 +112,6 @@ def test_batches_are_those_of_the_files(as_files, shards, options):
                                                  [name(0), name(4), name(8)]})  # fmt: skip
 
 
-def test_the_first_samples_of_shards_are_cheap_to_read_again(shards):
-    (source,) = ImageFeed(shards[0], preprocess=SMALL, batch_size=2, device="cpu")._plan.sources.values()
-    kinds = source.first_of_each_kind(9).values()
-    assert sorted(number for numbers in kinds for number in numbers) == [0, 1, 2, 3]  # two batches
-
-
 def test_ways_to_name_shards(shards, monkeypatch):
     folder, name = shards
     files = sorted(str(path) for path in folder.iterdir())
