@@ -21,7 +21,7 @@ def doctor() -> None:
         system = versions()
         print_rows(**system)
         print_table(
-            {"": "left", "status": "left", "result": "left", "installed": "left"},
+            dict.fromkeys(("", "status", "result", "installed"), "left"),
             [(found.label, found.status, found.detail, ", ".join(found.wheels)) for found in findings],
         )
         fixes = dict.fromkeys(found.fix for found in findings if found.fix)
