@@ -16,8 +16,8 @@ def doctor() -> None:
     with terminal() as console:
         from fastcal.doctor import examine, versions
 
-        with spinner(console) as show:
-            findings = examine(lambda label: show(f"trying {label}"))
+        with spinner(console) as status:
+            findings = examine(lambda label: status.update(f"trying {label}"))
         system = versions()
         print_rows(**system)
         print_table(

@@ -11,15 +11,14 @@ def print_summary(
     cache: "fastcal.CalibrationCache", feed: "fastcal.Feed", progress: fastcal.Progress, /, **written: str
 ) -> None:
     """Print the data, the speed and the scales of a calibration, and a row for each file that was written."""
-    nonzero = [name for name in cache.scales if cache.scales[name]]
-    widest = max(nonzero, key=lambda name: cache.scales[name], default=None)
-    narrowest = min(nonzero, key=lambda name: cache.scales[name], default=None)
+    by_scale = sorted((scale, name) for name, scale in cache.scales.items() if scale)
+    shown = [f"{scale:.6g} for {name}" for scale, name in by_scale] or ["all scales are 0"]
     print_rows(
         **data_rows(feed, progress),
         speed=speed(progress),
         tensors=f"{len(cache.scales)}, scales by {cache.algorithm.name}",
-        widest=f"{cache.scales[widest]:.6g} for {widest}" if widest else "all scales are 0",
-        narrowest=f"{cache.scales[narrowest]:.6g} for {narrowest}" if narrowest else "all scales are 0",
+        widest=shown[-1],
+        narrowest=shown[0],
         **written,
     )
 
