@@ -66,8 +66,7 @@ class FeedOptions:
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Shuffle the images before --limit.")] = False
     seed: Annotated[int, typer.Option(help="The seed of --shuffle.")] = 0
     balance: Annotated[
-        bool,
-        typer.Option("--balance", help="Take images from each class (a folder in DATA) by turns, before --limit."),
+        bool, typer.Option("--balance", help="Take images from each class (a folder in DATA) by turns, before --limit.")
     ] = False
     limit: Annotated[int | None, typer.Option(help="Use this many images at most.")] = None
     last_batch: Annotated[

@@ -11,14 +11,15 @@ def print_summary(
     cache: "fastcal.CalibrationCache", feed: "fastcal.Feed", progress: fastcal.Progress, /, **written: str
 ) -> None:
     """Print the data, the speed and the scales of a calibration, and a row for each file that was written."""
-    by_scale = sorted((scale, name) for name, scale in cache.scales.items() if scale)
-    shown = [f"{scale:.6g} for {name}" for scale, name in by_scale] or ["all scales are 0"]
+    nonzero = {name: scale for name, scale in cache.scales.items() if scale} or {"": 0.0}
+    names = (pick(nonzero, key=nonzero.__getitem__) for pick in (max, min))
+    widest, narrowest = (f"{nonzero[name]:.6g} for {name}" if name else "all scales are 0" for name in names)
     print_rows(
         **data_rows(feed, progress),
         speed=speed(progress),
         tensors=f"{len(cache.scales)}, scales by {cache.algorithm.name}",
-        widest=shown[-1],
-        narrowest=shown[0],
+        widest=widest,
+        narrowest=narrowest,
         **written,
     )
 

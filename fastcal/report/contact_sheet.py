@@ -133,11 +133,7 @@ class Preview:
 
 
 def preview(
-    feed: Any,
-    *,
-    preprocess: str | Preprocess | None = None,
-    input_name: str | None = None,
-    count: int = _COUNT,
+    feed: Any, *, preprocess: str | Preprocess | None = None, input_name: str | None = None, count: int = _COUNT
 ) -> Preview:
     """Take the first images of a feed as the network gets them, to look at.
 
