@@ -3,7 +3,6 @@
 A broken library may end the process that imports it, or hang.
 """
 
-import base64
 import ctypes
 import importlib
 import importlib.util
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from fastcal.versions import installed
 
@@ -35,27 +35,13 @@ _PACKAGES = "numpy|protobuf|nvidia-(?!dali).*|cuda-.*|tensorrt|tensorrt-.*(libs|
 #: A model in ONNX's text form.
 _RELU = '<ir_version: 8, opset_import: ["" : 17]> relu (float[2] x) => (float[2] y) { y = Relu(x) }'
 
-#: A JPEG image: 8x8 pixels of grey 128.
-_JPEG = base64.b64decode(
-    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19iZ2hnPk1xeXBkeFxl"
-    "Z2P/wAALCAAIAAgBAREA/8QAFAABAAAAAAAAAAAAAAAAAAAAAP/EABQQAQAAAAAAAAAAAAAAAAAAAAD/2gAIAQEAAD8AP//Z"
-)
-
 
 @dataclass
 class Finding:
-    """The result of trying one library.
-
-    Attributes:
-        label: The library.
-        status: "works", "missing" (not installed), "broken", or "unused" (not tried: there is no GPU).
-        wheels: The installed packages that contain the library, with their versions.
-        detail: The result or the error, in one line without folder names of this machine.
-        fix: The command that repairs the library; empty if nothing is to be done.
-    """
+    """The result of trying one library; `detail` is one line without folder names, `fix` is empty if all is well."""
 
     label: str
-    status: str
+    status: str  # "works", "missing" (not installed), "broken", or "unused" (not tried: there is no GPU)
     wheels: list[str] = field(default_factory=list)
     detail: str = ""
     fix: str = ""
@@ -63,20 +49,21 @@ class Finding:
 
 def examine(tell: Callable[[str], None]) -> list[Finding]:
     """Try the NVIDIA driver, then every library; `tell` is called with the label of each before its try."""
-    findings: list[Finding] = []
-    cuda: int | None = None
-    for library in (_DRIVER, *_LIBRARIES):
-        if library.needed_on == "gpu" and library is not _DRIVER and cuda is None:
+    tell(_DRIVER.label)
+    driver = _run(_DRIVER)
+    release = re.search(r"CUDA (\d+)$", driver.detail)
+    cuda = int(release[1]) if release else None
+    if driver.status == "works" and cuda is None:
+        driver.status = "missing"
+    driver.fix = _fix(driver, _DRIVER, cuda)
+    findings = [driver]
+    for library in _LIBRARIES:
+        if library.needed_on == "gpu" and cuda is None:
             findings.append(Finding(library.label, "unused", installed(library.wheels), "there is no GPU"))
-            continue
-        tell(library.label)
-        finding = _run(library)
-        if library is _DRIVER and finding.status == "works":
-            release = re.search(r"CUDA (\d+)$", finding.detail)
-            cuda = int(release[1]) if release else None
-            finding.status = "works" if release else "missing"
-        finding.fix = _fix(finding, library, cuda)
-        findings.append(finding)
+        else:
+            tell(library.label)
+            findings.append(_run(library))
+            findings[-1].fix = _fix(findings[-1], library, cuda)
     return findings
 
 
@@ -102,25 +89,23 @@ def attempt(label: str) -> None:
 
 def _run(library: "_Library") -> Finding:
     """Try one library in a process of its own."""
-    finding = Finding(library.label, "missing", installed(library.wheels), "not installed")
+    wheels = installed(library.wheels)
     if library.module and not _is_installed(library.module):
-        return finding
-    finding.status = "broken"
+        return Finding(library.label, "missing", wheels, "not installed")
     program = f"import sys; sys.path[:] = {sys.path!r}; from fastcal.doctor import attempt; attempt({library.label!r})"
     command = [sys.executable, "-c", program]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
     except subprocess.TimeoutExpired:
-        finding.detail = f"did not end within {_SECONDS} s"
-        return finding
-    if done.returncode == 0 and done.stdout:
-        finding.status, detail = json.loads(done.stdout.splitlines()[-1])
+        return Finding(library.label, "broken", wheels, f"did not end within {_SECONDS} s")
+    code = done.returncode
+    if code == 0 and done.stdout:
+        status, detail = json.loads(done.stdout.splitlines()[-1])
     else:
-        code = done.returncode
         end = f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-        detail = f"its process ended with {end}: {(done.stderr.strip() or 'no error message').splitlines()[-1]}"
-    finding.detail = _without_folders(detail)
-    return finding
+        message = (done.stderr.strip() or "no error message").splitlines()[-1]
+        status, detail = "broken", f"its process ended with {end}: {message}"
+    return Finding(library.label, status, wheels, _without_folders(detail))
 
 
 def _is_installed(module: str) -> bool:
@@ -204,11 +189,13 @@ def _try_numba() -> str:
 
 
 def _try_dali() -> str:
+    from PIL import Image
+
     import fastcal
     from fastcal.device import to_host
 
     with tempfile.TemporaryDirectory() as folder:
-        (path := Path(folder, "grey.jpg")).write_bytes(_JPEG)
+        Image.new("L", (8, 8), 128).save(path := Path(folder, "grey.jpg"))
         with fastcal.ImageFeed([path], preprocess=fastcal.Preprocess(size=(8, 8)), batch_size=1) as feed:
             means = [to_host(array).mean() for batch in feed for array in batch.values()]
     device = "the CPU" if feed.gpu is None else f"GPU {feed.gpu}"
@@ -241,23 +228,12 @@ def _expect(is_right: bool, done: str) -> str:
     return done
 
 
-@dataclass(frozen=True)
-class _Library:
-    """A library to try.
-
-    Attributes:
-        label: The name to show.
-        needed_on: The machines that need the library: "all", "gpu" (those with one), "cpu" (those without) or "none".
-        attempt: Does a small piece of work and returns its description.
-        module: The module that can be imported if the library is installed.
-        wheels: A pattern of the names of the packages that contain the module, of which one must be installed.
-    """
-
+class _Library(NamedTuple):
     label: str
-    needed_on: str
-    attempt: Callable[[], str]
+    needed_on: str  # the machines that need it: "all", "gpu" (those with one), "cpu" (those without) or "none"
+    attempt: Callable[[], str]  # does a small piece of work and returns its description
     module: str = ""
-    wheels: str = ""
+    wheels: str = ""  # a pattern of the names of the packages with the module, of which one must be installed
 
 
 _DRIVER = _Library("NVIDIA driver", "gpu", _try_driver)

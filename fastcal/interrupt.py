@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-import types
+from collections.abc import Callable
 
 #: Exit status after Ctrl-C, as shells have it.
 INTERRUPTED = 130
@@ -17,10 +17,7 @@ _written: list[str] = []
 
 
 def received() -> bool:
-    """Return whether Ctrl-C was pressed. If so, it is the cause of any exception that ends the work.
-
-    A compiler or a decoder that is interrupted in a callback raises errors of its own.
-    """
+    """Return whether Ctrl-C was pressed: then it is the cause of any exception, also of a decoder's own errors."""
     return _received.is_set()
 
 
@@ -59,8 +56,8 @@ def end_soon_after_ctrl_c() -> None:
         os._exit(INTERRUPTED)
 
     threading.Thread(target=watch, daemon=True).start()
-    sys.unraisablehook = _report_unraisable
-    sys.excepthook = _report_uncaught  # C libraries call it for exceptions that they swallow
+    sys.unraisablehook = _unless_interrupted(sys.__unraisablehook__)
+    sys.excepthook = _unless_interrupted(sys.__excepthook__)  # C libraries call it for exceptions that they swallow
 
 
 def _handle(number: int, frame: object) -> None:
@@ -68,13 +65,6 @@ def _handle(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Print an exception that nothing can handle, except after Ctrl-C: see `received`."""
-    if not received():
-        sys.__unraisablehook__(unraisable)
-
-
-def _report_uncaught(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
-    """Print an exception that nothing caught, except after Ctrl-C."""
-    if not received():
-        sys.__excepthook__(kind, error, traceback)
+def _unless_interrupted(hook: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook that prints exceptions as `hook` does, except after Ctrl-C."""
+    return lambda *error: None if received() else hook(*error)

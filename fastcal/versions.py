@@ -26,21 +26,13 @@ def has_calibrators() -> bool:
 
 
 def check_tensorrt_version(version: str) -> str:
-    """Return `version` as "major.minor.patch".
-
-    Raises:
-        FastcalError: `version` is not a TensorRT version that reads calibration caches (8.x to 10.x).
-    """
+    """Return `version` as "major.minor.patch"; FastcalError if it reads no calibration caches (8.x to 10.x do)."""
     version_number(version)
     return ".".join([*version.split("."), "0"][:3])
 
 
 def version_number(version: str) -> int:
-    """Return NV_TENSORRT_VERSION as TensorRT's header defines it: 8600 for 8.6.0, 101601 for 10.16.1.
-
-    Raises:
-        FastcalError: As `check_tensorrt_version`.
-    """
+    """Return NV_TENSORRT_VERSION as TensorRT's header defines it: 8600 for 8.6.0, 101601 for 10.16.1."""
     form = r"(\d{1,2})\.(\d{1,2})(?:\.(\d{1,2}))?(?:\.\w+)*"
     match = re.fullmatch(form, version) if isinstance(version, str) else None  # a float cannot tell 10.10 from 10.1
     if match is None:

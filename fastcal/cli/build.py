@@ -13,7 +13,7 @@ import fastcal
 from fastcal.cli.options import CalibrationOptions
 from fastcal.cli.outputs import check_outputs
 from fastcal.cli.summary import data_rows, speed
-from fastcal.cli.terminal import finish, print_rows, progress_bar, terminal
+from fastcal.cli.terminal import Bar, finish, print_rows, terminal
 from fastcal.errors import GPU_EXTRAS, UnavailableError
 from fastcal.files import check_writable, write_atomically
 
@@ -34,8 +34,7 @@ class BuildOptions:
         typer.Option(help="The smallest batch that the engine runs, if the model's is dynamic.", show_default="1"),
     ] = None
     opt_batch: Annotated[
-        int | None,
-        typer.Option(help="The batch that the engine is tuned for.", show_default="the images' batch size"),
+        int | None, typer.Option(help="The batch that the engine is tuned for.", show_default="the images' batch size")
     ] = None
     max_batch: Annotated[
         int | None,
@@ -50,8 +49,7 @@ class BuildOptions:
         typer.Option(metavar="FILE", help="File of TensorRT's timings, read and extended; makes builds faster."),
     ] = None
     optimization_level: Annotated[
-        int | None,
-        typer.Option(help="0 (fastest build) to 5 (fastest engine).", show_default="TensorRT's, 3"),
+        int | None, typer.Option(help="0 (fastest build) to 5 (fastest engine).", show_default="TensorRT's, 3")
     ] = None
 
     def keywords(self) -> dict[str, Any]:
@@ -85,7 +83,7 @@ def build(
         if cache is not None and not os.path.exists(cache):  # an existing one may be reused
             check_cache_writable(cache, network.activations)
         feed = options.feed(network)
-        with feed, progress_bar(console, "preparing TensorRT", "TensorRT is building") as progress:
+        with feed, Bar(console, "preparing TensorRT", "TensorRT is building") as progress:
             calibrator = make_calibrator(
                 Algorithm.of(options.algorithm, options.quantile), feed, cache=cache, model=network, progress=progress
             )
@@ -115,11 +113,7 @@ def _check_gpu() -> None:
 
 
 def _print_build_summary(
-    calibrator: "FeedCalibrator",
-    feed: "fastcal.Feed",
-    progress: fastcal.Progress,
-    engine: str,
-    cache: str | None,
+    calibrator: "FeedCalibrator", feed: "fastcal.Feed", progress: fastcal.Progress, engine: str, cache: str | None
 ) -> None:
     stats = calibrator.stats
     rows = {"images": "none: the cache was reused"}

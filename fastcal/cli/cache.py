@@ -18,9 +18,6 @@ app = typer.Typer(help="Show, compare, convert and check calibration caches.", n
 
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="The calibration cache, in any form.")]
 
-#: The form that a file's suffix chooses; any other suffix chooses "tensorrt".
-_SUFFIXES = {".json": "json"}
-
 
 def show(*, cache: CacheArgument) -> None:
     """Show a cache: the scale and amax of each tensor, the header, and the record of what the cache was made from."""
@@ -33,11 +30,10 @@ def show(*, cache: CacheArgument) -> None:
             {"tensor": "left", "scale": "right", "amax": "right"},
             [(name, f"{scale:.6g}", f"{127 * scale:.6g}") for name, scale in loaded.scales.items()],
         )
-        made_from = {f"  {name}": str(value) for name, value in record.items()}
         print_rows(header=loaded.header, tensors=str(len(loaded.scales)))
-        if made_from:
+        if record:
             say("made from")
-            print_rows(**made_from)
+            print_rows(**{f"  {name}": str(value) for name, value in record.items()})
         else:
             say(f"made from  not known: {why_no_record(cache)}")
         scales = {name: _number(scale) for name, scale in loaded.scales.items()}
@@ -65,12 +61,10 @@ def diff(
             say(f"headers: {first.header} and {second.header}")
         say(_verdict(found, tolerance))
         finish(
-            differ=bool(found),
-            headers=[first.header, second.header],
+            differ=bool(found), headers=[first.header, second.header],
             moved={name: [_number(scale) for scale in pair] for name, pair in found.moved.items()},
-            removed=found.removed,
-            added=found.added,
-        )
+            removed=found.removed, added=found.added,
+        )  # fmt: skip
     if found:
         raise typer.Exit(NOT_OK)
 
@@ -78,13 +72,9 @@ def diff(
 def convert(
     *,
     cache: CacheArgument,
-    output: Annotated[
-        str,
-        typer.Option("--output", "-o", metavar="FILE", help="The file to write."),
-    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
     form: Annotated[
-        str | None,
-        typer.Option(help="tensorrt or json.", show_default="json for a .json file, else tensorrt"),
+        str | None, typer.Option(help="tensorrt or json.", show_default="json for a .json file, else tensorrt")
     ] = None,
     tensorrt: Annotated[
         str | None, typer.Option(help="The TensorRT version that will read the cache.", show_default="unchanged")
@@ -100,7 +90,7 @@ def convert(
 
         loaded = fastcal.CalibrationCache.load(cache)
         check_is_no_record(output, cache)
-        form = form or _SUFFIXES.get(Path(output).suffix, "tensorrt")
+        form = form or ("json" if Path(output).suffix == ".json" else "tensorrt")
         if form == "tensorrt" and os.path.realpath(record_path(output)) == os.path.realpath(cache):
             raise FastcalError(f"{cache} would become the record of {output}; name another file")
         converted = _with_header(loaded, cache, tensorrt, algorithm)
@@ -180,8 +170,7 @@ def _with_header(
     changes: dict[str, Any] = {}
     if algorithm is not None:
         if algorithm not in VERSIONED:
-            known = ", ".join(VERSIONED)
-            raise FastcalError(f"there is no header for algorithm {algorithm!r}; choose one of {known}")
+            raise FastcalError(f"there is no header for algorithm {algorithm!r}; choose one of {', '.join(VERSIONED)}")
         changes["algorithm"] = Algorithm(algorithm)
         if cache.tensorrt_version is None and tensorrt is None:
             raise FastcalError(f"the header of {path} names no TensorRT version; name the one that will read it with "

@@ -9,7 +9,7 @@ import fastcal
 from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption, UntilStableOption
 from fastcal.cli.outputs import check_outputs
 from fastcal.cli.summary import outcome, print_summary
-from fastcal.cli.terminal import finish, progress_bar, terminal
+from fastcal.cli.terminal import Bar, finish, terminal
 from fastcal.files import check_writable
 
 if TYPE_CHECKING:
@@ -69,17 +69,11 @@ def calibrate_on(
     console: Console, network: "Model", feed: "fastcal.Feed", options: CalibrationOptions, **more: Any
 ) -> "tuple[fastcal.CalibrationCache, fastcal.Progress]":
     """Calibrate with a progress bar; return the cache and the last state of the progress."""
-    with feed, progress_bar(console, "preparing the network", "picking the scales") as progress:
+    with feed, Bar(console, "preparing the network", "picking the scales") as progress:
         cache = fastcal.calibrate(
-            network,
-            feed,
-            algorithm=options.algorithm,
-            quantile=options.quantile,
-            threads=options.threads,
-            progress=progress,
-            **options.for_tensorrt(),
-            **more,
-        )
+            network, feed, algorithm=options.algorithm, quantile=options.quantile, threads=options.threads,
+            progress=progress, **options.for_tensorrt(), **more,
+        )  # fmt: skip
     return cache, progress.last
 
 

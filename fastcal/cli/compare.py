@@ -9,7 +9,7 @@ import typer
 
 import fastcal
 from fastcal.cli.options import FeedOptions, QuantileOption
-from fastcal.cli.terminal import finish, print_table, progress_bar, say, terminal
+from fastcal.cli.terminal import Bar, finish, print_table, say, terminal
 
 #: The most tensors that are shown.
 _SHOWN = 10
@@ -31,7 +31,7 @@ def compare(
         network = Model(options.model)
         caches = _labelled(cache or [])
         feed = options.feed(network)
-        with feed, progress_bar(console, "preparing the network", "comparing", "comparing") as progress:
+        with feed, Bar(console, "preparing the network", "comparing", "comparing") as progress:
             comparison = make_comparison(
                 network, feed, caches=caches, quantile=quantile, threads=options.threads, progress=progress
             )

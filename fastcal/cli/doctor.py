@@ -16,12 +16,12 @@ def doctor() -> None:
     with terminal() as console:
         from fastcal.doctor import examine, versions
 
-        with spinner(console) as show:
-            findings = examine(lambda label: show(f"trying {label}"))
+        with spinner(console) as status:
+            findings = examine(lambda label: status.update(f"trying {label}"))
         system = versions()
         print_rows(**system)
         print_table(
-            {"": "left", "status": "left", "result": "left", "installed": "left"},
+            dict.fromkeys(("", "status", "result", "installed"), "left"),
             [(found.label, found.status, found.detail, ", ".join(found.wheels)) for found in findings],
         )
         fixes = dict.fromkeys(found.fix for found in findings if found.fix)

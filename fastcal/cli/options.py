@@ -26,8 +26,7 @@ BackendOption = Annotated[
 ]
 QuantileOption = Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")]
 UntilStableOption = Annotated[
-    float | None,
-    typer.Option(metavar="PERCENT", help="Stop early once no scale moves by more than this any more."),
+    float | None, typer.Option(metavar="PERCENT", help="Stop early once no scale moves by more than this any more.")
 ]
 ReportOption = Annotated[
     str | None, typer.Option(metavar="HTML", help="Write a page about the calibration, for a browser.")
@@ -48,16 +47,14 @@ class FeedOptions:
         ),
     ]
     preprocess: Annotated[
-        str,
-        typer.Option(help=f"The network's preprocessing: {', '.join(PRESETS)}, or a file that describes it."),
+        str, typer.Option(help=f"The network's preprocessing: {', '.join(PRESETS)}, or a file that describes it.")
     ] = "imagenet"
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Size of the images, if the model's is dynamic.")] = (
         None
     )
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Images in a batch.", show_default="the model's, else 32"),
-    ] = None
+    batch_size: Annotated[int | None, typer.Option(help="Images in a batch.", show_default="the model's, else 32")] = (
+        None
+    )
     input_name: Annotated[str | None, typer.Option(help="The input that takes the images.")] = None
     key: Annotated[
         str | None,
@@ -69,8 +66,7 @@ class FeedOptions:
     shuffle: Annotated[bool, typer.Option("--shuffle", help="Shuffle the images before --limit.")] = False
     seed: Annotated[int, typer.Option(help="The seed of --shuffle.")] = 0
     balance: Annotated[
-        bool,
-        typer.Option("--balance", help="Take images from each class (a folder in DATA) by turns, before --limit."),
+        bool, typer.Option("--balance", help="Take images from each class (a folder in DATA) by turns, before --limit.")
     ] = False
     limit: Annotated[int | None, typer.Option(help="Use this many images at most.")] = None
     last_batch: Annotated[
@@ -90,12 +86,7 @@ class FeedOptions:
     )
 
     def feed(self, network: "Model | None") -> "fastcal.Feed":
-        """Return the images, or arrays, as batches for the model.
-
-        Raises:
-            FastcalError: An option is out of range, or is for images and the data are arrays.
-            DataError: There are no such data, or they do not fit the model.
-        """
+        """Return the images, or arrays, as batches for the model."""
         from fastcal.feed.dataset import are_arrays
 
         settings: dict[str, Any] = {
@@ -109,24 +100,17 @@ class FeedOptions:
             return fastcal.NumpyFeed(data, **settings)
         preprocess = self.preprocessing()
         feed = fastcal.ImageFeed(
-            data,
-            preprocess=preprocess,
-            key=self.key,
-            balance=self.balance,
-            skip_unreadable=self.skip_unreadable,
-            max_unreadable=self.max_unreadable,
-            threads=self.threads,
-            **settings,
-        )
+            data, preprocess=preprocess, key=self.key, balance=self.balance, skip_unreadable=self.skip_unreadable,
+            max_unreadable=self.max_unreadable, threads=self.threads, **settings,
+        )  # fmt: skip
         if self.size is not None:
             _check_size(preprocess.size, feed, self.model)
         return feed
 
     def preprocessing(self) -> fastcal.Preprocess:
         """Return the preprocessing of --preprocess and --size."""
-        is_file = self.preprocess not in PRESETS and os.path.splitext(self.preprocess)[1] in (".toml", ".json")
-        load = fastcal.Preprocess.load if is_file else fastcal.Preprocess.preset
-        preprocess = load(self.preprocess)
+        is_file = self.preprocess not in PRESETS and self.preprocess.endswith((".toml", ".json"))
+        preprocess = (fastcal.Preprocess.load if is_file else fastcal.Preprocess.preset)(self.preprocess)
         if self.size is None:
             return preprocess
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.size)
@@ -151,8 +135,7 @@ class CalibrationOptions(FeedOptions):
     quantile: QuantileOption = 0.9999
     tf32: Annotated[bool, typer.Option("--tf32", help="On a GPU: run the network in TF32, which is faster.")] = False
     tactic_sources: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="TensorRT's sources of kernels, e.g. JIT_CONVOLUTIONS,CUDNN."),
+        str | None, typer.Option(metavar="NAMES", help="TensorRT's sources of kernels, e.g. JIT_CONVOLUTIONS,CUDNN.")
     ] = None
 
     def for_tensorrt(self) -> dict[str, Any]:
@@ -162,20 +145,16 @@ class CalibrationOptions(FeedOptions):
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command in the form that typer takes.
-
-    A parameter that is a dataclass is replaced by the fields of the dataclass. The last parameters are --quiet and
-    --json, which decide what `fastcal.cli.terminal` prints.
-    """
+    """Return a command as typer takes it: with fields in place of dataclasses, and those of `Output` at the end."""
     groups: dict[str, Any] = {}
     shown: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         if is_dataclass(parameter.annotation):
-            groups[parameter.name] = parameter.annotation
-            shown += _parameters(parameter.annotation)
+            groups[name] = parameter.annotation
+            shown += inspect.signature(groups[name], eval_str=True).parameters.values()
         else:
             shown.append(parameter)
-    shown += _parameters(Output)
+    shown += inspect.signature(Output, eval_str=True).parameters.values()
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -185,14 +164,9 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         command(**given)
 
-    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shown]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
     return run
-
-
-def _parameters(group: Any) -> list[inspect.Parameter]:
-    """Return the fields of a dataclass as keyword parameters."""
-    inner = inspect.signature(group, eval_str=True).parameters.values()
-    return [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in inner]
 
 
 def data_by_input(data: str, network: "Model | None") -> str | dict[str, str]:

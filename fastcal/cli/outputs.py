@@ -15,13 +15,9 @@ if TYPE_CHECKING:
 def check_outputs(
     network: "Model | None", outputs: Mapping[str, str | None], read: FeedOptions, data: str = "the data"
 ) -> None:
-    """Raise FastcalError if one output would overwrite another, or a file that is read.
+    """Raise FastcalError if one of the `outputs`, by role, would overwrite another, or a file that is read.
 
-    Args:
-        network: The model that is read.
-        outputs: The files to write, by their role. The role "cache" stands for the cache and its record.
-        read: The options that name the other files that are read.
-        data: The role of the data if they are one file.
+    The role "cache" stands for the cache and its record; `data` is the role of the data if they are one file.
     """
     from fastcal.cache.record import record_path
 

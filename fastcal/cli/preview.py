@@ -18,11 +18,7 @@ class PreviewOptions(FeedOptions):
 
     model: Annotated[
         str,
-        typer.Option(
-            metavar="MODEL",
-            help="The ONNX model; decides size, layout and channels.",
-            show_default="none",
-        ),
+        typer.Option(metavar="MODEL", help="The ONNX model; decides size, layout and channels.", show_default="none"),
     ] = ""
     batch_size: Annotated[int | None, typer.Option(hidden=True)] = 1  # never completes a last batch
     limit: Annotated[int, typer.Option(help="Show this many images at most.")] = 24
@@ -50,16 +46,12 @@ def preview(
         network = Model(options.model) if options.model else None
         check_outputs(network, {"sheet": output}, options)
         check_writable(output, 1)
-        feed = options.feed(network)
-        with feed:
+        with options.feed(network) as feed:
             sheet = make_preview(feed, preprocess=options.preprocessing(), count=options.limit)
         sheet.save(output)
         for line in (*sheet.notes(), *map(str, sheet.channels)):
             say(line)
         finish(
-            sheet=output,
-            images=len(sheet.names),
-            preprocess=str(sheet.preprocess),
-            outside=sheet.outside,
+            sheet=output, images=len(sheet.names), preprocess=str(sheet.preprocess), outside=sheet.outside,
             channels=[asdict(channel) for channel in sheet.channels],
-        )
+        )  # fmt: skip

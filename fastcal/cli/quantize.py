@@ -32,12 +32,7 @@ class QuantizeOptions(CalibrationOptions):
     report: ReportOption = None
 
     def has_cache(self) -> bool:
-        """Return whether the second argument is a calibration cache.
-
-        Raises:
-            CacheError: The cache is damaged or missing.
-            FastcalError: Options for images are given too.
-        """
+        """Return whether the second argument is a calibration cache."""
         from fastcal.cache.cache import CalibrationCache
         from fastcal.feed.dataset import kind_of
 

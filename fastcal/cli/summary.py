@@ -11,15 +11,15 @@ def print_summary(
     cache: "fastcal.CalibrationCache", feed: "fastcal.Feed", progress: fastcal.Progress, /, **written: str
 ) -> None:
     """Print the data, the speed and the scales of a calibration, and a row for each file that was written."""
-    nonzero = [name for name in cache.scales if cache.scales[name]]
-    widest = max(nonzero, key=lambda name: cache.scales[name], default=None)
-    narrowest = min(nonzero, key=lambda name: cache.scales[name], default=None)
+    nonzero = {name: scale for name, scale in cache.scales.items() if scale} or {"": 0.0}
+    names = (pick(nonzero, key=nonzero.__getitem__) for pick in (max, min))
+    widest, narrowest = (f"{nonzero[name]:.6g} for {name}" if name else "all scales are 0" for name in names)
     print_rows(
         **data_rows(feed, progress),
         speed=speed(progress),
         tensors=f"{len(cache.scales)}, scales by {cache.algorithm.name}",
-        widest=f"{cache.scales[widest]:.6g} for {widest}" if widest else "all scales are 0",
-        narrowest=f"{cache.scales[narrowest]:.6g} for {narrowest}" if narrowest else "all scales are 0",
+        widest=widest,
+        narrowest=narrowest,
         **written,
     )
 

@@ -9,29 +9,24 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console, JustifyMethod, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.spinner import Spinner
+from rich.status import Status
 from rich.table import Table
 
 import fastcal
 from fastcal import interrupt
 from fastcal.errors import FastcalError
 
-#: Exit status of a check that fails: two caches differ, for instance.
-NOT_OK = 1
-
-#: Exit status of an error that the user can correct.
-FAILED = 2
-
-#: Exit status if the reader of the output is gone: the one that shells show for SIGPIPE.
-READER_GONE = 128 + signal.SIGPIPE
+#: Exit statuses: of a check that fails, of an error that the user can correct, and if the reader of the output is gone.
+NOT_OK, FAILED, READER_GONE = 1, 2, 128 + signal.SIGPIPE  # shells show the last one for SIGPIPE
 
 #: The error handler for characters that the terminal's encoding lacks: names of files may be any bytes.
 UNPRINTABLE = "backslashreplace"
@@ -63,9 +58,7 @@ output = Output()
 def terminal() -> Iterator[Console]:
     """Yield a console on the standard error that shows the log, and turn an error into a line and an exit status.
 
-    A FastcalError becomes one line and status 2, Ctrl-C one line and status 130. Text that C libraries print to the
-    standard error meanwhile (a decoder's messages, for instance) is kept back, and shown only before the traceback of
-    an unexpected error.
+    Text that C libraries print to the standard error meanwhile is shown only before an unexpected error's traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # None if it is closed
         sys.stdout.reconfigure(errors=UNPRINTABLE)
@@ -104,10 +97,9 @@ def terminal() -> Iterator[Console]:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints log records above the progress bar.
+    """Prints log records above the progress bar: of TensorRT's warnings only the first few different ones.
 
-    Errors are kept back, since an error that ends the work is printed anyway. Of TensorRT's warnings, repeated ones are
-    left out, and only the first few are shown.
+    Errors are kept back, since an error that ends the work is printed anyway.
     """
 
     def __init__(self, console: Console) -> None:
@@ -141,14 +133,29 @@ class _ConsoleHandler(logging.Handler):
         self._console.print(f"{'note' if level == logging.INFO else logging.getLevelName(level).lower()}: {text}")
 
 
-class Bar:
-    """Shows a `fastcal.Progress` on the terminal, or prints it as JSON; `last` is the latest one."""
+class Bar(Progress):
+    """A bar that shows a `fastcal.Progress`, or prints it as JSON; `last` is the latest one.
 
-    def __init__(self, bar: Progress) -> None:
+    The texts name the work before, after and during the batches. Before the first batch and after the last one, a
+    spinner takes the bar's place.
+    """
+
+    def __init__(self, console: Console, before: str, after: str, during: str = "calibrating") -> None:
         self.last = fastcal.Progress()
         self._told = 0.0
-        self._bar = bar
-        self._task = bar.add_task("", total=None, rate="", wait="")
+        self._before, self._after = before, after
+        self._spinner = Spinner("dots")
+        numbers = TextColumn("batches, {task.fields[rate]}, {task.fields[wait]},")
+        columns = (
+            TextColumn(during),
+            BarColumn(),
+            MofNCompleteColumn(),
+            numbers,
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        super().__init__(*columns, console=console, transient=True, disable=not _shows_movement(console))
+        self._batches = self.add_task("", total=None, rate="", wait="")
 
     def __call__(self, state: fastcal.Progress) -> None:
         """Show `state`."""
@@ -156,22 +163,7 @@ class Bar:
         if not output.quiet and time.monotonic() > self._told + _BETWEEN_EVENTS:
             self._told = time.monotonic()
             _print_event("progress", **asdict(state))
-        self._bar.update(
-            self._task,
-            total=state.total,
-            completed=state.batches,
-            rate=rate(state),
-            wait=waiting(state),
-        )
-
-
-class _Display(Progress):
-    """A progress bar; before the first and after the last batch, a spinner with a text takes its place."""
-
-    def __init__(self, *columns: ProgressColumn, before: str, after: str, **options: Any) -> None:
-        self._before, self._after = before, after
-        self._spinner = Spinner("dots")
-        super().__init__(*columns, **options)
+        self.update(self._batches, total=state.total, completed=state.batches, rate=rate(state), wait=waiting(state))
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yield the parts that rich shows now."""
@@ -183,30 +175,9 @@ class _Display(Progress):
             yield self._spinner
 
 
-@contextlib.contextmanager
-def progress_bar(console: Console, before: str, after: str, during: str = "calibrating") -> Iterator[Bar]:
-    """Yield a progress bar for batches; the texts name the work before, after and during the batches."""
-    columns = [
-        TextColumn(during),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("batches, {task.fields[rate]}, {task.fields[wait]},"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    ]
-    bar = _Display(*columns, before=before, after=after, console=console, transient=True)
-    with bar if _shows_movement(console) else contextlib.nullcontext():
-        yield Bar(bar)
-
-
-@contextlib.contextmanager
-def spinner(console: Console) -> Iterator[Callable[[str], None]]:
-    """Show a spinner, and yield the function that changes its text."""
-    if not _shows_movement(console):
-        yield lambda text: None
-        return
-    with console.status("") as status:
-        yield status.update
+def spinner(console: Console) -> Status:
+    """Return a spinner, which shows nothing where nothing should move."""
+    return Status("", console=console if _shows_movement(console) else Console(quiet=True))
 
 
 def _shows_movement(console: Console) -> bool:
@@ -252,7 +223,6 @@ def _print_event(event: str, /, **content: Any) -> None:
 
 
 def _write(text: str) -> None:
-    """Write a line to the standard output."""
     with _writing():
         print(text, flush=True)
 

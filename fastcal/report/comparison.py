@@ -1,28 +1,37 @@
 """`compare`: the accuracy that INT8 keeps with each algorithm's scales and with those of caches."""
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm
 from fastcal.cache.cache import CalibrationCache
+from fastcal.cache.record import Record
 from fastcal.calibration import calibrate
 from fastcal.errors import DataError, FastcalError, ModelError
 from fastcal.feed.arrays import as_feed
-from fastcal.feed.feed import Feed
 from fastcal.model import FLOATS, Model
 from fastcal.observe.backends import timed
+from fastcal.observe.observations import Observations
 from fastcal.progress import Progress
-from fastcal.qdq import check_quantizable, load_for, quantize
-from fastcal.report.decisions import FLOAT
+from fastcal.qdq import check_quantizable, load_for
 from fastcal.report.measurement import Measurement
-from fastcal.report.quality import Comparison
-from fastcal.report.verdict import doubt, verdict
+from fastcal.report.quality import Comparison, Quality
 from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
 #: The algorithms that are compared; "entropy" picks the scales of "entropy2".
 COMPARED = ("entropy2", "minmax", "percentile")
+
+#: Outputs whose SQNR differs by less than this, in dB, count as equally good.
+_ALIKE = 1.0
+
+#: If an input's scale is this many times too wide or too narrow, other preprocessing is the likely cause.
+_OTHER_INPUT = 1.5
+
+#: If the float network gets a smaller share of the images right, the preprocessing is in doubt.
+_TOO_FEW_RIGHT = 0.5
 
 #: The error text if the second pass has no batches.
 _GONE = "the batches are gone after one pass, and compare needs two; pass list(...) of them"
@@ -85,28 +94,14 @@ def compare(
         observed = fresh.observed
         assert observed is not None  # calibrate has just observed the network
         picked = {name: replace(fresh, scales=algorithm.scales(observed)) for name, algorithm in algorithms.items()}
-        measurement = _measure(network, picked | given, batches, threads, comparing)
-    qualities, float_top1 = measurement.qualities(), measurement.decisions.top1(FLOAT)
-    doubts = {label: doubt(network.input_names, cache, fresh.record, observed) for label, cache in given.items()}
-    return Comparison(measurement.images, qualities, float_top1, verdict(qualities, COMPARED, doubts, float_top1))
-
-
-def _measure(
-    network: Model,
-    caches: Mapping[str, CalibrationCache],
-    feed: Feed,
-    threads: int | None,
-    progress: Callable[[Progress], None],
-) -> Measurement:
-    """Run the batches through the network in float, and in INT8 with the scales of each cache."""
-    variants = {label: quantize(network, cache) for label, cache in caches.items()}
-    scales = {label: cache.scales for label, cache in caches.items()}
-    with timed(feed, progress) as batches, Measurement(network, scales, variants, feed, threads) as measurement:
-        for batch in batches:
-            measurement.add(batch)
-    if not measurement.images:
-        raise DataError(_GONE)
-    return measurement
+        with timed(batches, comparing) as second, Measurement(network, picked | given, batches, threads) as measurement:
+            for batch in second:
+                measurement.add(batch)
+        if not measurement.images:
+            raise DataError(_GONE)
+        qualities, float_top1 = measurement.results()
+    doubts = {label: _doubt(network.input_names, cache, fresh.record, observed) for label, cache in given.items()}
+    return Comparison(measurement.images, qualities, float_top1, _verdict(qualities, doubts, float_top1))
 
 
 def _check_outputs(network: Model) -> None:
@@ -135,3 +130,53 @@ def _in_two_passes(
         tell(Progress(total=last.total, **sums))
 
     return first, second
+
+
+def _doubt(inputs: Sequence[str], cache: CalibrationCache, record: Record | None, observed: Observations) -> str:
+    """Return the reason to believe that a cache was made with other preprocessing; "" if there is none.
+
+    `record` and `observed` are those of a calibration with the present batches.
+    """
+    theirs, ours = (made.entries.get("preprocess") if made else None for made in (cache.record, record))
+    if theirs and ours and theirs != ours:
+        return f"its record has other preprocessing: {theirs}"
+    needed = cache.algorithm.scales(observed)
+    for name in inputs:
+        if needed.get(name) and name in cache.scales:
+            factor = cache.scales[name] / needed[name]
+            if not 1 / _OTHER_INPUT < factor < _OTHER_INPUT:
+                return f"its scale of input {name!r} is {factor:.3g} times what these images need"
+    return ""
+
+
+def _verdict(qualities: Mapping[str, Quality], doubts: Mapping[str, str], float_top1: float | None) -> str:
+    """Return the conclusion from the qualities in one line, the most serious problem first; `doubts` by cache."""
+    parts = []
+    if float_top1 is not None and float_top1 < _TOO_FEW_RIGHT:
+        parts.append(
+            f"FP32 gives {float_top1:.1%} of the images their folder's class: is this the preprocessing that the "
+            "network was trained with?"
+        )
+    first = max(COMPARED, key=lambda name: qualities[name].sqnr)
+    most = qualities[first].sqnr
+    is_exact = most == math.inf
+    for label, reason in sorted(doubts.items(), key=lambda item: not item[1]):
+        kept = qualities[label].sqnr
+        if _alike(kept, most):
+            text = f"{label} keeps as much as {first}"
+        elif is_exact:
+            text = f"{label} keeps {kept:.1f} dB where {first} keeps the exact output"
+        else:
+            text = f"{label} loses {most - kept:.1f} dB against {first}"
+        parts.append(text + (f", and {reason}" if reason else ""))
+    agreement = qualities[first].agreement
+    classes = "" if agreement is None else f" and FP32's class for {agreement:.1%} of the images"
+    others = [name for name in COMPARED if name != first and _alike(qualities[name].sqnr, most)]
+    near = f", {' and '.join(others)} {'too' if is_exact else f'within {_ALIKE:g} dB of it'}" if others else ""
+    kept_most = "the exact output" if is_exact else f"{most:.1f} dB at the output"
+    return "; ".join([*parts, f"{first} keeps most: {kept_most}{classes}{near}"])
+
+
+def _alike(sqnr: float, most: float) -> bool:
+    """Return whether an SQNR is as good as the highest; both are infinite if both outputs are exact."""
+    return sqnr == most or most - sqnr < _ALIKE

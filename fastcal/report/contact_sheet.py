@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from fastcal.memory import check_room
 from fastcal.report.plots import check_picture, draw_sheet
 
 #: The default number of images: four rows.
-COUNT = 24
+_COUNT = 24
 
 #: The memory of a preview as a multiple of its values: two copies, and the drawing (measured: 4.4).
 _COPIES = 5
@@ -94,13 +95,8 @@ class Preview:
     @property
     def normalized_as(self) -> list[str]:
         """The presets with the same channels, scale, mean and std."""
-        return [
-            name
-            for name, preset in PRESETS.items()
-            if all(
-                getattr(preset, what) == getattr(self.preprocess, what) for what in ("channels", "scale", "mean", "std")
-            )
-        ]
+        values = attrgetter("channels", "scale", "mean", "std")
+        return [name for name, preset in PRESETS.items() if values(preset) == values(self.preprocess)]
 
     def notes(self) -> list[str]:
         """Return notes that help to judge the sheet, one line each."""
@@ -137,11 +133,7 @@ class Preview:
 
 
 def preview(
-    feed: Any,
-    *,
-    preprocess: str | Preprocess | None = None,
-    input_name: str | None = None,
-    count: int = COUNT,
+    feed: Any, *, preprocess: str | Preprocess | None = None, input_name: str | None = None, count: int = _COUNT
 ) -> Preview:
     """Take the first images of a feed as the network gets them, to look at.
 
@@ -178,7 +170,8 @@ def preview(
         paths = batches.sample_names
     if paths is None:
         return Preview(fitted, [f"sample {number}" for number in range(len(values))], values)
-    names = _below_common(paths[:count])
+    root = common_folder(paths[:count])
+    names = [os.path.relpath(path, root) for path in paths[:count]]
     return Preview(fitted, names, values[: len(names)])
 
 
@@ -222,9 +215,3 @@ def _images(batch: Batch, name: str | None) -> Any:
     if len(fitting) != 1:
         raise DataError(f"the batches have the inputs {quoted(batch)}; say which one has the images")
     return batch[fitting[0]]
-
-
-def _below_common(paths: Sequence[str]) -> list[str]:
-    paths = [os.path.abspath(path) for path in paths]
-    root = common_folder(paths)
-    return [os.path.relpath(path, root) for path in paths]

@@ -43,23 +43,12 @@ _DRAWN = ("#d62728", "#2ca02c", "#1f77b4", "#404040")
 #: The number of bars of a tensor's histogram, and the approximate number of steps of a chart over time.
 _BARS, _STEPS = 48, 100
 
-#: Placeholders for the colours of the page, which has one set for light and one for dark.
-_COUNTS, _CLIPPED, _THRESHOLD, _TEXT, _LINES = "#000001", "#000002", "#000003", "#000004", "#000005"
-_PAGE_COLORS = {
-    _COUNTS: "var(--counts)",
-    _CLIPPED: "var(--clipped)",
-    _THRESHOLD: "var(--threshold)",
-    _TEXT: "var(--text)",
-    _LINES: "var(--lines)",
-}
+#: Placeholders for the colours of the page, its CSS variables, which are others for light and for dark.
+_COLORS = {"counts": "#000001", "clipped": "#000002", "threshold": "#000003", "text": "#000004", "lines": "#000005"}
 
 
 def check_picture(path: str | os.PathLike[str]) -> str:
-    """Return the format that the suffix of a picture's name stands for.
-
-    Raises:
-        FastcalError: There is no such format.
-    """
+    """Return the format that the suffix of a picture's name stands for."""
     kind = os.path.splitext(path)[1].lower().lstrip(".")
     if kind not in _PICTURES:
         raise FastcalError(f"cannot draw {path}: name a file that ends in .{', .'.join(_PICTURES)}")
@@ -73,20 +62,9 @@ def draw_sheet(
     names: Sequence[str],
     images: npt.NDArray[np.uint8],
 ) -> bytes:
-    """Draw images on a sheet.
+    """Return a file with images, grey or of three channels, and the name of each below it.
 
-    Args:
-        kind: The file's format.
-        notes: Lines to write above.
-        channels: The values of each channel as the network gets them, by the text to write for it.
-        names: The name to write below each image.
-        images: Array of shape (images, height, width, 1 or 3), grey or red, green, blue.
-
-    Returns:
-        The file's contents.
-
-    Raises:
-        FastcalError: The sheet is taller than the format allows.
+    Above them are notes, line by line, and the values of each channel as the network gets them, by the text to write.
     """
     cell = (_WIDTH - 2 * _MARGIN) / _COLUMNS
     inches = min((cell - _GAP) / images.shape[2], _TALLEST * (cell - _GAP) / images.shape[1])  # of one pixel
@@ -95,20 +73,24 @@ def draw_sheet(
     head = _MARGIN + (len(notes) + 1.5) * _LINE + _CHART + 2 * _LINE
     height = _height(kind, head, row_height, len(images))
     figure = Figure((_WIDTH, height), dpi=_DPI)
+
+    def box(left: float, top: float, width: float, tall: float) -> Axes:  # in inches, from the sheet's upper left
+        return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
+
     for number, note in enumerate(notes):
-        _write(figure, _MARGIN, _MARGIN + number * _LINE, note, size=9)
-    _draw_values(_place(figure, _MARGIN, head - _CHART - 2 * _LINE, cell * 3 - 0.1, _CHART), channels)
+        top = 1 - (_MARGIN + number * _LINE) / height
+        figure.text(_MARGIN / _WIDTH, top, note, va="top", parse_math=False, size=9)
+    _draw_values(box(_MARGIN, head - _CHART - 2 * _LINE, cell * 3 - 0.1, _CHART), channels)
     interpolation = "nearest" if inches * _DPI > 1 else "auto"  # "nearest" shows the pixels of an enlarged image
     for number, (name, image) in enumerate(zip(names, images, strict=True)):
         row, column = divmod(number, _COLUMNS)
-        left, top = _MARGIN + column * cell + (cell - _GAP - wide) / 2, head + row * row_height
-        axes = _place(figure, left, top, wide, tall)
-        grey_or_color = image if image.shape[2] == 3 else image[..., 0]
-        axes.imshow(grey_or_color, cmap="gray", vmin=0, vmax=255, interpolation=interpolation, aspect="auto")
+        axes = box(_MARGIN + column * cell + (cell - _GAP - wide) / 2, head + row * row_height, wide, tall)
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation=interpolation, aspect="auto")
         axes.set_axis_off()
         name = name.encode(errors="backslashreplace").decode()  # the name of a file may be any bytes
         shown = name if len(name) <= _NAME else "\u2026" + name[1 - _NAME :]
-        _write(figure, left + wide / 2, top + tall + _GAP / 2, shown, ha="center", size=7)
+        below = (0.5, -_GAP / 2 / tall)
+        axes.text(*below, shown, transform=axes.transAxes, ha="center", va="top", parse_math=False, size=7)
     return _saved(figure, kind)
 
 
@@ -126,17 +108,6 @@ def _height(kind: str, head: float, row_height: float, count: int) -> float:
     return height
 
 
-def _place(figure: Figure, left: float, top: float, width: float, tall: float) -> Axes:
-    """Return axes at a place of a sheet: inches from its left and from its top."""
-    height = figure.get_figheight()
-    return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
-
-
-def _write(figure: Figure, left: float, top: float, text: str, **style: Any) -> None:
-    """Write a line at a place of a sheet: inches from its left and from its top."""
-    figure.text(left / _WIDTH, 1 - top / figure.get_figheight(), text, va="top", parse_math=False, **style)
-
-
 def _draw_values(axes: Axes, channels: Mapping[str, npt.NDArray[np.float32]]) -> None:
     """Draw the distribution of the values of each channel, on an axis that is the same for every preprocessing."""
     far = np.geomspace(_LINEAR, _FAR, 50)
@@ -147,9 +118,8 @@ def _draw_values(axes: Axes, channels: Mapping[str, npt.NDArray[np.float32]]) ->
     axes.axvspan(-_LINEAR, _LINEAR, color="black", alpha=0.06, linewidth=0, label="range of values with mean 0, std 1")
     axes.set_xscale("symlog", linthresh=_LINEAR, linscale=1.5)
     axes.set_xlim(-_FAR, _FAR)
-    axes.set_xticks(
-        [-100, -10, -3, -1, 0, 1, 3, 10, 100], ["-100", "-10", "-3", "-1", "0", "1", "3", "10", "100"], size=7
-    )
+    ticks = (-100, -10, -3, -1, 0, 1, 3, 10, 100)
+    axes.set_xticks(ticks, map(str, ticks), size=7)
     axes.set_xticks([], minor=True)
     axes.set_yticks([])
     axes.spines[["left", "right", "top"]].set_visible(False)
@@ -160,13 +130,7 @@ def _draw_values(axes: Axes, channels: Mapping[str, npt.NDArray[np.float32]]) ->
 def draw_histogram(histogram: Histogram, threshold: float) -> str:
     """Draw the histogram of one tensor's |x|, with counts on a logarithmic scale, and the threshold of clipping.
 
-    Args:
-        histogram: The histogram.
-        threshold: The largest |x| that is not clipped: 127 scales.
-
-    Returns:
-        An SVG element in the colours of the page around it: the CSS variables --counts, --clipped, --threshold, --text
-        and --lines.
+    Returns an SVG element in the colours of the page around it.
     """
     figure = Figure((1.6, 0.4))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -175,44 +139,33 @@ def draw_histogram(histogram: Histogram, threshold: float) -> str:
     axes.set_xlim(0, end or 1)
     kept = np.linspace(0, threshold, max(round(_BARS * threshold / end), 1) + 1) if threshold else np.zeros(1)
     clipped = np.linspace(threshold, end, max(_BARS - kept.size, 1) + 1) if threshold < end else np.zeros(1)
-    for edges, color in ((kept, _COUNTS), (clipped, _CLIPPED)):
+    for edges, color in ((kept, _COLORS["counts"]), (clipped, _COLORS["clipped"])):
         if edges.size > 1:
             bars = np.log1p(np.diff(histogram.below(edges)))
             axes.stairs(bars, edges, fill=True, color=color, linewidth=0, clip_on=False)
     axes.set_ylim(0)
-    axes.axvline(threshold, color=_THRESHOLD, linewidth=1, clip_on=False)
+    axes.axvline(threshold, color=_COLORS["threshold"], linewidth=1, clip_on=False)
     return _inline(figure).replace("<svg ", '<svg preserveAspectRatio="none" ', 1)  # fills the width of its cell
 
 
-def draw_speed(progress: Sequence[Progress]) -> str:
-    """Draw samples a second over time; returns an SVG element like that of `draw_histogram`."""
-    return _draw_over_time(progress, "samples a second", lambda state: state.images, None)
-
-
-def draw_waiting(progress: Sequence[Progress]) -> str:
-    """Draw the share of time spent waiting for data over time; returns an SVG element like that of `draw_histogram`."""
-    return _draw_over_time(progress, "% of the time waiting for data", lambda state: 100 * state.waited, 100)
-
-
-def _draw_over_time(
-    progress: Sequence[Progress], title: str, amount: Callable[[Progress], float], most: float | None
+def draw_over_time(
+    progress: Sequence[Progress], title: str, amount: Callable[[Progress], float], most: float | None = None
 ) -> str:
-    """Draw the growth of an amount a second, over the seconds since the start; `most` ends the axis."""
-    states = [Progress(), *progress[:: -(-len(progress) // _STEPS)]]
-    if states[-1] is not progress[-1]:
-        states.append(progress[-1])
+    """Draw the growth of an amount a second, as `draw_histogram` draws; `most` ends the axis."""
+    chosen = np.unique(np.linspace(0, len(progress) - 1, _STEPS, dtype=int))
+    states = [Progress(), *(progress[number] for number in chosen)]
     seconds = np.array([state.seconds for state in states])
     rates = np.diff([amount(state) for state in states]) / np.maximum(np.diff(seconds), 1e-9)
     figure = Figure((3.6, 1.9), layout="constrained")
     axes = figure.add_subplot()
-    axes.stairs(rates, seconds, fill=True, color=_COUNTS, linewidth=0, clip_on=False)
+    axes.stairs(rates, seconds, fill=True, color=_COLORS["counts"], linewidth=0, clip_on=False)
     axes.set_ylim(0, most or rates.max() * 1.05)
     axes.set_xlim(0, seconds[-1])
-    axes.set_title(title, size=9, loc="left", color=_TEXT)
-    axes.set_xlabel("seconds", size=8, color=_TEXT)
-    axes.tick_params(labelsize=8, color=_LINES, labelcolor=_TEXT)
+    axes.set_title(title, size=9, loc="left", color=_COLORS["text"])
+    axes.set_xlabel("seconds", size=8, color=_COLORS["text"])
+    axes.tick_params(labelsize=8, color=_COLORS["lines"], labelcolor=_COLORS["text"])
     axes.spines[["right", "top"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_LINES)
+    axes.spines[["left", "bottom"]].set_color(_COLORS["lines"])
     return _inline(figure)
 
 
@@ -221,8 +174,8 @@ def _inline(figure: Figure) -> str:
     with rc_context({"svg.fonttype": "none"}):
         data = _saved(figure, "svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = re.sub(r'<g id="[^"]*">', "<g>", data.decode().partition("<svg ")[2])  # an id must be unique on a page
-    for color, variable in _PAGE_COLORS.items():
-        text = text.replace(color, variable)
+    for name, color in _COLORS.items():
+        text = text.replace(color, f"var(--{name})")
     return "<svg " + text
 
 

@@ -79,7 +79,7 @@ class Comparison:
     @property
     def best(self) -> str:
         """The name of the scales with the highest SQNR at the output; the first of several equal ones."""
-        return best(self.qualities)
+        return max(self.qualities, key=lambda label: self.qualities[label].sqnr)
 
     def as_json(self) -> dict[str, Any]:
         """Return the comparison as a JSON object; an infinite SQNR becomes null, too."""
@@ -88,11 +88,6 @@ class Comparison:
             entries["qualities"][label]["sqnr"] = quality.sqnr
         json: dict[str, Any] = _finite(entries)
         return json
-
-
-def best(qualities: Mapping[str, Quality]) -> str:
-    """Return the label of the quality with the highest SQNR at the output; the first of several equal ones."""
-    return max(qualities, key=lambda label: qualities[label].sqnr)
 
 
 def _finite(value: Any) -> Any:

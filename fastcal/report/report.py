@@ -3,8 +3,8 @@
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,7 +14,7 @@ from fastcal.errors import CacheError
 from fastcal.files import write_atomically
 from fastcal.observe.histogram import Histogram
 from fastcal.observe.observations import Observations
-from fastcal.report.plots import draw_histogram, draw_speed, draw_waiting
+from fastcal.report.plots import draw_histogram, draw_over_time
 from fastcal.versions import installed
 
 #: The limits for remarks: the share of clipped values, and the factor between a scale and each of its neighbours'.
@@ -29,30 +29,15 @@ _LISTED = 8
 _PACKAGES = r"fastcal|numpy|onnx|onnxruntime(-gpu)?|nvidia-dali-cuda\d+|tensorrt(-cu\d+)?|cupy-cuda\d+x"
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor, as a line of the table.
-
-    Attributes:
-        number: The tensor's place in the network's order, from 1.
-        name: The tensor's name.
-        scale: Its scale.
-        amax: Its largest |x|.
-        clipped: The share of its values beyond 127 scales.
-        remarks: The reasons why it is worth a look.
-        rank: The sort key among the tensors worth a look, the smallest first; empty if the tensor is none of them.
-        source: The tensor whose scale this one takes; None if it has its own.
-        picture: Its histogram.
-    """
-
+class _Tensor(NamedTuple):
     number: int
     name: str
     scale: float
     amax: float
-    clipped: float
-    remarks: Sequence[str]
-    rank: tuple[float, ...]
-    source: str | None
+    clipped: float  # the share of its values beyond 127 scales
+    remarks: Sequence[str]  # the reasons why it is worth a look
+    rank: tuple[float, ...]  # the sort key of these, the smallest first; empty if there are none
+    source: str | None  # the tensor whose scale this one takes
     picture: Markup
 
     @property
@@ -90,14 +75,14 @@ def write_report(
     )  # fmt: skip
     tensors = list(_tensors(cache.scales, cache.observed))
     remarkable = sorted((tensor for tensor in tensors if tensor.rank), key=lambda tensor: tensor.rank)
-    last = cache.observed.progress[-1]
+    progress = cache.observed.progress
     page = environment.get_template("report.html").render(
         title=os.path.basename(cache.observed.network),
         about=_about(cache, cache.observed, about or {}),
-        progress=last,
+        progress=progress[-1],
         samples=_samples(cache, cache.observed),
-        speed=Markup(draw_speed(cache.observed.progress)),
-        waiting=Markup(draw_waiting(cache.observed.progress)),
+        speed=Markup(draw_over_time(progress, "samples a second", lambda at: at.images)),
+        waiting=Markup(draw_over_time(progress, "% of the time waiting for data", lambda at: 100 * at.waited, 100)),
         tensors=tensors,
         remarkable=remarkable[:_LISTED],
         others=len(remarkable[_LISTED:]),
@@ -113,17 +98,9 @@ def _tensors(scales: Mapping[str, float], observed: Observations) -> Iterator[_T
         clipped = histogram.clipped(threshold)
         near = [*order[max(index - _NEIGHBOURS, 0) : index], *order[index + 1 : index + 1 + _NEIGHBOURS]]
         remarks = list(_remarks(histogram, clipped, scales[name], [scales[other] for other in near]))
-        yield _Tensor(
-            index + 1,
-            name,
-            scales[name],
-            histogram.amax,
-            clipped,
-            [text for _, text in remarks],
-            min((rank for rank, _ in remarks), default=()),
-            observed.shared_scales.get(name),
-            Markup(draw_histogram(histogram, threshold)),
-        )
+        texts, rank = [text for _, text in remarks], min((rank for rank, _ in remarks), default=())
+        source, picture = observed.shared_scales.get(name), Markup(draw_histogram(histogram, threshold))
+        yield _Tensor(index + 1, name, scales[name], histogram.amax, clipped, texts, rank, source, picture)
 
 
 def _remarks(
