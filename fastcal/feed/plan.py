@@ -155,7 +155,7 @@ class PlannedFeed(Feed):
         return filled | {name: values.shape for name, values in (self._plan.constants or {}).items()}
 
     def part(self, batches: range, *, gpu: int | None, threads: int) -> Feed:
-        """Return a feed of `batches` for a machine with a `gpu` and `threads`: see `Feed.part`. Arrays stay on the host."""
+        """Return a feed of `batches`: see `Feed.part` for `gpu` and `threads`. Arrays stay in host memory."""
         return PlannedFeed(self._plan.part(batches, gpu=gpu, threads=threads), self._make_passes)
 
     def describe(self) -> dict[str, Any]:
