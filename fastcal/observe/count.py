@@ -40,7 +40,7 @@ def _add(values, width, counts):  # type: ignore[no-untyped-def]
 
 
 def compile_loop(loop: Any, signature: Any, **options: Any) -> Any:
-    """Compile a loop with numba, without Python's lock, and keep the result on the disk: compiling takes a second."""
+    """Compile a loop, without Python's lock, and keep the result on the disk: compiling takes a second."""
     options |= {"nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(signature, cache=True, **options)(loop)  # beside this file or in the user's cache folder

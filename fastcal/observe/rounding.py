@@ -6,11 +6,7 @@ from fastcal.observe.count import compile_loop
 
 
 def _rounded(values, scale):  # type: ignore[no-untyped-def]
-    """Round a vector of finite float32 `values` as QuantizeLinear and DequantizeLinear do, with a `scale` > 0.
-
-    Returns:
-        The sum of the squared differences, and the number of values that are clipped: beyond 127 scales.
-    """
+    """Return the noise of a vector's Q/DQ with a `scale` > 0: the sum of squares, and how many are clipped."""
     noise = 0.0
     clipped = 0
     for i in range(values.size):
