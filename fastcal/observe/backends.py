@@ -40,6 +40,9 @@ class Observer(Protocol):
         """Return the histograms since the beginning, by tensor name."""
 
 
+#: Called with the progress after each batch.
+Report = Callable[[Progress], None]
+
 #: Called with the histograms' observer and the number of images so far; returns whether that is enough.
 Enough = Callable[[Observer, int], bool]
 
@@ -52,9 +55,7 @@ class Backend(ABC):
     device: str = "cpu"
 
     @abstractmethod
-    def observe(
-        self, network: Network, feed: Feed, progress: Callable[[Progress], None], enough: Enough | None = None
-    ) -> Observations:
+    def observe(self, network: Network, feed: Feed, progress: Report, enough: Enough | None = None) -> Observations:
         """Observe a network over the batches of a feed, calling `progress` after each, until `enough` returns True."""
 
 
@@ -65,9 +66,7 @@ class LocalBackend(Backend):
     def observer(self, network: Network, gpu: int | None) -> AbstractContextManager[Observer]:
         """Return the observer of a network whose batches lie on this GPU; None: in host memory."""
 
-    def observe(
-        self, network: Network, feed: Feed, progress: Callable[[Progress], None], enough: Enough | None = None
-    ) -> Observations:
+    def observe(self, network: Network, feed: Feed, progress: Report, enough: Enough | None = None) -> Observations:
         """Observe a network: see `Backend.observe`."""
         timeline: list[Progress] = []
 
@@ -126,9 +125,8 @@ class TensorRTBackend(LocalBackend):
         try:
             gpu = resolve("cuda") if gpu is None else gpu
         except UnavailableError as error:
-            raise UnavailableError(
-                f"backend tensorrt: {error}; backend onnxruntime works here", error.package
-            ) from error
+            text = f"backend tensorrt: {error}; backend onnxruntime works here"
+            raise UnavailableError(text, error.package) from error
         import cupy
 
         from fastcal.observe.with_tensorrt import TensorRTObserver
@@ -136,9 +134,7 @@ class TensorRTBackend(LocalBackend):
         with cupy.cuda.Device(gpu), TensorRTObserver(network, **asdict(self)) as observer:
             yield observer
 
-    def observe(
-        self, network: Network, feed: Feed, progress: Callable[[Progress], None], enough: Enough | None = None
-    ) -> Observations:
+    def observe(self, network: Network, feed: Feed, progress: Report, enough: Enough | None = None) -> Observations:
         """Observe a network with an engine that suits the number of samples."""
         if self.optimization_level is not None:
             return super().observe(network, feed, progress, enough)
@@ -157,9 +153,7 @@ def choose_backend(name: str, is_file: bool) -> str:
 
 
 @contextmanager
-def timed(
-    feed: Feed, progress: Callable[[Progress], None], enough: Callable[[int], bool] | None = None
-) -> Iterator[Iterator[Batch]]:
+def timed(feed: Feed, progress: Report, enough: Callable[[int], bool] | None = None) -> Iterator[Iterator[Batch]]:
     """Begin a pass of a feed, so that its first batch is prepared meanwhile, and end it with the context.
 
     `enough` is called after `progress` with the number of images so far; the pass ends when it returns True.

@@ -26,12 +26,10 @@ class Histogram:
     an element equal to the range lies in bin 2047, and in bin 1023 after a doubling, while an equal element that comes
     after the doubling lands in bin 1024. TensorRT counts the same way.
 
-    The order of batches has no other effect. Every range is the first one times a power of two, and so is every width.
-    An element falls into bin floor(|x| / width) of the last width, whether it is counted before or after a doubling;
-    only the clamp to bin 2047 makes a difference, and it acts on elements equal to the range alone. Such an element is
-    the largest of its batch, and no earlier batch had a larger one. So parts of the batches can be counted apart and
-    put together exactly with `append`: each part begins with a range that earlier batches have set, and keeps the
-    number of elements that it clamped at each range.
+    The order of batches has no other effect: every range is the first one times a power of two, and the clamp to bin
+    2047 acts on elements equal to the range alone. So parts of the batches can be counted apart and put together
+    exactly with `append`: each part begins with a range that earlier batches have set, and keeps the number of elements
+    that it clamped at each range.
 
     Args:
         start: A range to begin with: the one that earlier batches have set.

@@ -16,7 +16,7 @@ from fastcal.batch import format_shape, match_batch
 from fastcal.errors import ModelError
 from fastcal.feed.feed import Feed
 from fastcal.model import Model
-from fastcal.observe.rounding import rounded
+from fastcal.observe.count import rounded
 from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner, PartedRunner
 from fastcal.report.decisions import FLOAT, Decisions
 from fastcal.report.quality import Quality, TensorQuality
