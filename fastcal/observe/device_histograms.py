@@ -221,10 +221,7 @@ class _Batch(NamedTuple):
 
 
 class DeviceHistograms:
-    """Histograms by tensor name, on the GPU that is current when they are made.
-
-    Ranges, their doublings and the counts stay on the GPU: nothing waits for it until the histograms are fetched.
-    """
+    """Histograms by tensor name, on the GPU that is current when they are made; only `fetch` waits for the GPU."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._rows = {name: row for row, name in enumerate(names)}
@@ -280,6 +277,7 @@ class DeviceHistograms:
         count(totals.counts, totals.clamped, second=True)
 
     def _table(self, key: tuple[tuple[str, int, int], ...]) -> tuple[Any, ...]:
+        """Return each tensor's row, each tile's tensor and first element, and each tensor's address and size."""
         sizes = np.array([size for _, _, size in key], np.int64)
         tiles = -(-sizes // _TILE)
         tensors = np.repeat(np.arange(len(key), dtype=np.int32), tiles)
