@@ -25,7 +25,13 @@ UNNAMED = _Unnamed("input")
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a network."""
+    """One input of a network.
+
+    Attributes:
+        name: Its name.
+        shape: Its dimensions; None stands for a dynamic one.
+        dtype: Its element type.
+    """
 
     name: str
     shape: Shape

@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -40,41 +40,23 @@ class Observer(Protocol):
         """Return the histograms since the beginning, by tensor name."""
 
 
+#: Called with the progress after each batch.
+Report = Callable[[Progress], None]
+
 #: Called with the histograms' observer and the number of images so far; returns whether that is enough.
 Enough = Callable[[Observer, int], bool]
 
 
 class Backend(ABC):
-    """A way to run a network.
-
-    Attributes:
-        name: "onnxruntime" or "tensorrt".
-        precision: The precision in which it runs a network: "FP32" or "TF32".
-        device: The device on which a feed made for it has its buffers: "auto" or "cpu".
-    """
+    """Runs a network in this `precision`; a feed made for it has its buffers on this `device`."""
 
     name: str
     precision: str = "FP32"
     device: str = "cpu"
 
     @abstractmethod
-    def observe(
-        self, network: Network, feed: Feed, progress: Callable[[Progress], None], enough: Enough | None = None
-    ) -> Observations:
-        """Run a network over the batches of a feed and return the histograms of its tensors.
-
-        Args:
-            network: The network.
-            feed: The batches.
-            progress: Called after each batch.
-            enough: Called then; the observation ends when it returns True. By default it ends with the batches.
-
-        Raises:
-            UnavailableError: A package or a GPU is missing.
-            ModelError: The backend does not take the network.
-            DataError: The batches do not fit the network.
-            Exception: As the feed.
-        """
+    def observe(self, network: Network, feed: Feed, progress: Report, enough: Enough | None = None) -> Observations:
+        """Observe a network over the batches of a feed, calling `progress` after each, until `enough` returns True."""
 
 
 class LocalBackend(Backend):
@@ -82,12 +64,10 @@ class LocalBackend(Backend):
 
     @abstractmethod
     def observer(self, network: Network, gpu: int | None) -> AbstractContextManager[Observer]:
-        """Return the observer of a network whose batches lie on `gpu`, None for host memory."""
+        """Return the observer of a network whose batches lie on this GPU; None: in host memory."""
 
-    def observe(
-        self, network: Network, feed: Feed, progress: Callable[[Progress], None], enough: Enough | None = None
-    ) -> Observations:
-        """Run a network over the batches of a feed: see `Backend.observe`."""
+    def observe(self, network: Network, feed: Feed, progress: Report, enough: Enough | None = None) -> Observations:
+        """Observe a network: see `Backend.observe`."""
         timeline: list[Progress] = []
 
         def keep(state: Progress) -> None:
@@ -107,18 +87,12 @@ class LocalBackend(Backend):
 
 @dataclass(frozen=True)
 class OnnxRuntimeBackend(LocalBackend):
-    """ONNX Runtime on the CPU.
-
-    Attributes:
-        threads: The number of threads that run the network and count; by default one per core that this process may
-            use.
-    """
+    """ONNX Runtime on the CPU; by default one thread per core that this process may use runs and counts."""
 
     threads: int | None = None
     name = "onnxruntime"
 
-    @contextmanager
-    def observer(self, network: Network, gpu: int | None) -> Iterator[Observer]:
+    def observer(self, network: Network, gpu: int | None) -> AbstractContextManager[Observer]:
         """Return the observer of a `Model`; arrays on a GPU are copied to host memory."""
         if not isinstance(network, Model):
             raise ModelError("backend onnxruntime runs ONNX files, not an INetworkDefinition; use backend tensorrt")
@@ -127,20 +101,12 @@ class OnnxRuntimeBackend(LocalBackend):
             from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver
         except ModuleNotFoundError as error:
             raise missing("backend onnxruntime", error) from error
-        with OnnxRuntimeObserver(network, self.threads) as observer:
-            yield observer
+        return OnnxRuntimeObserver(network, self.threads)
 
 
 @dataclass(frozen=True)
 class TensorRTBackend(LocalBackend):
-    """TensorRT on a GPU.
-
-    Attributes:
-        tf32: Whether TensorRT may round factors to TF32.
-        optimization_level: 0 (the engine is built fastest) to 5 (the engine runs fastest); by default 0, or 1 for feeds
-            of 100,000 samples or more.
-        tactic_sources: Names of `tensorrt.TacticSource`, or their bits; by default TensorRT's own.
-    """
+    """TensorRT on a GPU, with the settings of `fastcal.calibrate`."""
 
     tf32: bool = False
     optimization_level: int | None = None
@@ -150,7 +116,7 @@ class TensorRTBackend(LocalBackend):
 
     @property
     def precision(self) -> str:  # type: ignore[override]
-        """The precision in which it runs a network."""
+        """The name of the precision."""
         return "TF32" if self.tf32 else "FP32"
 
     @contextmanager
@@ -159,26 +125,17 @@ class TensorRTBackend(LocalBackend):
         try:
             gpu = resolve("cuda") if gpu is None else gpu
         except UnavailableError as error:
-            raise UnavailableError(
-                f"backend tensorrt: {error}; backend onnxruntime works here", error.package
-            ) from error
+            text = f"backend tensorrt: {error}; backend onnxruntime works here"
+            raise UnavailableError(text, error.package) from error
         import cupy
 
         from fastcal.observe.with_tensorrt import TensorRTObserver
 
-        level = self.optimization_level or 0
-        with (
-            cupy.cuda.Device(gpu),
-            TensorRTObserver(
-                network, tf32=self.tf32, optimization_level=level, tactic_sources=self.tactic_sources
-            ) as observer,
-        ):
+        with cupy.cuda.Device(gpu), TensorRTObserver(network, **asdict(self)) as observer:
             yield observer
 
-    def observe(
-        self, network: Network, feed: Feed, progress: Callable[[Progress], None], enough: Enough | None = None
-    ) -> Observations:
-        """As `Backend.observe`, with an engine that suits the number of samples."""
+    def observe(self, network: Network, feed: Feed, progress: Report, enough: Enough | None = None) -> Observations:
+        """Observe a network with an engine that suits the number of samples."""
         if self.optimization_level is not None:
             return super().observe(network, feed, progress, enough)
         level = int((length(feed) or 0) * feed.batch_size >= _MANY)
@@ -196,44 +153,34 @@ def choose_backend(name: str, is_file: bool) -> str:
 
 
 @contextmanager
-def timed(
-    feed: Feed, progress: Callable[[Progress], None], enough: Callable[[int], bool] | None = None
-) -> Iterator[Iterator[Batch]]:
+def timed(feed: Feed, progress: Report, enough: Callable[[int], bool] | None = None) -> Iterator[Iterator[Batch]]:
     """Begin a pass of a feed, so that its first batch is prepared meanwhile, and end it with the context.
 
-    Args:
-        feed: The feed.
-        progress: Called after each batch has been used.
-        enough: Called then with the number of images so far; the pass ends when it returns True.
+    `enough` is called after `progress` with the number of images so far; the pass ends when it returns True.
     """
     batches = iter(feed)
+
+    def used() -> Iterator[Batch]:
+        state = Progress(total=length(feed))
+        start = time.perf_counter()
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            state.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+            state.batches += 1
+            if state.total is not None:
+                state.total = length(feed)  # less if samples were skipped
+            state.images += feed.samples_of(batch)
+            state.seconds = time.perf_counter() - start
+            progress(state)
+            if enough is not None and enough(state.images):
+                return
+
     try:
-        yield _timed(feed, batches, progress, enough)
+        yield used()
     finally:
         if hasattr(batches, "close"):
             batches.close()
-
-
-def _timed(
-    feed: Feed,
-    batches: Iterator[Batch],
-    progress: Callable[[Progress], None],
-    enough: Callable[[int], bool] | None,
-) -> Iterator[Batch]:
-    state = Progress(total=length(feed))
-    start = time.perf_counter()
-    while True:
-        asked = time.perf_counter()
-        batch = next(batches, None)
-        state.waited += time.perf_counter() - asked
-        if batch is None:
-            return
-        yield batch
-        state.batches += 1
-        if state.total is not None:
-            state.total = length(feed)  # less if samples were skipped
-        state.images += feed.samples_of(batch)
-        state.seconds = time.perf_counter() - start
-        progress(state)
-        if enough is not None and enough(state.images):
-            return

@@ -13,7 +13,7 @@ from fastcal.observe.histogram import BINS, Histogram
 _TILE = 1 << 17
 _THREADS = 512
 
-#: A float's exponents, from the one of the least subnormal float, and one more for a range beyond all floats.
+#: A float's exponents from that of the least subnormal on, and one more for a range beyond all floats.
 _LEAST_EXPONENT = -149
 _EXPONENTS = 128 - _LEAST_EXPONENT + 1
 
@@ -22,10 +22,9 @@ _TABLES = 64
 
 _DEFINES = {"THREADS": _THREADS, "TILE": _TILE, "EXPONENTS": _EXPONENTS, "LEAST_EXPONENT": f"({_LEAST_EXPONENT})"}
 
-# In one pass, `count` counts every element of a batch into bins of the range so far, and finds the batch's amax. If the
-# amax exceeds the range (as in the first batch), `settle` widens the range and asks for a second pass, which counts
-# again; else `settle` adds the counts to those of earlier batches. A tile belongs to one tensor, so one launch serves
-# all tensors.
+# `count` counts every element of a batch into bins of the range so far, and finds the batch's amax. If the amax exceeds
+# the range (as in the first batch), `settle` widens the range and asks for a second pass, which counts again; else
+# `settle` adds the counts to those of earlier batches. A tile belongs to one tensor, so one launch serves all tensors.
 _SOURCE = r"""
 typedef unsigned long long u64;
 const int BINS = 2048;
@@ -202,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(BINS / 2) settle(
 
 
 class _Totals(NamedTuple):
-    """The histograms of all tensors on the GPU, a row per tensor; amaxes are the bits of floats, as in the kernels."""
+    """The histograms of all tensors, a row per tensor; amaxes are the bits of floats."""
 
     ranges: Any
     amaxes: Any
@@ -213,7 +212,7 @@ class _Totals(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """The counts of one batch before they are added, a row per tensor; `again` tells which exceed the range."""
+    """The counts of one batch, a row per tensor; `again` tells which exceed the range."""
 
     amaxes: Any
     counts: Any
@@ -222,13 +221,7 @@ class _Batch(NamedTuple):
 
 
 class DeviceHistograms:
-    """Histograms by tensor name, on the GPU that is current when they are made.
-
-    Ranges, their doublings and the counts stay on the GPU: nothing waits for it until the histograms are fetched.
-
-    Args:
-        names: The tensors.
-    """
+    """Histograms by tensor name, on the GPU that is current when they are made; only `fetch` waits for the GPU."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._rows = {name: row for row, name in enumerate(names)}
@@ -250,18 +243,14 @@ class DeviceHistograms:
         cupy.cuda.get_current_stream().synchronize()
 
     def begin(self, starts: Mapping[str, float]) -> None:
-        """Begin anew, on CuPy's current stream, with ranges by tensor name: those that earlier batches have set."""
+        """Begin anew, on CuPy's current stream, with these ranges by tensor name."""
         self._starts[: len(self._rows)] = [starts.get(name, 0.0) for name in self._rows]
         for array in self._totals:
             array.fill(0)
         self._totals.ranges.set(self._starts)
 
     def update_all(self, activations: Mapping[str, Any]) -> None:
-        """Count one batch of some of the tensors, on CuPy's current stream.
-
-        Args:
-            activations: Contiguous float32 arrays on the GPU, by tensor name.
-        """
+        """Count contiguous float32 arrays of some of the tensors, on CuPy's current stream."""
         key = tuple((name, array.data.ptr, array.size) for name, array in activations.items() if array.size)
         if not key:
             return
@@ -288,7 +277,7 @@ class DeviceHistograms:
         count(totals.counts, totals.clamped, second=True)
 
     def _table(self, key: tuple[tuple[str, int, int], ...]) -> tuple[Any, ...]:
-        """Return the kernels' tables of the tensors: the row of each, the tensor and the first element of each tile."""
+        """Return each tensor's row, each tile's tensor and first element, and each tensor's address and size."""
         sizes = np.array([size for _, _, size in key], np.int64)
         tiles = -(-sizes // _TILE)
         tensors = np.repeat(np.arange(len(key), dtype=np.int32), tiles)

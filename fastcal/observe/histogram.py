@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,10 @@ class Histogram:
     an element equal to the range lies in bin 2047, and in bin 1023 after a doubling, while an equal element that comes
     after the doubling lands in bin 1024. TensorRT counts the same way.
 
-    The order of batches has no other effect. Every range is the first one times a power of two, and so is every width.
-    An element falls into bin floor(|x| / width) of the last width, whether it is counted before or after a doubling;
-    only the clamp to bin 2047 makes a difference, and it acts on elements equal to the range alone. Such an element is
-    the largest of its batch, and no earlier batch had a larger one. So parts of the batches can be counted apart and
-    put together exactly with `append`: each part begins with a range that earlier batches have set, and keeps the
-    number of elements that it clamped at each range.
+    The order of batches has no other effect: every range is the first one times a power of two, and the clamp to bin
+    2047 acts on elements equal to the range alone. So parts of the batches can be counted apart and put together
+    exactly with `append`: each part begins with a range that earlier batches have set, and keeps the number of elements
+    that it clamped at each range.
 
     Args:
         start: A range to begin with: the one that earlier batches have set.
@@ -81,7 +80,9 @@ class Histogram:
             return
         batch_amax = max(float(flat.max()), -float(flat.min()))  # NaN if an element is NaN
         if not math.isfinite(batch_amax):
-            flat = self._without_nonfinite(flat)
+            self.nan += int(np.isnan(flat).sum())
+            self.inf += int(np.isinf(flat).sum())
+            flat = flat[np.isfinite(flat)]
             batch_amax = float(np.abs(flat).max(initial=0.0))
         self.widen(batch_amax)
         if self.range == 0.0:
@@ -91,13 +92,9 @@ class Histogram:
         for start in range(0, flat.size, count.MOST):
             count.add(flat[start : start + count.MOST], np.float32(self.width), counted)
         self.counts += counted[:BINS]
-        self._add_clamped(self.range, int(counted[BINS]))
-        self.counts[-1] += counted[BINS]
-
-    def _without_nonfinite(self, flat: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        self.nan += int(np.isnan(flat).sum())
-        self.inf += int(np.isinf(flat).sum())
-        return flat[np.isfinite(flat)]
+        if counted[BINS]:
+            self.clamped[self.range] = self.clamped.get(self.range, 0) + int(counted[BINS])
+            self.counts[-1] += counted[BINS]
 
     def widen(self, batch_amax: float) -> None:
         """Make room for a batch whose largest |x| is `batch_amax`, before its elements are counted."""
@@ -128,14 +125,10 @@ class Histogram:
                 self.counts[BINS - 1 >> doublings] -= count
                 self.counts[BINS >> doublings] += count
             else:
-                self._add_clamped(value, count)
+                self.clamped[value] = self.clamped.get(value, 0) + count
         self.amax = max(self.amax, later.amax)
         self.nan += later.nan
         self.inf += later.inf
-
-    def _add_clamped(self, value: float, count: int) -> None:
-        if count:
-            self.clamped[value] = self.clamped.get(value, 0) + count
 
 
 def _doublings(lower: float, upper: float) -> int:
@@ -147,7 +140,7 @@ def _doublings(lower: float, upper: float) -> int:
 
 
 def _paired(counts: npt.NDArray[np.int64], times: int) -> npt.NDArray[np.int64]:
-    """Return `counts` with neighbouring bins added in pairs, that many times."""
+    """Return counts with neighbouring bins added in pairs, that many times."""
     for _ in range(times):
         paired = np.zeros_like(counts)
         paired[: BINS // 2] = counts.reshape(-1, 2).sum(axis=1)
@@ -155,12 +148,8 @@ def _paired(counts: npt.NDArray[np.int64], times: int) -> npt.NDArray[np.int64]:
     return counts
 
 
-class Histograms(dict[str, Histogram]):
-    """Histograms by tensor name, counted on all cores; a context manager that ends its threads.
-
-    Args:
-        threads: The number of threads that count; by default one per core that this process may use.
-    """
+class Histograms(dict[str, Histogram], AbstractContextManager["Histograms"]):
+    """Histograms by tensor name, counted on all cores; a context manager that ends its threads."""
 
     def __init__(self, threads: int | None = None) -> None:
         super().__init__()
@@ -173,9 +162,6 @@ class Histograms(dict[str, Histogram]):
             self.setdefault(name, Histogram())
         for counted in [self._pool.submit(self[name].update, activations[name]) for name in largest_first]:
             counted.result()
-
-    def __enter__(self) -> "Histograms":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)

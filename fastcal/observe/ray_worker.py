@@ -5,6 +5,8 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 
 import ray
 
@@ -18,14 +20,7 @@ from fastcal.progress import Progress
 
 @dataclass(frozen=True)
 class Counted:
-    """The result of a worker's share of the batches.
-
-    Attributes:
-        histograms: By tensor name.
-        shared_scales: Tensors that take the scale of another one: name to the other tensor's name.
-        progress: The number of batches and samples, and the time that the share took.
-        notes: The log records of that time: logger, level and text.
-    """
+    """The result of a worker's share of the batches, with the log records of that time: logger, level and text."""
 
     histograms: Mapping[str, Histogram]
     shared_scales: Mapping[str, str]
@@ -34,15 +29,9 @@ class Counted:
 
 
 class Worker:
-    """A Ray actor that observes a network.
+    """A Ray actor that observes the model at `path`, which is relative to the driver's working folder.
 
     Ray may restart it on another node, and then repeats the call at hand; so nothing is started before the first call.
-
-    Args:
-        folder: The driver's working folder, which relative paths are relative to.
-        path: The model's path.
-        digest: The model's digest.
-        backend: What runs the model.
     """
 
     def __init__(self, folder: str, path: str, digest: str, backend: LocalBackend) -> None:
@@ -53,9 +42,9 @@ class Worker:
         self._where = f"on node {node}: " if len(names) > 1 else ""
         self._path, self._digest, self._backend = path, digest, backend
         self._observer: Observer | None = None
-        self._notes = _Notes()
+        self._records: SimpleQueue[logging.LogRecord] = SimpleQueue()
         logger = logging.getLogger("fastcal")
-        logger.addHandler(self._notes)
+        logger.addHandler(QueueHandler(self._records))
         logger.setLevel(logging.INFO)
 
     def count(self, part: Feed, starts: Mapping[str, float]) -> Counted:
@@ -87,19 +76,6 @@ class Worker:
         state = states[-1]
         if state.batches != len(part):
             raise DataError(f"the feed gave {state.batches} of {len(part)} batches; leave workers out")
-        return Counted(histograms, observer.shared_scales, state, self._notes.take())
-
-
-class _Notes(logging.Handler):
-    """Keeps log records until they are taken."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: list[tuple[str, int, str]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._kept.append((record.name, record.levelno, record.getMessage()))
-
-    def take(self) -> list[tuple[str, int, str]]:
-        kept, self._kept = self._kept, []
-        return kept
+        records = [self._records.get() for _ in range(self._records.qsize())]
+        notes = [(record.name, record.levelno, record.getMessage()) for record in records]
+        return Counted(histograms, observer.shared_scales, state, notes)

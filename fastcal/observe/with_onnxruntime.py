@@ -1,6 +1,7 @@
 """A network observed on the CPU: ONNX Runtime runs it with every activation visible, and all cores count."""
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
@@ -38,16 +39,7 @@ _FLOAT = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 
 class OnnxRuntimeObserver(AbstractContextManager["OnnxRuntimeObserver"]):
-    """Runs batches through a model on the CPU and keeps the histograms of its activations; a context manager.
-
-    Args:
-        model: The model.
-        threads: The number of threads that run the network and count; by default one per core of this process.
-        memory: As for `PartedRunner`.
-
-    Attributes:
-        shared_scales: Tensors that take the scale of another one: name to the other tensor's name.
-    """
+    """Runs batches through a model on the CPU: an `Observer`, and a context manager; `memory` as in `PartedRunner`."""
 
     def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
         self._model = model
@@ -56,19 +48,19 @@ class OnnxRuntimeObserver(AbstractContextManager["OnnxRuntimeObserver"]):
         self._histograms = Histograms(threads)
 
     def begin(self, starts: Mapping[str, float]) -> None:
-        """Begin anew with ranges by tensor name: those that earlier batches have set."""
+        """Begin anew with these ranges."""
         self._histograms.clear()
         self._histograms.update({name: Histogram(start) for name, start in starts.items()})
 
     def observe(self, batch: Mapping[str, Any]) -> None:
-        """Run one batch, arrays by input name, and count its activations."""
+        """Run one batch and count its activations."""
         arrays = match_batch(self._model.inputs, self._model.label, batch)
         for values in self._runner.run(arrays):
             self._histograms.update_all(values)
             del values  # before the next ones are computed
 
     def histograms(self) -> Mapping[str, Histogram]:
-        """Return the histograms since the beginning, by tensor name."""
+        """Return the histograms by tensor name."""
         return self._histograms
 
     def __exit__(self, *error: object) -> None:
@@ -77,18 +69,10 @@ class OnnxRuntimeObserver(AbstractContextManager["OnnxRuntimeObserver"]):
 
 
 class PartedRunner(AbstractContextManager["PartedRunner"]):
-    """Runs batches through a model and shows all activations, as many at a time as fit the memory.
+    """Runs batches through a model, several times if its activations do not fit the memory together.
 
-    If they do not fit the memory together, the network runs several times over each batch. A context manager.
-
-    Args:
-        model: The model.
-        threads: As for `OnnxRuntimeRunner`.
-        memory: The bytes that the activations of a batch may take; by default 70 % of what is free when the first batch
-            comes, or all of it for a single activation that takes that much.
-
-    Attributes:
-        tensors: Names of the float inputs and activations, in the graph's order.
+    They may take `memory` bytes: by default 70 % of what is free when the first batch comes, or all of it for a single
+    activation that takes that much. `tensors` are the names of the float inputs and activations, in the graph's order.
     """
 
     def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
@@ -102,11 +86,7 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
         self._shapes: Mapping[str, tuple[int, ...]] = {}  # of the inputs that the runners are for
 
     def run(self, batch: Mapping[str, npt.NDArray[Any]]) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        """Run one batch, arrays by input name.
-
-        Yields:
-            The values of some of `tensors`, by name, each tensor once. Drop them before asking for the next ones.
-        """
+        """Yield the values of some of `tensors`, each tensor once. Drop them before asking for the next ones."""
         shapes = {name: tuple(array.shape) for name, array in batch.items()}
         if shapes != self._shapes:
             self._fit(shapes)
@@ -118,17 +98,13 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
 
     def _fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Make as many runners as the activations of inputs of these shapes need to fit the memory."""
-        if self._free is None and self._memory is None:
-            self._free = free_memory()  # before batches take some of it
+        if self._free is None:
+            free = free_memory()  # before batches take some of it
+            self._free = sys.maxsize if free is None else free
         known = self._model.sizes(shapes)
         sizes = {name: known.get(name, 0) for name in self._activations}
-        if self._memory is not None:
-            memory = self._memory
-        elif self._free is not None:
-            memory = max(int(SHARE * self._free), min(self._free, max(sizes.values(), default=0)))
-        else:
-            return
-        shown = groups(sizes, memory, "the memory")
+        allowed = max(int(SHARE * self._free), min(self._free, max(sizes.values(), default=0)))
+        shown = groups(sizes, self._memory or allowed, "the memory")
         if shown != [list(runner.activations) for runner in self._runners]:
             self.__exit__()
             self._runners = [OnnxRuntimeRunner(self._model, self._threads, activations=group) for group in shown]
@@ -139,20 +115,9 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
 
 
 class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
-    """Runs batches through a model as it stands: no graph optimization, so no activation is fused away.
+    """Runs batches through a model without graph optimization, so that no activation is fused away.
 
-    A context manager that ends its thread.
-
-    Args:
-        model: The model; external data is read from its folder.
-        threads: The number of threads that run one batch; by default one per core that this process may use.
-        variant: A model to run in place of the model, for instance the one with Q/DQ pairs; only its outputs are
-            returned.
-        activations: The activations to show; by default all.
-
-    Attributes:
-        inputs: Names of the float inputs.
-        activations: Names of the float activations (or outputs) that are shown, in the graph's order.
+    Shows these `activations`, by default all; or the outputs of a `variant` of the model, with Q/DQ pairs for instance.
     """
 
     def __init__(
@@ -164,7 +129,11 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         activations: Sequence[str] | None = None,
     ) -> None:
         self._model = model
-        proto = _with_outputs(model, activations) if variant is None else variant
+        if variant is None:
+            variant = onnx.ModelProto()
+            variant.CopyFrom(model.proto)
+            del variant.graph.output[:]  # ONNX Runtime infers the new ones' types
+            variant.graph.output.extend(onnx.ValueInfoProto(name=name) for name in activations or model.activations)
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = activations is None  # an arena would keep memory from the other runners
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -175,7 +144,7 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         )
         try:
             self._session = onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                variant.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ModelError(f"ONNX Runtime cannot load {model.path}: {_reason(error)}") from error
@@ -185,7 +154,7 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         self._thread = ThreadPoolExecutor(1, "fastcal-runner")
 
     def run(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Run one batch, arrays by input name; return the values of `inputs` and `activations` by name."""
+        """Run one batch; return the float inputs and activations by name."""
         arrays = {value.name: np.asarray(to_host(batch[value.name]), value.dtype) for value in self._model.inputs}
         if not self.activations:
             return {name: arrays[name] for name in self.inputs}
@@ -204,15 +173,6 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
 
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown()
-
-
-def _with_outputs(model: Model, activations: Sequence[str] | None) -> onnx.ModelProto:
-    """Return the model with activations, by default all, as its outputs; ONNX Runtime infers their types."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in activations or model.activations)
-    return proto
 
 
 def _reason(error: Exception) -> str:

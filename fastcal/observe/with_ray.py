@@ -1,49 +1,56 @@
-"""A network observed by Ray actors that share its batches."""
+"""A network observed by Ray actors that share its batches: the driver's side."""
 
 import contextlib
 import logging
+import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from fastcal.definition import Network
-from fastcal.errors import DataError, ModelError, UnavailableError, check_range
+from fastcal.errors import DataError, FastcalError, ModelError, UnavailableError, check_range
 from fastcal.feed.feed import Feed, length
 from fastcal.model import Model
-from fastcal.observe.backends import Backend, Enough, LocalBackend, OnnxRuntimeBackend, choose_backend
+from fastcal.observe.backends import Backend, Enough, LocalBackend, OnnxRuntimeBackend, Report, choose_backend
+from fastcal.observe.histogram import Histogram
 from fastcal.observe.observations import Observations
-from fastcal.observe.ray_crew import FIRST, Crew, Job, last_line
+from fastcal.observe.ray_worker import Counted, Worker
 from fastcal.progress import Progress
 
-#: Seconds to wait for a cluster that may not exist.
+#: The most batches of a share: enough to outweigh a feed's start and a result's transfer, and little to do again.
+_MOST = 64
+
+#: How often Ray restarts a worker that died, and repeats the share at hand.
+_RESTARTS = 2
+
+#: Seconds to wait for a cluster that may not exist, and for the first worker before the log says so.
 _PATIENCE_SECONDS = 10.0
+
+#: Ray's exceptions for a result that is lost though the work itself is sound.
+_LOST = (RayActorError, ObjectLostError, NodeDiedError, OutOfMemoryError)
+
+#: The numbers of the batches that every worker begins with: their ranges, and whether all workers count the same.
+_FIRST = range(1)
 
 _log = logging.getLogger("fastcal")
 
 
 @dataclass(frozen=True)
 class RayBackend(Backend):
-    """Ray actors that share a feed's batches.
+    """Ray actors that share a feed's batches and use one of `backends`, the one `asked` for by name, or "auto".
 
-    The histograms are those of one process if the actors' machines compute the same activations. The first batch sets
-    the ranges of the tensors, and every worker observes it when it starts. A worker is then given one share after
-    another: successive batches, and the ranges that are known. It counts from these ranges on, and `Histogram.append`
-    puts its counts together with those of the shares before. If a tensor's range was not known to the worker (the
-    tensor was 0 in all batches so far) and an earlier share has set the range meanwhile, the share is counted again. A
-    share counts as a whole or not at all, so the share of a worker that died is given to another worker.
-
-    Attributes:
-        workers: The number of actors.
-        address: The cluster; None for the one that RAY_ADDRESS names, else one that is started here for the time of the
-            observation. Ignored if the process is connected to Ray already.
-        asked: The name of the backend that the workers use; "auto" is decided on a node with a GPU if the cluster has
-            one.
-        backends: The local backends by name.
-        threads: The number of CPUs of each worker; by default as many as leave room for all workers.
+    The first batch sets the ranges of the tensors, and every worker observes it when it starts. A worker is then given
+    one share after another: successive batches, and the ranges that are known. It counts from these ranges on, and
+    `Histogram.append` puts its counts together with those of the shares before. If a tensor's range was not known to
+    the worker (the tensor was 0 in all batches so far) and an earlier share has set the range meanwhile, the share is
+    counted again. A share counts as a whole or not at all, so the share of a worker that died can be repeated.
     """
 
     workers: int
@@ -53,52 +60,31 @@ class RayBackend(Backend):
     threads: int | None = None
     name = "ray"
 
-    def observe(
-        self, network: Network, feed: Feed, progress: Callable[[Progress], None], enough: Enough | None = None
-    ) -> Observations:
-        """Run a network over the batches of a feed: see `Backend.observe`.
-
-        Raises:
-            ModelError: The network is not an ONNX file.
-            DataError: The feed cannot be divided.
-            UnavailableError: Ray cannot be reached, or workers die again and again.
-            FastcalError: The error of a worker, of the first batch in order that goes wrong.
-        """
+    def observe(self, network: Network, feed: Feed, progress: Report, enough: Enough | None = None) -> Observations:
+        """Observe a network: see `Backend.observe`. Raises the error of the first batch in order that goes wrong."""
         check_range("workers", self.workers, 1)
         if not isinstance(network, Model):
             raise ModelError("workers run ONNX files, not an INetworkDefinition; leave workers out")
-        feed.part(FIRST, gpu=None, threads=1)  # raises before Ray is started if the feed cannot be divided
+        feed.part(_FIRST, gpu=None, threads=1)  # raises before Ray is started if the feed cannot be divided
         if length(feed) is None:
             raise DataError("workers must know how many batches there are, and the feed does not; leave workers out")
-        timeline: list[Progress] = []
-
-        def keep(state: Progress) -> None:
-            timeline.append(replace(state))
-            progress(state)
-
         with _connected(self.address, self.workers):
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             gpus = sum(int(node.get("GPU", 0)) for node in nodes)
             backend = self.backends[_choose(self.asked, gpus)]
             on_gpus = gpus > 0 and (backend.name == "tensorrt" or feed.gpu is not None)
             threads = self.threads or cpus_each(nodes, self.workers, on_gpus)
-            room = sum(room_for(node, threads, on_gpus) for node in nodes)
-            if room < self.workers:
-                each = f"{threads} CPUs" + " and a GPU" * on_gpus
-                _log.info("Ray has room for %d of the %d workers, with %s each", room, self.workers, each)
             if isinstance(backend, OnnxRuntimeBackend):
                 backend = replace(backend, threads=threads)
-            crew = Crew(Job(network, feed, backend, self.workers, threads, on_gpus), keep)
-            try:
-                found = crew.observe()
-            finally:
-                crew.dismiss()
-        return Observations(network.label, backend.name, backend.precision, found.total, found.shared_scales, timeline)
+            found = _Crew(_Job(network, feed, backend, self.workers, threads, on_gpus), progress).observe()
+        return Observations(
+            network.label, backend.name, backend.precision, found.histograms, found.shared_scales, found.timeline
+        )
 
 
 @contextlib.contextmanager
 def _connected(address: str | None, workers: int) -> Iterator[None]:
-    """Connect this process to Ray for the time of the context."""
+    """Connect this process to Ray, unless it is connected already, for the time of the context."""
     if ray.is_initialized():
         yield
         return
@@ -113,7 +99,7 @@ def _connected(address: str | None, workers: int) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **resources)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise UnavailableError(
-            f"cannot connect to Ray at {address}: {last_line(error)}; `ray start --head` starts a cluster, and "
+            f"cannot connect to Ray at {address}: {_last_line(error)}; `ray start --head` starts a cluster, and "
             "without an address Ray is started here"
         ) from error
     try:
@@ -123,25 +109,173 @@ def _connected(address: str | None, workers: int) -> Iterator[None]:
 
 
 def _choose(asked: str, gpus: int) -> str:
-    """Return the name of the backend that all workers use."""
+    """Return the name of the backend that all workers use; "auto" is decided on a node with a GPU."""
     if gpus == 0:
         if asked == "tensorrt":
             raise UnavailableError("backend tensorrt needs GPUs, and the Ray cluster has none; use backend onnxruntime")
         return "onnxruntime"
     if asked != "auto":
         return asked
-    chosen: str = ray.get(ray.remote(num_gpus=1)(choose_backend).remote("auto", True))
-    return chosen
+    return str(ray.get(ray.remote(num_gpus=1)(choose_backend).remote("auto", True)))
 
 
 def cpus_each(nodes: Sequence[Mapping[str, float]], workers: int, on_gpus: bool) -> int:
     """Return the most CPUs that each worker can have if all workers are to have room; 1 if there is no such number."""
-    most = max(int(node.get("CPU", 0)) for node in nodes)
-    fitting = (cpus for cpus in range(most, 1, -1) if sum(room_for(node, cpus, on_gpus) for node in nodes) >= workers)
-    return next(fitting, 1)
+    most = [int(node.get("GPU", 0)) if on_gpus else workers for node in nodes]
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+
+    def room(cpus: int) -> int:
+        return sum(min(has // cpus, limit) for has, limit in zip(cores, most, strict=True))
+
+    return next((cpus for cpus in range(max(cores), 1, -1) if room(cpus) >= workers), 1)
 
 
-def room_for(node: Mapping[str, float], cpus: int, on_gpus: bool) -> int:
-    """Return the number of workers with that many CPUs each that a node has room for."""
-    room = int(node.get("CPU", 0)) // cpus
-    return min(room, int(node.get("GPU", 0))) if on_gpus else room
+@dataclass(frozen=True)
+class _Job:
+    """The work of a crew: batches through a model, by workers with this number of CPUs each, and a GPU if `on_gpus`."""
+
+    model: Model
+    feed: Feed
+    backend: LocalBackend
+    workers: int
+    threads: int
+    on_gpus: bool
+
+
+class _Tally:
+    """The counts of all shares, put together in the batches' order."""
+
+    def __init__(self, total: int) -> None:
+        self.histograms: dict[str, Histogram] = {}
+        self.shared_scales: Mapping[str, str] = {}
+        self.state = Progress(total=total)
+        self.timeline: list[Progress] = []
+        self._waiting: dict[int, Counted | FastcalError] = {}  # by first batch, until those before are present
+        self._first: Mapping[str, float] | None = None  # the first batch's maxima, by tensor name
+        self._started = 0.0
+
+    def keep(self, batches: range, counted: Counted | FastcalError) -> None:
+        """Keep the result of a share. Every worker counts the first batch; the result that comes first is used."""
+        if batches != _FIRST or isinstance(counted, FastcalError):
+            self._waiting[batches.start] = counted
+            return
+        maxima = {name: histogram.amax for name, histogram in counted.histograms.items()}
+        if self._first is None:
+            self._first, self.shared_scales = maxima, counted.shared_scales
+            self._started = time.perf_counter() - counted.progress.seconds
+            self._waiting[_FIRST.start] = counted
+        elif maxima != self._first:
+            _log.warning(
+                "workers find other values in the same batch: their machines or libraries differ, and the scales may "
+                "differ in the last digits from those of one process"
+            )
+
+    def add_up(self, workers: int, report: Report) -> range | None:
+        """Put the counts together that come next in the batches' order, or raise the error that comes next.
+
+        Return batches to count again, if a tensor's range was not known to the worker that counted them.
+        """
+        while (counted := self._waiting.pop(self.state.batches, None)) is not None:
+            if isinstance(counted, FastcalError):
+                raise counted.with_traceback(None)
+            start, done = self.state.batches, counted.progress
+            pairs = [(self.histograms.setdefault(name, Histogram()), part) for name, part in counted.histograms.items()]
+            if not all(histogram.can_append(part) for histogram, part in pairs):
+                return range(start, start + done.batches)
+            for histogram, part in pairs:
+                histogram.append(part)
+            self.state.batches += done.batches
+            self.state.images += done.images
+            self.state.waited += done.waited / workers
+            self.state.seconds = time.perf_counter() - self._started
+            self.timeline.append(replace(self.state))
+            report(self.state)
+        return None
+
+
+class _Crew:
+    """Gives shares of the batches to workers until all are counted."""
+
+    def __init__(self, job: _Job, report: Report) -> None:
+        self._job = job
+        self._report = report
+        self._tally = _Tally(len(job.feed))
+        self._actors: list[Any] = []
+        self._idle: list[Any] = []
+        self._running: dict[Any, tuple[Any, range]] = {}  # the worker and its batches, by the reference to the result
+        self._again: list[range] = []
+        self._next = _FIRST.stop
+        self._notes: set[tuple[str, int, str]] = set()
+
+    def observe(self) -> _Tally:
+        """Count all batches with new workers, and end those."""
+        try:
+            self._start_workers()
+            while self._tally.state.batches < len(self._job.feed):
+                (reference,), _ = ray.wait(list(self._running))
+                actor, batches = self._running.pop(reference)
+                self._idle.append(actor)
+                self._tally.keep(batches, self._result(reference, batches))
+                again = self._tally.add_up(self._job.workers, self._report)
+                if again is not None:
+                    self._again.append(again)
+                self._give_out()
+        finally:
+            for actor in self._actors:
+                ray.kill(actor)
+        return self._tally
+
+    def _start_workers(self) -> None:
+        job = self._job
+        worker = ray.remote(Worker).options(
+            max_restarts=_RESTARTS, max_task_retries=_RESTARTS, num_cpus=job.threads, num_gpus=int(job.on_gpus),
+            scheduling_strategy="SPREAD",  # so that nodes share the reading too
+        )  # fmt: skip
+        for _ in range(job.workers):
+            self._actors.append(worker.remote(os.getcwd(), str(job.model.path), job.model.digest, job.backend))
+            self._give(self._actors[-1], _FIRST, {})
+        ready, _ = ray.wait(list(self._running), timeout=_PATIENCE_SECONDS)
+        if not ready:
+            _log.info("waiting for Ray to start a worker with %s CPUs", job.threads)
+
+    def _result(self, reference: Any, batches: range) -> Counted | FastcalError:
+        try:
+            counted: Counted = ray.get(reference)
+        except _LOST as error:
+            died = f"{_RESTARTS + 1} workers died over batches {batches.start} to {batches.stop - 1}"
+            raise UnavailableError(f"{died}: {_last_line(error)}; Ray's logs tell more") from error
+        except RayTaskError as error:
+            if not isinstance(error.cause, FastcalError):
+                raise
+            return error.cause
+        for note in counted.notes:
+            if note not in self._notes:  # several workers say the same
+                self._notes.add(note)
+                name, level, text = note
+                logging.getLogger(name).log(level, "%s", text)
+        return counted
+
+    def _give_out(self) -> None:
+        """Give the idle workers shares, once the first batch has set the ranges."""
+        starts = {name: histogram.range for name, histogram in self._tally.histograms.items()}
+        self._again.sort(key=lambda batches: -batches.start)
+        while self._tally.state.batches and self._idle and (self._again or self._next < len(self._job.feed)):
+            self._give(self._idle.pop(), self._again.pop() if self._again else self._next_share(), starts)
+
+    def _give(self, actor: Any, batches: range, starts: Mapping[str, float]) -> None:
+        gpu = 0 if self._job.on_gpus else None  # Ray shows a worker its own GPU alone
+        part = self._job.feed.part(batches, gpu=gpu, threads=self._job.threads)
+        self._running[actor.count.remote(part, starts)] = actor, batches
+
+    def _next_share(self) -> range:
+        """Return the next batches; few at the end, so that all workers end about together."""
+        left = len(self._job.feed) - self._next
+        size = max(1, min(_MOST, math.ceil(left / (2 * self._job.workers))))
+        self._next += size
+        return range(self._next - size, self._next)
+
+
+def _last_line(error: Exception) -> str:
+    """Return the last line of an error of Ray's; some have a page of text."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return textwrap.shorten(lines[-1], 200)

@@ -21,32 +21,14 @@ from fastcal.observe.histogram import Histogram
 #: TensorRT wants its tensors at multiples of 256 bytes.
 _ALIGNMENT = 256
 
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-
 
 class TensorRTObserver:
-    """Runs batches through a network on CuPy's current GPU and keeps the histograms of all its float tensors.
+    """Runs batches through a network on CuPy's current GPU: an `Observer`, with the settings of `fastcal.calibrate`.
 
-    A context manager: within it, CuPy's current stream is the one that reads the batches, so that a feed fills no
-    buffer that is still in use.
-
-    The tensors carry the names that they have in TensorRT's own calibration caches, those that its parser adds among
-    them. The network runs in FP32 as TensorRT calibrates, and no tensor is fused away. A batch's arrays on the GPU are
-    read where they are.
-
-    An engine is built for the first batch, and again for batches of other shapes.
-
-    Args:
-        network: The network; a `Definition` is left as it was.
-        tf32: Whether TensorRT may round the factors of convolutions and matrix products to TF32: faster, and amax
-            differs from FP32's by about 1e-3.
-        optimization_level: 0 (built fastest) to 5 (runs fastest).
-        memory: The bytes that all observed tensors of a batch may take; by default 70 % of what is free on the GPU. If
-            they take more, the network runs several times over each batch and shows some of them each time.
-        tactic_sources: Names of `tensorrt.TacticSource`, or their bits; by default TensorRT's own.
-
-    Attributes:
-        shared_scales: Tensors that take the scale of another one: name to the other tensor's name.
+    Within the context, CuPy's current stream is the one that reads the batches, so that a feed fills no buffer that is
+    still in use. Tensors have their names of TensorRT's own caches. An engine is built for the first batch, and again
+    for batches of other shapes. All observed tensors of a batch may take `memory` bytes, by default 70 % of what is
+    free on the GPU; if they take more, the network runs several times over each batch. A `Definition` stays as it is.
     """
 
     def __init__(
@@ -54,17 +36,17 @@ class TensorRTObserver:
         network: Network,
         *,
         tf32: bool = False,
-        optimization_level: int = 0,
+        optimization_level: int | None = None,
         memory: int | None = None,
         tactic_sources: int | Iterable[str] | None = None,
     ) -> None:
-        self._builder = _EngineBuilder(network, tf32, optimization_level, memory, tactic_bits(tactic_sources))
+        self._builder = _EngineBuilder(network, tf32, optimization_level or 0, memory, tactic_bits(tactic_sources))
         definition = self._builder.network
         self._inputs = Definition(definition).inputs
         self._label = network.label
         self.shared_scales = _pooled(definition)
         self._engines: list[_Engine] = []
-        self._shapes: Shapes | None = None  # of the inputs that the engines are built for
+        self._shapes: dict[str, tuple[int, ...]] | None = None  # of the inputs that the engines are built for
         self._uploads: dict[str, Any] = {}
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._ends = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
@@ -75,21 +57,18 @@ class TensorRTObserver:
         cupy.cuda.get_current_stream().synchronize()
 
     def begin(self, starts: Mapping[str, float]) -> None:
-        """Begin anew with ranges by tensor name: those that earlier batches have set. Leaves constants out."""
+        """Begin anew with these ranges, without the constants."""
         self._histograms.begin(starts)
 
     def observe(self, batch: Mapping[str, Any]) -> None:
-        """Run one batch, arrays by input name on the GPU or in host memory, and count its tensors.
-
-        Returns when the batch before is done.
-        """
+        """Run one batch of arrays on the GPU or in host memory and count its tensors; wait for the batch before."""
         batch = match_batch(self._inputs, self._label, batch)
         arrays = {value.name: self._on_device(value, batch[value.name]) for value in self._inputs}
-        shapes = tuple((name, tuple(array.shape)) for name, array in arrays.items())
+        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         if shapes != self._shapes:
             self._stream.synchronize()
             self._forget_engines()
-            self._engines = list(self._builder.build(dict(shapes)))
+            self._engines = list(self._builder.build(shapes))
             block = cupy.empty(max(engine.bytes for engine in self._engines), np.uint8)
             for engine in self._engines:  # they run one after another
                 engine.write_to(block)
@@ -107,7 +86,7 @@ class TensorRTObserver:
             self._stream.synchronize()  # another library may write to its arrays whatever CuPy's stream still reads
 
     def histograms(self) -> dict[str, Histogram]:
-        """Return the histograms since the beginning, by tensor name; at first those of the constants are among them."""
+        """Return the histograms by tensor name, those of the constants too unless `begin` was called."""
         return self._histograms.fetch()
 
     def __enter__(self) -> "TensorRTObserver":
@@ -135,12 +114,7 @@ class TensorRTObserver:
 
 
 class _EngineBuilder:
-    """Builds engines that show a network's tensors; the arguments are those of `TensorRTObserver`.
-
-    Attributes:
-        network: The `tensorrt.INetworkDefinition`.
-        computed: The float tensors that its layers compute, in the network's order.
-    """
+    """Builds engines that show the float tensors which the layers of `network`, an `INetworkDefinition`, compute."""
 
     def __init__(
         self, network: Network, tf32: bool, optimization_level: int, memory: int | None, tactic_sources: int | None
@@ -176,11 +150,7 @@ class _EngineBuilder:
 
 
 class _Engine:
-    """An engine, and the arrays to which it writes some of the network's tensors.
-
-    Attributes:
-        bytes: The memory that those arrays take.
-    """
+    """An engine, and the arrays to which it writes some of the network's tensors; they take `bytes` of memory."""
 
     def __init__(self, plan: Any, names: Sequence[str], logger: Logger) -> None:
         self._runtime = trt.Runtime(logger)
@@ -204,13 +174,13 @@ class _Engine:
         self._shown: dict[str, Any] = {}
 
     def write_to(self, block: Any) -> None:
-        """Put the arrays into a block of the GPU's memory of at least `bytes`."""
+        """Put the arrays into a block of the GPU's memory."""
         for name, (shape, dtype, offset) in self._places.items():
             self._shown[name] = cupy.ndarray(shape, dtype, block.data + offset)
             self._context.set_tensor_address(name, self._shown[name].data.ptr)
 
     def run(self, arrays: Mapping[str, Any], stream: Any) -> dict[str, Any]:
-        """Enqueue one batch; return the tensors by name as float32 arrays, filled in the stream's order."""
+        """Enqueue one batch; return its tensors in float32, filled in the stream's order."""
         for name in self._inputs:
             self._context.set_tensor_address(name, arrays[name].data.ptr)
         if not self._context.execute_async_v3(stream.ptr):
@@ -231,7 +201,6 @@ def _is_float(value: Any) -> bool:
 
 
 def _computed(network: Any) -> list[Any]:
-    """Return the float tensors that layers compute, in the network's order."""
     values = (
         layer.get_output(index)
         for layer in _layers(network)
@@ -247,13 +216,11 @@ def _constants(network: Any) -> dict[str, Any]:
     for layer in _layers(network):
         if layer.type == trt.LayerType.CONSTANT and _is_float(layer.get_output(0)):
             layer.__class__ = trt.IConstantLayer
-            constants[layer.get_output(0).name] = _elements(layer.weights).astype(np.float32)
+            weights = layer.weights
+            # NumPy 2 finds a stride of 0 in the weights of TensorRT 8.6, built for NumPy 1.
+            values = np.lib.stride_tricks.as_strided(weights, strides=(weights.itemsize,))
+            constants[layer.get_output(0).name] = values.astype(np.float32)
     return constants
-
-
-def _elements(weights: Any) -> Any:
-    """Return the weights of a layer; NumPy 2 finds a stride of 0 in those of TensorRT 8.6, built for NumPy 1."""
-    return np.lib.stride_tricks.as_strided(weights, strides=(weights.itemsize,))
 
 
 def _pooled(network: Any) -> dict[str, str]:
@@ -267,7 +234,6 @@ def _pooled(network: Any) -> dict[str, str]:
 
 
 def _bytes(value: Any) -> int:
-    """Return the bytes of the GPU's memory that it takes to count a tensor."""
     shape = tuple(value.shape)
     if min(shape, default=0) < 0:
         raise ModelError(
@@ -280,13 +246,11 @@ def _bytes(value: Any) -> int:
 
 
 def _aligned(size: int) -> int:
-    """Return a size rounded up to TensorRT's alignment."""
     return max(-(-size // _ALIGNMENT), 1) * _ALIGNMENT
 
 
 @contextmanager
 def _fixed(network: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
-    """Give the network's inputs these shapes for the time of the context."""
     inputs = _inputs(network)
     before = [tuple(value.shape) for value in inputs]
     try:
@@ -300,7 +264,6 @@ def _fixed(network: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None
 
 @contextmanager
 def _outputs(network: Any, values: Sequence[Any]) -> Iterator[None]:
-    """Make these tensors the network's outputs for the time of the context."""
     before = [network.get_output(index) for index in range(network.num_outputs)]
     for value in before:
         network.unmark_output(value)

@@ -16,7 +16,7 @@ from fastcal.cache.cache import CalibrationCache
 from fastcal.errors import ModelError
 from fastcal.feed.feed import Feed
 from fastcal.model import Model
-from fastcal.observe.rounding import rounded
+from fastcal.observe.count import rounded
 from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner, PartedRunner
 from fastcal.qdq import quantize
 from fastcal.report.quality import Quality, TensorQuality
