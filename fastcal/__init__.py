@@ -11,7 +11,6 @@ Nothing is printed: notes and warnings go to the logger "fastcal", TensorRT's me
 """
 
 import logging
-from importlib.util import find_spec
 from typing import Any
 
 import lazy_loader
@@ -46,11 +45,6 @@ def __dir__() -> list[str]:
 
 
 def _is_installed(package: str) -> bool:
-    if package == "tensorrt" and find_spec("tensorrt") is not None:
-        from fastcal.versions import has_calibrators
+    from fastcal.versions import has_calibrators, is_installed
 
-        return has_calibrators()
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package that it is in
-        return False
+    return is_installed(package) and (package != "tensorrt" or has_calibrators())

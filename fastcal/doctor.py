@@ -5,7 +5,6 @@ A broken library may end the process that imports it, or hang.
 
 import ctypes
 import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -21,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from fastcal.versions import installed
+from fastcal.versions import installed, is_installed
 
 #: The time limit of a try. The first start of CuPy or TensorRT on a GPU takes many seconds.
 _SECONDS = 120
@@ -90,7 +89,7 @@ def attempt(label: str) -> None:
 def _run(library: "_Library") -> Finding:
     """Try one library in a process of its own."""
     wheels = installed(library.wheels)
-    if library.module and not _is_installed(library.module):
+    if library.module and not is_installed(library.module):
         return Finding(library.label, "missing", wheels, "not installed")
     program = f"import sys; sys.path[:] = {sys.path!r}; from fastcal.doctor import attempt; attempt({library.label!r})"
     command = [sys.executable, "-c", program]
@@ -106,13 +105,6 @@ def _run(library: "_Library") -> Finding:
         message = (done.stderr.strip() or "no error message").splitlines()[-1]
         status, detail = "broken", f"its process ended with {end}: {message}"
     return Finding(library.label, status, wheels, _without_folders(detail))
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a package around the module is missing
-        return False
 
 
 def _fix(finding: Finding, library: "_Library", cuda: int | None) -> str:
@@ -162,13 +154,6 @@ def _try_driver() -> str:
     driver.cuDeviceGetName(name, len(name), 0)
     driver.cuDriverGetVersion(ctypes.byref(release))
     return f"{name.value.decode()}, CUDA {release.value // 1000}"
-
-
-def _try_onnx() -> str:
-    import onnx
-
-    onnx.checker.check_model(onnx.parser.parse_model(_RELU))
-    return "checked a model"
 
 
 def _try_onnxruntime() -> str:
@@ -239,7 +224,6 @@ class _Library(NamedTuple):
 _DRIVER = _Library("NVIDIA driver", "gpu", _try_driver)
 
 _LIBRARIES = (
-    _Library("ONNX", "all", _try_onnx, "onnx", "onnx"),
     _Library("ONNX Runtime", "cpu", _try_onnxruntime, "onnxruntime", "onnxruntime(-gpu)?"),
     _Library("numba", "cpu", _try_numba, "numba", "numba"),
     _Library("CuPy", "gpu", _try_cupy, "cupy", r"cupy(-cuda\d+x)?"),

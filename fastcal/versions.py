@@ -2,6 +2,7 @@
 
 import re
 from importlib.metadata import distributions
+from importlib.util import find_spec
 
 from fastcal.errors import FastcalError
 
@@ -47,6 +48,14 @@ def version_of_number(number: str) -> str:
     """Return "major.minor.patch" for the digits of an NV_TENSORRT_VERSION: "8.6.0" for "8600"."""
     major, rest = divmod(int(number), 10000 if len(number) == 6 else 1000)
     return f"{major}.{rest // 100}.{rest % 100}"
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a module can be found; it is not imported."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package around the module is missing
+        return False
 
 
 def installed(wheels: str) -> list[str]:

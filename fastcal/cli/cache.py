@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -72,10 +71,9 @@ def diff(
 def convert(
     *,
     cache: CacheArgument,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")],
-    form: Annotated[
-        str | None, typer.Option(help="tensorrt or json.", show_default="json for a .json file, else tensorrt")
-    ] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="The file; .json writes JSON.")
+    ],
     tensorrt: Annotated[
         str | None, typer.Option(help="The TensorRT version that will read the cache.", show_default="unchanged")
     ] = None,
@@ -90,7 +88,7 @@ def convert(
 
         loaded = fastcal.CalibrationCache.load(cache)
         check_is_no_record(output, cache)
-        form = form or ("json" if Path(output).suffix == ".json" else "tensorrt")
+        form = "json" if output.endswith(".json") else "tensorrt"
         if form == "tensorrt" and os.path.realpath(record_path(output)) == os.path.realpath(cache):
             raise FastcalError(f"{cache} would become the record of {output}; name another file")
         converted = _with_header(loaded, cache, tensorrt, algorithm)

@@ -228,7 +228,7 @@ class _Crew:
     def _start_workers(self) -> None:
         job = self._job
         worker = ray.remote(Worker).options(
-            max_restarts=_RESTARTS, max_task_retries=_RESTARTS, num_cpus=job.threads, num_gpus=int(job.on_gpus),
+            max_restarts=_RESTARTS, max_task_retries=-1, num_cpus=job.threads, num_gpus=int(job.on_gpus),
             scheduling_strategy="SPREAD",  # so that nodes share the reading too
         )  # fmt: skip
         for _ in range(job.workers):

@@ -126,7 +126,6 @@ def test_legacy_calibration_under_another_header(run_fastcal, tmp_path):
         ("show none.cache", "cannot read calibration cache none.cache: No such file or directory; check the path"),
         ("diff a.cache b.cache --tolerance -1", "tolerance -1 is not a percentage from 0 on"),
         ("convert a.cache -o a.cache.json", "a.cache.json is the record of a.cache; name another file"),
-        ("convert a.cache -o x --form yaml", "there is no form 'yaml' of a cache; choose one of"),
         ("convert a.cache -o x --tensorrt 11.0", "TensorRT 11.0 takes no calibration cache"),
         ("convert a.cache -o x --algorithm percentile", "there is no header for algorithm 'percentile'; choose one of"),
         ("convert legacy.cache -o x --tensorrt 10.3.0", "legacy.cache is of Legacy calibration, whose header has no"),
