@@ -12,11 +12,10 @@ from typing import Any
 from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record, read_record, why_no_record
-from fastcal.definition import Network, as_network
 from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
-from fastcal.model import Model
+from fastcal.model import Model, Network, as_network
 from fastcal.observe.backends import (
     Backend,
     LocalBackend,

@@ -10,7 +10,11 @@ from fastcal.model import Model
 try:
     import tensorrt as trt  # other modules use `from fastcal.network import trt`, so that one place reports a failure
 except (ImportError, OSError) as error:
-    raise UnavailableError(f"TensorRT cannot be imported ({error}): {GPU_EXTRAS}", "TensorRT") from error
+    raise UnavailableError(
+        f"engines and calibrators need TensorRT 8.6 to 10.16, which cannot be imported ({error}): {GPU_EXTRAS}; "
+        "without it, fastcal calibrate writes a cache",
+        "TensorRT",
+    ) from error
 
 __all__ = ["Logger", "parse", "start_builder", "tactic_bits", "trt"]
 

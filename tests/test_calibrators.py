@@ -522,7 +522,7 @@ def test_arrays_that_tensorrt_would_read_wrongly(trt_bindings, array, message):
             "need TensorRT 8.6 to 10.16, which cannot be imported (no libnvinfer)",
         ),
         (
-            "__version__ = '11.4.0'",
+            "__version__ = '11.4.0'\nILogger = object",
             "TensorRT 11.4.0 has no calibrators (gone from 11.0): calibrate with fastcal calibrate",
         ),
     ],

@@ -71,9 +71,7 @@ def diff(
 def convert(
     *,
     cache: CacheArgument,
-    output: Annotated[
-        str, typer.Option("--output", "-o", metavar="FILE", help="The file; .json writes JSON.")
-    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="The file; .json writes JSON.")],
     tensorrt: Annotated[
         str | None, typer.Option(help="The TensorRT version that will read the cache.", show_default="unchanged")
     ] = None,

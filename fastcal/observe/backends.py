@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from fastcal.definition import Network
 from fastcal.device import resolve
 from fastcal.errors import FastcalError, ModelError, UnavailableError, missing
 from fastcal.feed.feed import Batch, Feed, length
-from fastcal.model import Model
-from fastcal.observe import BACKENDS
+from fastcal.model import Model, Network
 from fastcal.observe.histogram import Histogram
 from fastcal.observe.observations import Observations
 from fastcal.progress import Progress
+
+#: The backends that `fastcal.calibrate` takes. "auto" is TensorRT if it, CuPy and a GPU are present, else ONNX Runtime.
+BACKENDS = ("auto", "tensorrt", "onnxruntime")
 
 #: From this number of samples on, an engine of optimization level 1 is worth the time it takes to build: 3 s more for
 #: ResNet-50 on an H200, which then runs at 3,620 images/s instead of 3,200.

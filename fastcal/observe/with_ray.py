@@ -14,10 +14,9 @@ from typing import Any
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
-from fastcal.definition import Network
 from fastcal.errors import DataError, FastcalError, ModelError, UnavailableError, check_range
 from fastcal.feed.feed import Feed, length
-from fastcal.model import Model
+from fastcal.model import Model, Network
 from fastcal.observe.backends import Backend, Enough, LocalBackend, OnnxRuntimeBackend, Report, choose_backend
 from fastcal.observe.histogram import Histogram
 from fastcal.observe.observations import Observations
@@ -228,7 +227,7 @@ class _Crew:
     def _start_workers(self) -> None:
         job = self._job
         worker = ray.remote(Worker).options(
-            max_restarts=_RESTARTS, max_task_retries=-1, num_cpus=job.threads, num_gpus=int(job.on_gpus),
+            max_restarts=_RESTARTS, max_task_retries=5 * _RESTARTS, num_cpus=job.threads, num_gpus=int(job.on_gpus),
             scheduling_strategy="SPREAD",  # so that nodes share the reading too
         )  # fmt: skip
         for _ in range(job.workers):

@@ -9,11 +9,10 @@ import cupy
 import numpy as np
 
 from fastcal.batch import Input, check_values, format_shape, known_sizes, match_batch
-from fastcal.definition import Definition, Network
 from fastcal.device import upload, wait_until_filled
 from fastcal.errors import ModelError
 from fastcal.memory import SHARE, groups
-from fastcal.model import Model
+from fastcal.model import Definition, Model, Network
 from fastcal.network import Logger, parse, start_builder, tactic_bits, trt
 from fastcal.observe.device_histograms import DeviceHistograms
 from fastcal.observe.histogram import Histogram

@@ -502,7 +502,7 @@ def test_build_without_tensorrt(run_fastcal, tmp_path, images):
     done = run_fastcal("build", MODEL, images, "-o", tmp_path / "x.engine")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(
-        r"error: TensorRT's calibrators need TensorRT 8.6 to 10.16, which cannot be imported \(No module .*\): "
+        r"error: engines and calibrators need TensorRT 8.6 to 10.16, which cannot be imported \(No module .*\): "
         r"pip install .*; without it, fastcal calibrate writes a cache\n",
         done.stderr,
     )

@@ -11,7 +11,7 @@ from fastcal.algorithm import ALGORITHMS, DEFAULT_QUANTILE, VERSIONED
 from fastcal.cache.cache import FORMS
 from fastcal.cli import app
 from fastcal.feed.preprocess import PRESETS
-from fastcal.observe import BACKENDS
+from fastcal.observe.backends import BACKENDS
 
 COMMANDS = typer.main.get_command(app).commands
 OPTIONS = {
