@@ -29,10 +29,7 @@ class Counted:
 
 
 class Worker:
-    """A Ray actor that observes the model at `path`, which is relative to the driver's working folder.
-
-    Ray may restart it on another node, and then repeats the call at hand; so nothing is started before the first call.
-    """
+    """A Ray actor that observes the model at `path`, which is relative to the driver's working folder."""
 
     def __init__(self, folder: str, path: str, digest: str, backend: LocalBackend) -> None:
         with contextlib.suppress(OSError):  # relative paths are then reported as missing

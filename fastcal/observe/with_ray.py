@@ -7,6 +7,7 @@ import os
 import socket
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,8 +27,8 @@ from fastcal.progress import Progress
 #: The most batches of a share: enough to outweigh a feed's start and a result's transfer, and little to do again.
 _MOST = 64
 
-#: How often Ray restarts a worker that died, and repeats the share at hand.
-_RESTARTS = 2
+#: The number of workers that may die over the same batches.
+_ATTEMPTS = 3
 
 #: Seconds to wait for a cluster that may not exist, and for the first worker before the log says so.
 _PATIENCE_SECONDS = 10.0
@@ -49,7 +50,7 @@ class RayBackend(Backend):
     one share after another: successive batches, and the ranges that are known. It counts from these ranges on, and
     `Histogram.append` puts its counts together with those of the shares before. If a tensor's range was not known to
     the worker (the tensor was 0 in all batches so far) and an earlier share has set the range meanwhile, the share is
-    counted again. A share counts as a whole or not at all, so the share of a worker that died can be repeated.
+    counted again. A share counts as a whole or not at all, so another worker repeats the share of one that died.
     """
 
     workers: int
@@ -204,17 +205,23 @@ class _Crew:
         self._running: dict[Any, tuple[Any, range]] = {}  # the worker and its batches, by the reference to the result
         self._again: list[range] = []
         self._next = _FIRST.stop
+        self._deaths: Counter[int] = Counter()  # by the first of the batches
         self._notes: set[tuple[str, int, str]] = set()
 
     def observe(self) -> _Tally:
         """Count all batches with new workers, and end those."""
         try:
-            self._start_workers()
+            for _ in range(self._job.workers):
+                self._start_worker()
+            self._say_if_none_starts()
             while self._tally.state.batches < len(self._job.feed):
                 (reference,), _ = ray.wait(list(self._running))
                 actor, batches = self._running.pop(reference)
-                self._idle.append(actor)
-                self._tally.keep(batches, self._result(reference, batches))
+                try:
+                    self._tally.keep(batches, self._result(reference))
+                    self._idle.append(actor)
+                except _LOST as error:
+                    self._replace(actor, batches, error)
                 again = self._tally.add_up(self._job.workers, self._report)
                 if again is not None:
                     self._again.append(again)
@@ -224,25 +231,37 @@ class _Crew:
                 ray.kill(actor)
         return self._tally
 
-    def _start_workers(self) -> None:
+    def _start_worker(self) -> None:
         job = self._job
         worker = ray.remote(Worker).options(
-            max_restarts=_RESTARTS, max_task_retries=5 * _RESTARTS, num_cpus=job.threads, num_gpus=int(job.on_gpus),
+            num_cpus=job.threads, num_gpus=int(job.on_gpus),
             scheduling_strategy="SPREAD",  # so that nodes share the reading too
         )  # fmt: skip
-        for _ in range(job.workers):
-            self._actors.append(worker.remote(os.getcwd(), str(job.model.path), job.model.digest, job.backend))
-            self._give(self._actors[-1], _FIRST, {})
+        self._actors.append(worker.remote(os.getcwd(), str(job.model.path), job.model.digest, job.backend))
+        self._give(self._actors[-1], _FIRST, {})
+
+    def _say_if_none_starts(self) -> None:
         ready, _ = ray.wait(list(self._running), timeout=_PATIENCE_SECONDS)
         if not ready:
-            _log.info("waiting for Ray to start a worker with %s CPUs", job.threads)
+            _log.info("waiting for Ray to start a worker with %s CPUs", self._job.threads)
 
-    def _result(self, reference: Any, batches: range) -> Counted | FastcalError:
+    def _replace(self, actor: Any, batches: range, error: Exception) -> None:
+        """Have another worker count the batches of a worker that died."""
+        ray.kill(actor)
+        self._actors.remove(actor)
+        self._deaths[batches.start] += 1
+        named = f"batches {batches.start} to {batches.stop - 1}"
+        if self._deaths[batches.start] == _ATTEMPTS:
+            text = f"{_ATTEMPTS} workers died over {named}: {_last_line(error)}; Ray's logs tell more"
+            raise UnavailableError(text) from error
+        _log.warning("a worker died over %s, which are counted again: %s", named, _last_line(error))
+        if batches != _FIRST:  # every worker begins with these
+            self._again.append(batches)
+        self._start_worker()
+
+    def _result(self, reference: Any) -> Counted | FastcalError:
         try:
             counted: Counted = ray.get(reference)
-        except _LOST as error:
-            died = f"{_RESTARTS + 1} workers died over batches {batches.start} to {batches.stop - 1}"
-            raise UnavailableError(f"{died}: {_last_line(error)}; Ray's logs tell more") from error
         except RayTaskError as error:
             if not isinstance(error.cause, FastcalError):
                 raise

@@ -220,15 +220,16 @@ def meanwhile(*actions):
     assert len(used) == len(actions)
 
 
-def test_what_a_killed_worker_had_to_do_is_done_again_and_counted_once(cluster, slow):
+def test_what_a_killed_worker_had_to_do_is_done_again_and_counted_once(cluster, slow, caplog):
     path, feed = slow
     expected = calibrate(path, feed, threads=1).to_bytes()
 
     def kill(process):
         os.kill(process, signal.SIGKILL)
 
-    with meanwhile(kill, kill) as progress:
+    with caplog.at_level(logging.WARNING, "fastcal"), meanwhile(kill, kill) as progress:
         assert calibrate(path, feed, threads=1, workers=2, progress=progress).to_bytes() == expected
+    assert len(re.findall(r"a worker died over batches \d+ to \d+, which are counted again", caplog.text)) == 2
 
 
 def test_a_node_that_dies(cluster, slow):
