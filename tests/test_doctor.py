@@ -36,7 +36,7 @@ def examine(spawn_fastcal, tmp_path):
 def test_everything_works_on_a_cpu(examine):
     status, found, ok = examine()
     assert (status, ok) == (0, True)
-    for label in ("ONNX", "ONNX Runtime", "numba", "DALI", "Matplotlib", "Jinja2", "Ray"):
+    for label in ("ONNX Runtime", "numba", "DALI", "Matplotlib", "Jinja2", "Ray"):
         assert (found[label]["status"], found[label]["fix"]) == ("works", ""), found[label]
         assert re.search(r" \d+\.\d+", found[label]["wheels"][0])
     assert found["DALI"]["detail"] == "decoded an image on the CPU"
@@ -49,7 +49,7 @@ def test_everything_works_on_a_cpu(examine):
 def test_everything_works_on_a_gpu(examine):
     _, found, _ = examine()
     assert re.fullmatch(r"NVIDIA .*, CUDA 1\d", found["NVIDIA driver"]["detail"])
-    for label in ("NVIDIA driver", "ONNX", "CuPy", "DALI", "TensorRT"):
+    for label in ("NVIDIA driver", "CuPy", "DALI", "TensorRT"):
         assert found[label]["status"] == "works", found[label]
     assert found["DALI"]["detail"].startswith("decoded an image on GPU ")
 
@@ -69,7 +69,7 @@ def test_a_library_that_crashes_does_not_take_the_doctor_down(examine):
     assert runtime["fix"] == "pip install --force-reinstall onnxruntime"
     assert found["numba"]["detail"] == "its process ended with status 3: no error message"
     assert found["Ray"]["detail"].startswith("its process ended with status 4")  # though all had worked until then
-    assert found["ONNX"]["status"] == found["DALI"]["status"] == "works"
+    assert found["DALI"]["status"] == "works"
 
 
 @no_gpu
@@ -99,7 +99,7 @@ def test_folders_are_left_out_wherever_it_runs(monkeypatch):
 
 def test_a_library_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setattr(doctor, "_SECONDS", 0.01)
-    finding = doctor._run(LIBRARIES["onnx"])
+    finding = doctor._run(LIBRARIES["jinja2"])
     assert (finding.status, finding.detail) == ("broken", "did not end within 0.01 s")
 
 
@@ -165,8 +165,8 @@ def test_a_gpu_whose_packages_are_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "detail"),
     [
-        ("__version__ = '11.0.0.1'", "TensorRT 11.0.0.1 has no calibrators"),
-        ("raise OSError('libnvinfer.so.10: cannot open')", "TensorRT's calibrators need TensorRT 8.6 to 10.16, which "
+        ("__version__ = '11.0.0.1'; ILogger = object", "TensorRT 11.0.0.1 has no calibrators"),
+        ("raise OSError('libnvinfer.so.10: cannot open')", "engines and calibrators need TensorRT 8.6 to 10.16, which "
          "cannot be imported (libnvinfer.so.10: cannot open)"),
     ],
 )  # fmt: skip

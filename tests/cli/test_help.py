@@ -8,7 +8,6 @@ import pytest
 import typer
 
 from fastcal.algorithm import ALGORITHMS, DEFAULT_QUANTILE, VERSIONED
-from fastcal.cache.cache import FORMS
 from fastcal.cli import app
 from fastcal.feed.preprocess import PRESETS
 from fastcal.observe.backends import BACKENDS
@@ -25,7 +24,6 @@ OPTIONS = {
     [
         ("calibrate", "algorithm", ALGORITHMS),
         ("convert", "algorithm", VERSIONED),
-        ("convert", "form", FORMS),
         ("calibrate", "backend", BACKENDS),
         ("calibrate", "preprocess", PRESETS),
     ],
