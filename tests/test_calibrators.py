@@ -238,6 +238,8 @@ def test_a_cache_of_some_batches_is_not_reused_for_all():
     assert all_of_them.reuse("x.cache") == (None, reason)
     all_of_them.cache({"a": 1.0}).save("x.cache")
     assert all_of_them.reuse("x.cache")[1] == ""
+    all_of_them.cache({}).save("x.cache")
+    assert all_of_them.reuse("x.cache") == (None, "it holds no scales")
 
 
 def test_the_cache_is_reused_only_while_it_is_up_to_date(trt_bindings, caplog):

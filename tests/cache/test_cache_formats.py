@@ -128,3 +128,8 @@ def test_scales_may_be_numpys(tmp_path, form):
     for scale in (np.float32(0.1), np.array(0.1, np.float32)):
         CalibrationCache({"x": scale}).save(tmp_path / "x", form=form)
         assert CalibrationCache.load(tmp_path / "x").scales == {"x": float(scale)}
+
+
+def test_json_may_leave_out_what_has_a_default(tmp_path):
+    (tmp_path / "x.json").write_text('{"scales": {"x": 0.5}}')
+    assert CalibrationCache.load(tmp_path / "x.json") == CalibrationCache({"x": 0.5}, "entropy2", "10.16.1")
