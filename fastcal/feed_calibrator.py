@@ -272,7 +272,7 @@ class FeedCalibrator:
     def rewind(self) -> None:
         """Begin again: the next `get_batch` hands out the first batch, and an earlier error is forgotten."""
         self._handout.begin_anew()
-        self._calibration = replace(self._default)  # the record anew: files may have changed
+        self._calibration = self._default
         self._error = self._ready = None
         self._finished = False
 

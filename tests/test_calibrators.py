@@ -318,6 +318,20 @@ def test_progress_counts_the_batches_that_tensorrt_has_finished(trt_bindings):
     assert all(state.seconds - state.waited >= 0.05 * state.batches for state in reports)  # the builder's time
 
 
+def test_the_longest_wait_is_that_of_a_later_call(trt_bindings):
+    class Slow(Numbered):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                time.sleep((0.2, 0.01, 0.05)[number])
+                yield batch
+
+    calibrator = fastcal.EntropyCalibrator2(Slow())
+    assert len(addresses(calibrator)) == 3
+    stats = calibrator.stats
+    assert stats.waited_first >= 0.2 > stats.waited_worst >= 0.05
+    assert stats.waited >= stats.waited_first + stats.waited_worst + 0.01
+
+
 def test_an_error_in_the_progress_report_is_an_error_of_the_calibration(trt_bindings):
     error = OSError("no terminal")
 

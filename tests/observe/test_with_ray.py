@@ -283,10 +283,11 @@ class Deadly(Batches):
         os._exit(1)
 
 
-def test_workers_that_die_again_and_again_are_given_up(cluster, onnx_file):
+def test_workers_that_die_again_and_again_are_given_up(cluster, onnx_file, caplog):
     feed = Deadly([{"x0": np.ones((1, 3), "f4")}])
     with pytest.raises(fastcal.FastcalError, match=r"3 workers died over batches 0 to 0: .*; Ray's logs tell more"):
         calibrate(many_tensors(onnx_file, 1), feed, workers=2)
+    assert len(re.findall("a worker died over batches 0 to 0, which are counted again", caplog.text)) == 2
 
 
 class Short(Batches):
