@@ -328,8 +328,8 @@ def test_the_longest_wait_is_that_of_a_later_call(trt_bindings):
     calibrator = fastcal.EntropyCalibrator2(Slow())
     assert len(addresses(calibrator)) == 3
     stats = calibrator.stats
-    assert stats.waited_first >= 0.2 > stats.waited_worst >= 0.05
-    assert stats.waited >= stats.waited_first + stats.waited_worst + 0.01
+    assert stats.waited_first >= 0.2
+    assert 0.05 <= stats.waited_worst < stats.waited - stats.waited_first
 
 
 def test_an_error_in_the_progress_report_is_an_error_of_the_calibration(trt_bindings):
@@ -394,12 +394,13 @@ class Counted(fastcal.Feed):
     """Two batches; counts how often it described them."""
 
     batch_size = 4
-    looked = 0
+    looked = passes = 0
 
     def __len__(self):
         return 2
 
     def __iter__(self):
+        self.passes += 1
         return iter([{"x": np.linspace(-1, 3, 12, dtype="f4").reshape(4, 3) * scale} for scale in (1, 2)])
 
     def describe(self):
@@ -431,6 +432,11 @@ def test_a_calibration_by_fastcal_describes_the_feed_once_and_is_handed_over(
         model, feed, algorithm=algorithm, backend="onnxruntime", tensorrt_version=version, **options
     )
     assert served == Path("x.cache").read_bytes() == expected.to_bytes()
+    passes = feed.passes
+    with calibrator:
+        calibrator.calibrate(model)  # the cache is up to date
+        assert serve(calibrator) == served
+    assert feed.passes == passes
     assert fastcal.CalibrationCache.load("x.cache").record == expected.record
     assert len(reports) == 2
     assert calibrator.stats.batches == 0

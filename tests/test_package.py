@@ -115,6 +115,7 @@ def test_a_missing_package_is_named_with_what_brings_it(import_without, missing,
     with pytest.raises(package.FastcalError) as raised:
         use(package)
     assert str(raised.value) == text
+    assert f" needs {raised.value.package}, which is not installed" in text
 
 
 def test_it_prints_nothing(tmp_path):
