@@ -5,6 +5,7 @@ import logging
 import signal
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,9 +13,10 @@ import onnx
 import pytest
 
 import fastcal
-from conftest import DATA, SQUEEZENET, needs_squeezenet, squeezenet_batches
+from conftest import DATA, DIGITS, SQUEEZENET, needs_squeezenet, squeezenet_batches
 from fastcal.algorithm import Algorithm, divergences
 from fastcal.model import Model
+from fastcal.observe.backends import OnnxRuntimeBackend, TensorRTBackend
 from fastcal.observe.histogram import Histograms
 from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner
 
@@ -321,7 +323,7 @@ def test_a_pass_ends_if_the_backend_does_not_start(onnx_file):
 
 def test_a_network_that_computes_nothing_in_float(onnx_file):
     path = onnx_file("g (float[N, 4] x) => (int64[N, 1] y) { y = ArgMax<axis = 1>(x) }")
-    cache = fastcal.calibrate(path, [np.full((2, 4), 3, "f4")], backend="onnxruntime", algorithm="minmax")
+    cache = calibrate(path, [np.full((2, 4), 3, "f4")], backend="onnxruntime", algorithm="minmax")
     assert cache.scales == {"x": pytest.approx(3 / 127)}
 
 
@@ -336,7 +338,7 @@ def test_values_that_an_input_cannot_hold(onnx_file, tmp_path, kind, values, hel
     for feed in ([values], fastcal.NumpyFeed(tmp_path / "x.npy", model=path, device="cpu")):
         with pytest.raises(fastcal.FastcalError, match=f"input 'x' as {kind}, which cannot hold {held}; give values"):
             fastcal.calibrate(path, feed, backend="onnxruntime")
-    cache = fastcal.calibrate(path, [np.full_like(values, 7)], backend="onnxruntime", algorithm="minmax")
+    cache = calibrate(path, [np.full_like(values, 7)], backend="onnxruntime", algorithm="minmax")
     assert cache.scales["y"] == pytest.approx(7 / 127)
 
 
@@ -442,3 +444,63 @@ def test_ctrl_c_stops_a_run(onnx_file):
             runner.run({"x": np.zeros((256, 256), "f4"), "n": np.array(20_000)})
     timer.join()
     assert time.monotonic() - begin < 3
+
+
+def test_the_record_names_the_percentiles_settings(onnx_file):
+    path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
+    cache = calibrate(path, [np.ones((1, 2), "f4")], algorithm="percentile", quantile=0.99)
+    expected = {"algorithm": "percentile", "quantile": 0.99, "regression_cutoff": 1.0}
+    assert expected.items() <= cache.record.entries.items()
+
+
+class Telling(fastcal.Feed):
+    """Batches of ones, of which it announces another number; describes how many passes were begun before."""
+
+    batch_size = 50
+
+    def __init__(self, given, announced):
+        self.given, self.announced, self.passes = given, announced, 0
+
+    def __len__(self):
+        return self.announced
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([{"x": np.ones((50, 2), "f4")}] * self.given)
+
+    def describe(self):
+        return {"passes": self.passes}
+
+
+def test_a_feed_without_batches(onnx_file):
+    path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
+    with pytest.raises(fastcal.DataError, match=r"^the feed gave no batches; a calibration needs at least one$"):
+        calibrate(path, Telling(0, 0))
+
+
+def test_the_record_describes_the_batches_before_the_pass(onnx_file):
+    path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
+    assert calibrate(path, Telling(2, 2)).record.entries["passes"] == 0
+
+
+@pytest.mark.parametrize(("announced", "level"), [(1999, 0), (2000, 1)])
+def test_an_engine_for_many_samples_is_built_longer(onnx_file, monkeypatch, announced, level):
+    levels = []
+
+    def observer(backend, network, gpu):
+        levels.append(backend.optimization_level)
+        return OnnxRuntimeBackend().observer(network, gpu)
+
+    monkeypatch.setattr(TensorRTBackend, "observer", observer)
+    model = Model(onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }"))
+    TensorRTBackend().observe(model, Telling(1, announced), lambda state: None)
+    assert levels == [level]
+
+
+def test_the_total_is_less_once_samples_are_skipped(tmp_path):
+    for number, path in enumerate(sorted((DIGITS / "images").rglob("*.jpg"))[:3]):
+        (tmp_path / f"{number}.jpg").write_bytes(b"no JPEG" if number == 1 else path.read_bytes())
+    model, reports = DIGITS / "digits.onnx", []
+    feed = fastcal.ImageFeed(tmp_path, model=model, batch_size=1, skip_unreadable=True, max_unreadable=50)
+    calibrate(model, feed, progress=lambda state: reports.append(replace(state)))
+    assert (reports[0].total, reports[-1].total, reports[-1].batches) == (3, 2, 2)
