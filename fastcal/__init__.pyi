@@ -27,7 +27,7 @@ from .feed_calibrator import CalibratorStats as CalibratorStats
 from .feed_calibrator import FeedCalibrator as FeedCalibrator
 from .model import Model as Model
 from .observe.histogram import Histogram as Histogram
-from .observe.observations import Observations as Observations
+from .observe.histogram import Observations as Observations
 from .progress import Progress as Progress
 from .qdq import quantize as quantize
 from .report.comparison import compare as compare

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastcal.errors import CacheError, FastcalError
-from fastcal.observe.histogram import BINS, Histogram
-from fastcal.observe.observations import Observations
+from fastcal.observe.histogram import BINS, Histogram, Observations
 from fastcal.versions import version_number, version_of_number
 
 #: INT8's largest value: a scale is amax, or the threshold, over this.

@@ -13,7 +13,7 @@ from fastcal.algorithm import Algorithm, from_hex, packed, to_hex
 from fastcal.cache.record import Record, read_record
 from fastcal.errors import CacheError, FastcalError
 from fastcal.files import write_atomically
-from fastcal.observe.observations import Observations
+from fastcal.observe.histogram import Observations
 from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
 #: The forms in which `CalibrationCache.save` writes a cache.

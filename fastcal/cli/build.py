@@ -10,8 +10,7 @@ import typer
 from rich.filesize import decimal
 
 import fastcal
-from fastcal.cli.options import CalibrationOptions
-from fastcal.cli.outputs import check_outputs
+from fastcal.cli.options import CalibrationOptions, check_outputs
 from fastcal.cli.summary import data_rows, speed
 from fastcal.cli.terminal import Bar, finish, print_rows, terminal
 from fastcal.errors import GPU_EXTRAS, UnavailableError

@@ -6,8 +6,7 @@ import typer
 from rich.console import Console
 
 import fastcal
-from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption, UntilStableOption
-from fastcal.cli.outputs import check_outputs
+from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption, UntilStableOption, check_outputs
 from fastcal.cli.summary import outcome, print_summary
 from fastcal.cli.terminal import Bar, finish, terminal
 from fastcal.files import check_writable

@@ -6,8 +6,7 @@ from typing import Annotated, ClassVar
 import typer
 
 import fastcal
-from fastcal.cli.options import FeedOptions
-from fastcal.cli.outputs import check_outputs
+from fastcal.cli.options import FeedOptions, check_outputs
 from fastcal.cli.terminal import finish, say, terminal
 from fastcal.files import check_writable
 

@@ -8,8 +8,7 @@ import typer
 
 import fastcal
 from fastcal.cli.calibrate import calibrate_on, check_report, save_report
-from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption, UntilStableOption
-from fastcal.cli.outputs import check_outputs
+from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption, UntilStableOption, check_outputs
 from fastcal.cli.summary import outcome, print_summary
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.errors import CacheError, FastcalError

@@ -25,9 +25,8 @@ _PNM = tuple(b"P%d" % number for number in range(1, 8))
 # The header of a PNM file of 8-bit pixels with 1 (P5) or 3 channels (P6).
 _PLAIN_PNM = re.compile(rb"P([56])\s+(\d{1,6})\s+(\d{1,6})\s+255\s")
 
-# The memory that decoding takes: 4 bytes for each of 4 channels. Smaller images are decoded without looking.
+# The memory that decoding takes: 4 bytes for each of 4 channels.
 _BYTES_PER_PIXEL = 16
-_FEW_PIXELS = 10_000_000
 
 
 def is_hazardous(path: str | os.PathLike[str]) -> bool:
@@ -76,10 +75,9 @@ def _check(image: Any, content: bytes) -> None:
         bits = max(1 + (byte & 0x7F) for byte in content[start + 42 : start + 42 + 3 * channels : 3])
         if bits > 8:
             raise ValueError(f"several channels of {bits} bits are not supported, convert it to 8 bits")
-    pixels = image.size[0] * image.size[1]
-    free = free_memory() if pixels > _FEW_PIXELS else None
-    if free is not None and _BYTES_PER_PIXEL * pixels > free:
-        raise ValueError(f"{image.size[0]}x{image.size[1]} pixels do not fit the free memory")
+    (width, height), free = image.size, free_memory()
+    if free is not None and _BYTES_PER_PIXEL * width * height > free:
+        raise ValueError(f"{width}x{height} pixels do not fit the free memory")
 
 
 def _rgb(image: Any) -> Any:

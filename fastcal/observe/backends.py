@@ -12,8 +12,7 @@ from fastcal.device import resolve
 from fastcal.errors import FastcalError, ModelError, UnavailableError, missing
 from fastcal.feed.feed import Batch, Feed, length
 from fastcal.model import Model, Network
-from fastcal.observe.histogram import Histogram
-from fastcal.observe.observations import Observations
+from fastcal.observe.histogram import Histogram, Observations
 from fastcal.progress import Progress
 
 #: The backends that `fastcal.calibrate` takes. "auto" is TensorRT if it, CuPy and a GPU are present, else ONNX Runtime.

@@ -5,13 +5,16 @@ The rules were measured on TensorRT 8.6.0: known inputs in, scales out of the ca
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from fastcal.progress import Progress
 
 #: The number of bins of a histogram.
 BINS = 2048
@@ -165,3 +168,24 @@ class Histograms(dict[str, Histogram], AbstractContextManager["Histograms"]):
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Observations:
+    """A network's tensors, observed over the batches of a calibration; every algorithm can pick scales from them.
+
+    Attributes:
+        network: The path of the ONNX file, or the network's name.
+        backend: The backend that ran the network: "onnxruntime" or "tensorrt".
+        precision: The precision in which it ran: "FP32" or "TF32".
+        histograms: The histogram of every tensor's |x|, by tensor name.
+        shared_scales: Tensors that take the scale of another one: name to the other tensor's name.
+        progress: The state of the calibration after each batch.
+    """
+
+    network: str
+    backend: str
+    precision: str
+    histograms: Mapping[str, Histogram]
+    shared_scales: Mapping[str, str]
+    progress: Sequence[Progress]

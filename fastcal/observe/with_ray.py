@@ -19,8 +19,7 @@ from fastcal.errors import DataError, FastcalError, ModelError, UnavailableError
 from fastcal.feed.feed import Feed, length
 from fastcal.model import Model, Network
 from fastcal.observe.backends import Backend, Enough, LocalBackend, OnnxRuntimeBackend, Report, choose_backend
-from fastcal.observe.histogram import Histogram
-from fastcal.observe.observations import Observations
+from fastcal.observe.histogram import Histogram, Observations
 from fastcal.observe.ray_worker import Counted, Worker
 from fastcal.progress import Progress
 
@@ -213,7 +212,9 @@ class _Crew:
         try:
             for _ in range(self._job.workers):
                 self._start_worker()
-            self._say_if_none_starts()
+            ready, _ = ray.wait(list(self._running), timeout=_PATIENCE_SECONDS)
+            if not ready:
+                _log.info("waiting for Ray to start a worker with %s CPUs", self._job.threads)
             while self._tally.state.batches < len(self._job.feed):
                 (reference,), _ = ray.wait(list(self._running))
                 actor, batches = self._running.pop(reference)
@@ -239,11 +240,6 @@ class _Crew:
         )  # fmt: skip
         self._actors.append(worker.remote(os.getcwd(), str(job.model.path), job.model.digest, job.backend))
         self._give(self._actors[-1], _FIRST, {})
-
-    def _say_if_none_starts(self) -> None:
-        ready, _ = ray.wait(list(self._running), timeout=_PATIENCE_SECONDS)
-        if not ready:
-            _log.info("waiting for Ray to start a worker with %s CPUs", self._job.threads)
 
     def _replace(self, actor: Any, batches: range, error: Exception) -> None:
         """Have another worker count the batches of a worker that died."""

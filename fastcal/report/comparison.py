@@ -14,7 +14,7 @@ from fastcal.errors import DataError, FastcalError, ModelError
 from fastcal.feed.arrays import as_feed
 from fastcal.model import FLOATS, Model
 from fastcal.observe.backends import timed
-from fastcal.observe.observations import Observations
+from fastcal.observe.histogram import Observations
 from fastcal.progress import Progress
 from fastcal.qdq import check_quantizable, load_for
 from fastcal.report.measurement import Measurement

@@ -12,8 +12,7 @@ from markupsafe import Markup
 from fastcal.cache.cache import CalibrationCache
 from fastcal.errors import CacheError
 from fastcal.files import write_atomically
-from fastcal.observe.histogram import Histogram
-from fastcal.observe.observations import Observations
+from fastcal.observe.histogram import Histogram, Observations
 from fastcal.report.plots import draw_histogram, draw_over_time
 from fastcal.versions import installed
 
