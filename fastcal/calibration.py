@@ -105,10 +105,9 @@ def calibrate(
         raise FastcalError(f"ray_address is {ray_address}, and without workers there is nothing to do there; set both")
     version = _tensorrt_version(tensorrt_version)
     network = as_network(model)
-    sources = tuple(tactic_sources) if isinstance(tactic_sources, Iterable) else tactic_sources
     local: Mapping[str, LocalBackend] = {
         "onnxruntime": OnnxRuntimeBackend(threads),
-        "tensorrt": TensorRTBackend(tf32, optimization_level, sources),
+        "tensorrt": TensorRTBackend(tf32, optimization_level, tactic_sources),
     }
     chosen = choose_backend(backend, isinstance(network, Model))
     runner: Backend = local[chosen]

@@ -308,8 +308,7 @@ class FeedCalibrator:
         known, wanted = self._default.network, as_network(network)
         if isinstance(wanted, Definition):
             wanted = replace(wanted, digest=None if known is None else known.digest)
-        sources = tuple(tactic_sources) if isinstance(tactic_sources, Iterable) else tactic_sources
-        backend = TensorRTBackend(tf32, optimization_level, sources)
+        backend = TensorRTBackend(tf32, optimization_level, tactic_sources)
         self._calibration = replace(self._default, network=wanted, backend=backend)
         if self._reuse() is not None:
             return

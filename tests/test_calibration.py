@@ -497,6 +497,15 @@ def test_an_engine_for_many_samples_is_built_longer(onnx_file, monkeypatch, anno
     assert levels == [level]
 
 
+def test_names_of_tactic_sources_can_be_read_more_than_once() -> None:
+    backend = TensorRTBackend(tactic_sources=(name for name in ["CUBLAS", "CUDNN"]))
+    assert backend.tactic_sources == ("CUBLAS", "CUDNN")
+
+
+def test_a_string_of_tactic_sources_is_not_split_into_letters() -> None:
+    assert TensorRTBackend(tactic_sources="CUDNN").tactic_sources == "CUDNN"  # refused with a hint when TensorRT starts
+
+
 def test_the_total_is_less_once_samples_are_skipped(tmp_path):
     for number, path in enumerate(sorted((DIGITS / "images").rglob("*.jpg"))[:12]):
         (tmp_path / f"{number:02}.jpg").write_bytes(b"no JPEG" if number == 9 else path.read_bytes())

@@ -1,6 +1,5 @@
 """`fastcal build`: an INT8 engine from a model and images."""
 
-import importlib.util
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from fastcal.cli.summary import data_rows, speed
 from fastcal.cli.terminal import Bar, finish, print_rows, terminal
 from fastcal.errors import GPU_EXTRAS, UnavailableError
 from fastcal.files import check_writable, write_atomically
+from fastcal.versions import is_installed
 
 if TYPE_CHECKING:
     from fastcal.feed_calibrator import FeedCalibrator
@@ -103,9 +103,7 @@ def _check_gpu() -> None:
     from fastcal.device import resolve
 
     if resolve("auto") is None:
-        missing = "CUDA sees none here"
-        if importlib.util.find_spec("cupy") is None:
-            missing = f"CuPy is not installed ({GPU_EXTRAS})"
+        missing = "CUDA sees none here" if is_installed("cupy") else f"CuPy is not installed ({GPU_EXTRAS})"
         raise UnavailableError(
             f"fastcal build needs CuPy and an NVIDIA GPU, and {missing}; fastcal calibrate works here"
         )

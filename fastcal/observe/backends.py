@@ -2,10 +2,9 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 from fastcal.device import resolve
@@ -14,6 +13,7 @@ from fastcal.feed.feed import Batch, Feed, length
 from fastcal.model import Model, Network
 from fastcal.observe.histogram import Histogram, Observations
 from fastcal.progress import Progress
+from fastcal.versions import is_installed
 
 #: The backends that `fastcal.calibrate` takes. "auto" is TensorRT if it, CuPy and a GPU are present, else ONNX Runtime.
 BACKENDS = ("auto", "tensorrt", "onnxruntime")
@@ -110,9 +110,13 @@ class TensorRTBackend(LocalBackend):
 
     tf32: bool = False
     optimization_level: int | None = None
-    tactic_sources: int | tuple[str, ...] | None = None
+    tactic_sources: int | Iterable[str] | None = None
     name = "tensorrt"
     device = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tactic_sources, Iterable) and not isinstance(self.tactic_sources, str):
+            object.__setattr__(self, "tactic_sources", tuple(self.tactic_sources))  # each observer reads them anew
 
     @property
     def precision(self) -> str:  # type: ignore[override]
@@ -148,7 +152,7 @@ def choose_backend(name: str, is_file: bool) -> str:
         raise FastcalError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if name != "auto":
         return name
-    present = find_spec("tensorrt") is not None and resolve("auto") is not None
+    present = is_installed("tensorrt") and resolve("auto") is not None
     return "tensorrt" if present or not is_file else "onnxruntime"
 
 
