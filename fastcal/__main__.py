@@ -4,6 +4,7 @@ import sys
 import traceback
 
 from fastcal import interrupt
+from fastcal.wake import wake_gpu
 
 #: Exit status of a bug in fastcal. Python's own, 1, has another meaning here: two caches differ, for instance.
 _BUG = 70
@@ -12,6 +13,8 @@ _BUG = 70
 def main() -> None:
     """Run the command line."""
     interrupt.end_soon_after_ctrl_c()
+    if sys.argv[1:2] == ["calibrate"]:
+        wake_gpu()
     try:
         from fastcal.cli import app
 

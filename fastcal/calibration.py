@@ -15,7 +15,7 @@ from fastcal.cache.record import Record, read_record, why_no_record
 from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
-from fastcal.model import Model, Network, as_network
+from fastcal.model import Definition, Network, as_network
 from fastcal.observe.backends import (
     Backend,
     LocalBackend,
@@ -26,7 +26,12 @@ from fastcal.observe.backends import (
 )
 from fastcal.observe.histogram import Histogram
 from fastcal.progress import Progress
-from fastcal.versions import DEFAULT_TENSORRT_VERSION, check_tensorrt_version, installed_tensorrt_version
+from fastcal.versions import (
+    DEFAULT_TENSORRT_VERSION,
+    check_tensorrt_version,
+    has_calibrators,
+    installed_tensorrt_version,
+)
 
 _log = logging.getLogger("fastcal")
 
@@ -50,11 +55,11 @@ def calibrate(
 ) -> CalibrationCache:
     """Pick the INT8 scales of a network's tensors, those that TensorRT's own calibration would pick.
 
-    The network runs in float32 with every tensor visible, with TensorRT on a GPU or with ONNX Runtime on the CPU. One
+    The network runs in float32 with every tensor visible, with ONNX Runtime on a GPU or the CPU, or with TensorRT. One
     batch is in memory at a time; if a batch's tensors do not fit the memory together, the network runs several times
     over the batch. The scales equal TensorRT's to the last bit if the tensors' values do. With TensorRT the cache holds
     every tensor that TensorRT asks for; with ONNX Runtime it lacks those that TensorRT's parser adds under names of its
-    own (constants, the parts of a Gemm).
+    own (constants, the parts of a Gemm), which `build_engine` and the calibrators add.
 
     Args:
         model: The ONNX file; for TensorRT also a `tensorrt.INetworkDefinition`.
@@ -63,23 +68,24 @@ def calibrate(
         algorithm: "entropy2" (which TensorRT recommends for convolutional networks), "entropy", "minmax", "percentile",
             or an `Algorithm`.
         quantile: For "percentile", the share of values that is not clipped.
-        backend: What runs the network: "tensorrt", "onnxruntime", or "auto": TensorRT if it, CuPy and a GPU are
-            present, else ONNX Runtime.
-        tf32: For TensorRT: allow it to round factors to TF32, which is faster. An amax then differs by about 1e-3.
+        backend: What runs the network: "onnxruntime" (on a GPU if one, CuPy and onnxruntime-gpu are present),
+            "tensorrt", or "auto": ONNX Runtime; but TensorRT if a GPU and TensorRT before 11 are present and ONNX
+            Runtime cannot run the network, or has no CUDA provider.
+        tf32: On a GPU: allow factors to be rounded to TF32, which is faster. An amax then differs by about 1e-3.
         optimization_level: For TensorRT: 0 (the engine is built fastest) to 5 (the engine runs fastest). By default 0,
             or 1 for feeds of 100,000 samples or more. From 1 on TensorRT picks kernels by timing them, for each worker
             anew, so the workers' activations may differ in the last bits.
         tactic_sources: For TensorRT: names of `tensorrt.TacticSource`, or their bits; by default TensorRT's own.
         tensorrt_version: The TensorRT that will read the cache, e.g. "10.3.0". By default the installed one, else
             10.16.1.
-        threads: For ONNX Runtime: the number of threads that run the network and count; by default one per core that
-            this process may use. Workers share the CPUs of their machines.
+        threads: On the CPU: the number of threads that run the network and count; by default one per core that this
+            process may use. Workers share the CPUs of their machines.
         until_stable: Stop when no scale has moved by more than this percentage at three checks in a row; each check
             comes after a tenth more images than the one before. By default all batches are used.
-        workers: The number of Ray actors that share the batches (`pip install 'fastcal[ray]'`), with a GPU each for
-            TensorRT; by default this process does everything. The cache is the same, to the last bit if the workers'
-            machines compute the same activations. The feed must be divisible, an `ImageFeed` for instance, and every
-            worker must find the model and the images at their paths.
+        workers: The number of Ray actors that share the batches (`pip install 'fastcal[ray]'`), with a GPU each if
+            the cluster has GPUs; by default this process does everything. The cache is the same, to the last bit if
+            the workers' machines compute the same activations. The feed must be divisible, an `ImageFeed` for
+            instance, and every worker must find the model and the images at their paths.
         ray_address: The Ray cluster to connect to: "auto" for one that runs on this machine, or "host:port"; by default
             the environment variable RAY_ADDRESS, else Ray is started on this machine for the time of the calibration.
             Ignored if the program is connected to Ray already.
@@ -106,11 +112,10 @@ def calibrate(
     version = _tensorrt_version(tensorrt_version)
     network = as_network(model)
     local: Mapping[str, LocalBackend] = {
-        "onnxruntime": OnnxRuntimeBackend(threads),
+        "onnxruntime": OnnxRuntimeBackend(threads, tf32),
         "tensorrt": TensorRTBackend(tf32, optimization_level, tactic_sources),
     }
-    chosen = choose_backend(backend, isinstance(network, Model))
-    runner: Backend = local[chosen]
+    runner: Backend = local[_choose_backend(backend, network)]
     if workers is not None:
         try:
             from fastcal.observe.with_ray import RayBackend
@@ -243,13 +248,25 @@ def _percent_moved(before: float, now: float) -> float:
     return math.inf if before == 0 else 100 * abs(now / before - 1)
 
 
+def _choose_backend(asked: str, network: Network) -> str:
+    if isinstance(network, Definition):
+        return choose_backend("tensorrt" if asked == "auto" else asked, True)
+    foreign = network.foreign_operators
+    chosen = choose_backend(asked, bool(foreign))
+    if asked == "auto" and chosen == "tensorrt":
+        reason = f"cannot run {', '.join(foreign)}" if foreign else "has no CUDA provider here"
+        _log.info("TensorRT runs the network: ONNX Runtime %s", reason)
+    return chosen
+
+
 def _tensorrt_version(asked: str | None) -> str:
     if asked is not None:
         return check_tensorrt_version(asked)
     installed = installed_tensorrt_version()
-    if installed is not None:
+    if installed is not None and has_calibrators():
         return check_tensorrt_version(installed)
-    _log.info("TensorRT is not installed here: the cache is written for TensorRT %s", DEFAULT_TENSORRT_VERSION)
+    here = "TensorRT is not installed here" if installed is None else f"TensorRT {installed} reads no caches"
+    _log.info("%s: the cache is written for TensorRT %s", here, DEFAULT_TENSORRT_VERSION)
     return DEFAULT_TENSORRT_VERSION
 
 

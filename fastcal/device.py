@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastcal.errors import GPU_EXTRAS, FastcalError, UnavailableError
+from fastcal.wake import widen_queues
 
 #: DLPack's numbers of CUDA's memory on a device and its managed memory.
 _DLPACK_CUDA = (2, 13)
@@ -21,6 +22,7 @@ def resolve(device: str) -> int | None:
         raise FastcalError(f"there is no device {device!r}; choose auto, cpu, cuda or cuda:N")
     if device == "cpu":
         return None
+    widen_queues()
     try:
         import cupy
     except ImportError as error:

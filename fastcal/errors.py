@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 #: The command that installs the packages a GPU needs.
 GPU_EXTRAS = "pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'"
 
+#: The command that installs a TensorRT that has calibrators.
+TENSORRT_EXTRA = "pip install 'fastcal[tensorrt]'"
+
 #: The command that installs the packages that run a network on the CPU. An extra would overwrite another DALI.
 _RUNTIME = "pip install onnxruntime numba"
 

@@ -95,6 +95,19 @@ class Model:
         """True if the model has QuantizeLinear or DequantizeLinear nodes, and so is quantized already."""
         return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in self.proto.graph.node)
 
+    @property
+    def foreign_operators(self) -> list[str]:
+        """The operators that are neither ONNX's nor of ONNX Runtime's domain, TensorRT's plugins for instance."""
+        own = {function.name for function in self.proto.functions}
+        operators = {(node.domain, node.op_type) for node in self.proto.graph.node}
+        return sorted(
+            name
+            for domain, name in operators
+            if name not in own
+            and not domain.startswith(("com.microsoft", "ai.onnx"))
+            and not _is_standard(domain, name)
+        )
+
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
         """The inputs that a batch must have, in the graph's order; inputs with a constant value are left out.
@@ -163,20 +176,28 @@ class Model:
         known = [*inferred.input, *inferred.value_info, *inferred.output]
         return {value.name: value.type.tensor_type.elem_type for value in known}
 
+    def shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the nodes' outputs for inputs of `shapes`, by name, as far as ONNX infers them."""
+        return {name: shape for name, (shape, _) in self._outputs(shapes).items()}
+
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Return the bytes that the nodes' outputs take for inputs of `shapes`, by name, as far as ONNX infers them."""
+        return {name: math.prod(shape) * itemsize for name, (shape, itemsize) in self._outputs(shapes).items()}
+
+    def _outputs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Return the shape and the bytes of an element of the nodes' outputs."""
         try:
             inferred = self._infer(shapes)
         except onnx.shape_inference.InferenceError:  # the backend reports the error
             return {}
-        sizes = {}
+        outputs = {}
         for value in (*inferred.value_info, *inferred.output):
             tensor = value.type.tensor_type
             is_known = tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
             if tensor.elem_type and is_known:
                 itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
-                sizes[value.name] = itemsize * math.prod(dim.dim_value for dim in tensor.shape.dim)
-        return sizes
+                outputs[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim), itemsize
+        return outputs
 
     def _infer(self, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
         """Return the graph with the types and shapes that ONNX infers, and without large constants' values."""
@@ -193,6 +214,9 @@ class Model:
             for dim in value.type.tensor_type.shape.dim:
                 if dim.dim_value < 0:  # dynamic; ONNX would use the number as a size
                     dim.Clear()
+        if shapes:  # the file may have the shapes of another batch
+            for value in (*proto.graph.value_info, *proto.graph.output):
+                value.type.tensor_type.ClearField("shape")
         for value in proto.graph.input:
             for dim, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
                 dim.dim_value = size
@@ -249,6 +273,10 @@ class Model:
         """The batch size that the model fixes; None if the batch is dynamic or the inputs disagree."""
         sizes = {value.shape[0] for value in self.inputs if value.shape}
         return sizes.pop() if len(sizes) == 1 else None
+
+
+def _is_standard(domain: str, operator: str) -> bool:
+    return domain == "" and onnx.defs.has(operator)
 
 
 def node_label(node: onnx.NodeProto) -> str:

@@ -1,22 +1,35 @@
-"""TensorRT's builder, its parser and its messages."""
+"""TensorRT's builder, its parser, its messages, and the tensors of its networks."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fastcal.errors import GPU_EXTRAS, FastcalError, ModelError, UnavailableError, quoted
+import numpy as np
+
+from fastcal.errors import TENSORRT_EXTRA, FastcalError, ModelError, UnavailableError, quoted
 from fastcal.model import Model
 
 try:
     import tensorrt as trt  # other modules use `from fastcal.network import trt`, so that one place reports a failure
 except (ImportError, OSError) as error:
     raise UnavailableError(
-        f"engines and calibrators need TensorRT 8.6 to 10.16, which cannot be imported ({error}): {GPU_EXTRAS}; "
+        f"engines and calibrators need TensorRT 8.6 to 10.16, which cannot be imported ({error}): {TENSORRT_EXTRA}; "
         "without it, fastcal calibrate writes a cache",
         "TensorRT",
     ) from error
 
-__all__ = ["Logger", "parse", "start_builder", "tactic_bits", "trt"]
+__all__ = [
+    "Logger",
+    "computed_tensors",
+    "constant_values",
+    "input_tensors",
+    "is_float",
+    "parse",
+    "pooled_tensors",
+    "start_builder",
+    "tactic_bits",
+    "trt",
+]
 
 #: TensorRT's messages go to a logger of their own, so that an application can show or hide them.
 _log = logging.getLogger("fastcal.tensorrt")
@@ -80,6 +93,54 @@ def tactic_bits(sources: int | Iterable[str] | None) -> int | None:
             raise FastcalError(f"there is no tactic source {name!r}; TensorRT {trt.__version__} has {', '.join(known)}")
         bits |= 1 << int(known[name])
     return bits
+
+
+def input_tensors(network: Any) -> list[Any]:
+    """Return the inputs of an `INetworkDefinition`."""
+    return [network.get_input(index) for index in range(network.num_inputs)]
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(index) for index in range(network.num_layers))
+
+
+def is_float(value: Any) -> bool:
+    """Return whether a tensor of an `INetworkDefinition` is calibrated: whether it is of a float type."""
+    return value.dtype in (trt.float32, trt.float16)
+
+
+def computed_tensors(network: Any) -> list[Any]:
+    """Return the float tensors that the layers of an `INetworkDefinition` compute, without constants."""
+    values = (
+        layer.get_output(index)
+        for layer in _layers(network)
+        if layer.type != trt.LayerType.CONSTANT
+        for index in range(layer.num_outputs)
+    )
+    return [value for value in values if value is not None and is_float(value)]
+
+
+def constant_values(network: Any) -> dict[str, Any]:
+    """Return the values of the float constants by tensor name: TensorRT gives them scales too."""
+    constants = {}
+    for layer in _layers(network):
+        if layer.type == trt.LayerType.CONSTANT and is_float(layer.get_output(0)):
+            layer.__class__ = trt.IConstantLayer
+            weights = layer.weights
+            # NumPy 2 finds a stride of 0 in the weights of TensorRT 8.6, built for NumPy 1.
+            values = np.lib.stride_tricks.as_strided(weights, strides=(weights.itemsize,))
+            constants[layer.get_output(0).name] = values.astype(np.float32)
+    return constants
+
+
+def pooled_tensors(network: Any) -> dict[str, str]:
+    """Return the outputs of pooling layers, which take their inputs' scales: see `Model.shared_scales`."""
+    sources: dict[str, str] = {}
+    for layer in _layers(network):
+        if layer.type == trt.LayerType.POOLING:
+            source = layer.get_input(0).name
+            sources[layer.get_output(0).name] = sources.get(source, source)
+    return sources
 
 
 def _describe(error: Any, model: Model) -> str:

@@ -47,18 +47,21 @@ def calibrate(
     with terminal() as console:
         from fastcal.cache.record import check_cache_writable
         from fastcal.model import Model
+        from fastcal.observe.backends import start_early
 
         network = Model(options.model)
         check_outputs(network, {"cache": output, "report": report}, options)
         check_cache_writable(output, network.activations)
         check_report(report)
-        feed = options.feed(network)
-        cache, progress = calibrate_on(
-            console, network, feed, options,
-            backend=backend, until_stable=until_stable, workers=workers, ray_address=ray_address,
-            tensorrt_version=tensorrt,
-        )  # fmt: skip
-        cache.save(output)
+        if workers is None:
+            start_early(network, backend, tf32=options.tf32, batch_size=options.batch_size)
+        with options.feed(network) as feed:
+            cache, progress = calibrate_on(
+                console, network, feed, options,
+                backend=backend, until_stable=until_stable, workers=workers, ray_address=ray_address,
+                tensorrt_version=tensorrt,
+            )  # fmt: skip
+            cache.save(output)
         written = {"cache": f"{output}, {cache.header}", **save_report(report, cache, options)}
         print_summary(cache, feed, progress, **written)
         finish(cache=output, report=report, **outcome(cache, feed, progress))
@@ -68,7 +71,7 @@ def calibrate_on(
     console: Console, network: "Model", feed: "fastcal.Feed", options: CalibrationOptions, **more: Any
 ) -> "tuple[fastcal.CalibrationCache, fastcal.Progress]":
     """Calibrate with a progress bar; return the cache and the last state of the progress."""
-    with feed, Bar(console, "preparing the network", "picking the scales") as progress:
+    with Bar(console, "preparing the network", "picking the scales") as progress:
         cache = fastcal.calibrate(
             network, feed, algorithm=options.algorithm, quantile=options.quantile, threads=options.threads,
             progress=progress, **options.for_tensorrt(), **more,

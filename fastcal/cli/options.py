@@ -53,9 +53,10 @@ class FeedOptions:
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Size of the images, if the model's is dynamic.")] = (
         None
     )
-    batch_size: Annotated[int | None, typer.Option(help="Images in a batch.", show_default="the model's, else 32")] = (
-        None
-    )
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images in a batch.", show_default="the model's, else 128 on a GPU, 32 on the CPU"),
+    ] = None
     input_name: Annotated[str | None, typer.Option(help="The input that takes the images.")] = None
     key: Annotated[
         str | None,

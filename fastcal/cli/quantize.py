@@ -83,12 +83,12 @@ def quantize(
             print_rows(scales=options.data, **rows)
             finish(**made)
         else:
-            feed = options.feed(network)
             # The cache is not written, so any version will do; the installed TensorRT may be one that reads no caches.
-            cache, progress = calibrate_on(
-                console, network, feed, options,
-                backend=options.backend, until_stable=options.until_stable, tensorrt_version=DEFAULT_TENSORRT_VERSION,
-            )  # fmt: skip
+            with options.feed(network) as feed:
+                cache, progress = calibrate_on(
+                    console, network, feed, options, backend=options.backend, until_stable=options.until_stable,
+                    tensorrt_version=DEFAULT_TENSORRT_VERSION,
+                )  # fmt: skip
             quantized = fastcal.quantize(network, cache, exclude=excluded)
             made, rows = _write_model(quantized, output)
             print_summary(cache, feed, progress, **rows, **save_report(options.report, cache, options))

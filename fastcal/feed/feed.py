@@ -67,6 +67,13 @@ class Feed(ABC):
         """
         raise DataError(f"a {type(self).__name__} cannot be divided among workers; leave workers out")
 
+    def take_over(self, earlier: "Feed") -> None:  # noqa: B027 - a feed may have nothing to take over
+        """Use what an earlier part of the same feed holds: its pipeline, for instance.
+
+        Args:
+            earlier: The part, whose pass has ended.
+        """
+
     def describe(self) -> dict[str, Any]:
         """Return the origin of the batches as JSON values: equal for two feeds only if their batches are equal.
 

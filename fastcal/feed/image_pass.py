@@ -58,6 +58,12 @@ class ImagePasses(Passes):
         """Return the number of batches in a pass."""
         return self._plan.count_batches(len(self.unreadable))
 
+    def take_over(self, earlier: Passes) -> None:
+        """Use the pipeline of the passes over another part of the same feed: starting one on a GPU takes long."""
+        if isinstance(earlier, ImagePasses) and earlier.pipeline is not None:
+            self.pipeline, earlier.pipeline = earlier.pipeline, None
+            self.pipeline.inputs = self._plan.images
+
     def close(self) -> None:
         """Release the pipeline."""
         self.pipeline = None
@@ -71,11 +77,11 @@ class ImagePasses(Passes):
         self.pipeline = ImagePipeline(
             plan.images,
             most=plan.batch_size if size is None else size.most,
-            threads=plan.decoding.thread_count,
+            threads=plan.thread_count,
             gpu=plan.gpu,
             ahead=min(plan.decoding.ahead, batches),
-            hw_decoder_load=plan.decoding.hw_decoder_load,
-            decode_on_cpu=plan.gpu is not None and plan.has_rgb,
+            hw_decoder_load=plan.decoding.hw_share,
+            decode_on_cpu=plan.gpu is not None and plan.decodes_on_cpu,
         )
         return self.pipeline
 
@@ -185,7 +191,7 @@ class ImagePass(Pass):
                 chunk.arrays[name] = source.fetch(chunk.numbers)
             if self._passes.suspects > 0:
                 self._passes.suspects -= len(chunk.numbers)
-                threads = self._plan.decoding.thread_count
+                threads = self._plan.thread_count
                 if self._passes.leave_out(find_unreadable(self._images.values(), chunk.numbers, threads=threads)):
                     self._order.go_back(chunk)
                     return

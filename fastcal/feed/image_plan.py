@@ -24,8 +24,16 @@ from fastcal.feed.sources import Arrays, ImageSource, Source, UnreadableError
 _IMAGES_PER_THREAD = 8
 _BYTES_PER_THREAD = 2 << 20
 
+#: The share of JPEG images for a GPU's own JPEG decoder that was fastest on an H100.
+_HW_SHARE = 0.9
+
 #: The most threads for a GPU; decoding there keeps no more of them busy.
 _MOST_GPU_THREADS = 8
+
+#: The bytes of images per core that the CPU decodes in the 1.6 s in which nvJPEG starts on a GPU, and in the time of
+#: its decoding: 1000 JPEG files of 400x500. The number of images that are looked at to estimate the bytes of all.
+_BYTES_PER_CORE = 60_000_000
+_WEIGHED = 64
 
 #: The number of images of a kind that are tried before the kind counts as one that cannot be decoded.
 TRIED = 3
@@ -51,14 +59,14 @@ class Decoding:
     threads: int | None
     cores: int
     queue_depth: int
-    hw_decoder_load: float
+    hw_decoder_load: float | None
     on_cpu: bool | None = None
     is_tried: bool = False
 
     @property
-    def thread_count(self) -> int:
-        """The number of threads that read and decode."""
-        return self.threads or (self.cores if self.gpu is None else min(self.cores, _MOST_GPU_THREADS))
+    def hw_share(self) -> float:
+        """The share of JPEG images for a GPU's own JPEG decoder."""
+        return _HW_SHARE if self.hw_decoder_load is None else self.hw_decoder_load
 
     @property
     def ahead(self) -> int:
@@ -130,7 +138,7 @@ class ImagePlan(Plan):
         """The largest size of a chunk: it keeps the threads busy, and ends soon when the feed stops; None on a GPU."""
         if self.gpu is not None:
             return None
-        sources, threads = [value.source for value in self.images.values()], self.decoding.thread_count
+        sources, threads = [value.source for value in self.images.values()], self.thread_count
         return ChunkSize(
             most=min(self.batch_size, _IMAGES_PER_THREAD * threads),
             few=threads,
@@ -139,11 +147,26 @@ class ImagePlan(Plan):
         )
 
     @cached_property
-    def has_rgb(self) -> bool:
-        """True if JPEG files of RGB components are among the first images; a GPU's decoder takes them for YCbCr."""
+    def decodes_on_cpu(self) -> bool:
+        """True if the CPU decodes what a GPU prepares.
+
+        It does if the files are small, since a GPU's decoder takes long to start, or if JPEG files of RGB components
+        are among the first images, which a GPU's decoder takes for YCbCr.
+        """
         if self.decoding.on_cpu is not None:
             return self.decoding.on_cpu
-        return any(_has_rgb(value.source) for value in self.images.values())
+        sources = [value.source for value in self.images.values()]
+        is_small = (
+            self.decoding.hw_decoder_load is None and sum(map(_bytes, sources)) <= _BYTES_PER_CORE * self.decoding.cores
+        )
+        return is_small or any(map(_has_rgb, sources))
+
+    @property
+    def thread_count(self) -> int:
+        """The number of threads that read and decode."""
+        decoding = self.decoding
+        most = decoding.cores if decoding.gpu is None or self.decodes_on_cpu else _MOST_GPU_THREADS
+        return decoding.threads or min(decoding.cores, most)
 
     def count_batches(self, unreadable: int = 0) -> int:
         """Return the number of batches in a pass that leaves out so many samples."""
@@ -159,7 +182,7 @@ class ImagePlan(Plan):
         numbers = [n % self.samples for n in range(batches.start * self.batch_size, batches.stop * self.batch_size)]
         gpu = None if self.decoding.stays_on_cpu else gpu
         # The kinds of images are looked for among all samples, of which a part has few.
-        on_cpu = self.decoding.on_cpu if gpu is None else self.has_rgb
+        on_cpu = self.decoding.on_cpu if gpu is None else self.decodes_on_cpu
         decoding = replace(self.decoding, gpu=gpu, cores=threads, on_cpu=on_cpu, is_tried=True)
         sources = {name: source.take(numbers) for name, source in self.sources.items()}
         return replace(self, sources=sources, decoding=decoding)
@@ -184,6 +207,13 @@ class ImagePlan(Plan):
             "skip_unreadable": is_lenient,
             "samples": digest.hexdigest(),
         }
+
+
+def _bytes(source: ImageSource) -> float:
+    """Return the bytes of all images of a source, estimated from some of them."""
+    count = len(source.names)
+    sizes = [source.size(number) for number in range(0, count, max(count // _WEIGHED, 1))]
+    return sum(sizes) / len(sizes) * count
 
 
 def _has_rgb(source: ImageSource) -> bool:

@@ -11,7 +11,7 @@ from fastcal.feed.dataset import Data
 from fastcal.feed.image_pass import ImagePasses
 from fastcal.feed.image_plan import Decoding, ImagePlan
 from fastcal.feed.inputs import check_inputs, fit_preprocesses, fixed_batch_size, name_inputs, open_sources
-from fastcal.feed.plan import BATCH_SIZE, PlannedFeed, check_settings
+from fastcal.feed.plan import PlannedFeed, check_settings, default_batch_size
 from fastcal.feed.preprocess import Preprocess
 from fastcal.model import Model
 
@@ -32,7 +32,8 @@ class ImageFeed(PlannedFeed):
             a dict by input name.
         model: An ONNX file whose image inputs give size, layout, number of channels, batch size and input name. If a
             size is dynamic, the preprocessing's own is used.
-        batch_size: The number of samples in a batch; by default the model's if that is fixed, else 32.
+        batch_size: The number of samples in a batch; by default the model's if that is fixed, else 128 on a GPU and 32
+            on the CPU.
         input_name: The network's input, if the data are for one; by default the model's, else whatever single input a
             network has.
         key: The name of the images in shards: for tar shards their extension (by default any extension of an image),
@@ -59,7 +60,9 @@ class ImageFeed(PlannedFeed):
         threads: The number of threads that read and decode; by default one per core that this process may use, on a
             GPU 8 at most.
         prefetch_queue_depth: On a GPU, the number of batches that DALI works on at once.
-        hw_decoder_load: On a GPU, the share of JPEG images for its own JPEG decoder, if it has one.
+        hw_decoder_load: On a GPU, the share of JPEG images for its own JPEG decoder, if it has one. By default 0.9;
+            but if the files have less than 60 MB per core, the CPU decodes all of them, in less time than a GPU's
+            decoder takes to start.
 
     Attributes:
         paths: The samples, in order: the paths of images, "shard:name" in shards; for several inputs, those of the
@@ -96,7 +99,7 @@ class ImageFeed(PlannedFeed):
         depth: int = 2,
         threads: int | None = None,
         prefetch_queue_depth: int = 4,
-        hw_decoder_load: float = 0.9,
+        hw_decoder_load: float | None = None,
     ) -> None:
         check_settings(
             last_batch, ("wrap", "drop"), batch_size=batch_size, limit=limit, depth=depth, threads=threads,
@@ -104,17 +107,18 @@ class ImageFeed(PlannedFeed):
         )  # fmt: skip
         if not 0 <= max_unreadable <= 100:
             raise FastcalError(f"max_unreadable is {max_unreadable}; it is a percentage from 0 to 100")
-        if not 0 <= hw_decoder_load <= 1:
+        if hw_decoder_load is not None and not 0 <= hw_decoder_load <= 1:
             raise FastcalError(f"hw_decoder_load is {hw_decoder_load}; it is a share from 0 to 1")
         network = None if model is None else Model.of(model)
         named = name_inputs(data, input_name, network)
         fixed = {name: as_array(values) for name, values in (constants or {}).items()}
         sources = open_sources(named, key, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
         preprocesses = fit_preprocesses(sources, preprocess, network)
-        batch_size = batch_size or fixed_batch_size(network, preprocesses) or BATCH_SIZE
+        gpu = resolve(device)
+        batch_size = batch_size or fixed_batch_size(network, preprocesses) or default_batch_size(gpu)
         check_inputs(network, sources, fixed, batch_size)
         cores = len(os.sched_getaffinity(0))
-        decoding = Decoding(resolve(device), device == "cpu", threads, cores, prefetch_queue_depth, hw_decoder_load)
+        decoding = Decoding(gpu, device == "cpu", threads, cores, prefetch_queue_depth, hw_decoder_load)
         log_last_batch(len(next(iter(sources.values())).names), batch_size, last_batch, "images")
         plan = ImagePlan(
             sources=sources,

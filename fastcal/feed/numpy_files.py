@@ -20,7 +20,7 @@ from fastcal.errors import DataError, quoted
 from fastcal.feed.array_plan import LAST_BATCHES, ArrayPasses, ArrayPlan
 from fastcal.feed.chunks import count_batches, log_last_batch
 from fastcal.feed.dataset import FOR_ARRAYS, Data, add_files, list_files, shuffled
-from fastcal.feed.plan import BATCH_SIZE, PlannedFeed, check_settings
+from fastcal.feed.plan import PlannedFeed, check_settings, default_batch_size
 from fastcal.memory import check_room
 from fastcal.model import Model
 
@@ -41,7 +41,8 @@ class NumpyFeed(PlannedFeed):
             together.
         model: An ONNX file. The arrays are checked against its inputs and converted to their types. Further arrays in a
             `.npz` file (labels, for instance) are left out.
-        batch_size: The number of samples in a batch; by default the model's if that is fixed, else 32.
+        batch_size: The number of samples in a batch; by default the model's if that is fixed, else 128 on a GPU and 32
+            on the CPU.
         input_name: The input that `.npy` files are for; by default the model's, else whatever single input a network
             has.
         shuffle: Whether to shuffle the samples, before `limit`.
@@ -86,7 +87,8 @@ class NumpyFeed(PlannedFeed):
             raise DataError(f"the inputs have different numbers of samples, {each}; every sample needs all inputs")
         (total,) = set(counts.values())
         numbers = (shuffled(total, seed) if shuffle else np.arange(total))[:limit]
-        batch_size = batch_size or BATCH_SIZE
+        gpu = resolve(device)
+        batch_size = batch_size or default_batch_size(gpu)
         largest = batch_size if last_batch == "wrap" else min(batch_size, len(numbers))
         held = 1 + min(depth, count_batches(len(numbers), batch_size, True))  # one is put together for the buffers
         size = held * largest * sum(column.sample_size for column in columns.values())
@@ -97,7 +99,7 @@ class NumpyFeed(PlannedFeed):
             whole = np.resize(numbers, batch_size * count_batches(len(numbers), batch_size, last_batch == "wrap"))
         batches = _FileBatches(columns, whole, batch_size)
         super().__init__(
-            _NumpyPlan(batches, None, "keep", resolve(device), depth, len(numbers), seed=seed if shuffle else None),
+            _NumpyPlan(batches, None, "keep", gpu, depth, len(numbers), seed=seed if shuffle else None),
             ArrayPasses,
         )
 

@@ -12,6 +12,7 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali import math as dali_math
 
 from fastcal.feed.chunks import Chunk
+from fastcal.feed.codecs import chosen_codecs
 from fastcal.feed.jpeg import has_end_of_image
 from fastcal.feed.preprocess import Preprocess
 from fastcal.feed.sources import ImageSource, UnreadableError
@@ -49,6 +50,7 @@ class ImagePipeline:
         ahead: DALI's prefetch queue depth. DALI begins its work when so many chunks have been submitted.
 
     Attributes:
+        inputs: The inputs by name. Others with other samples may take their places between two passes.
         has_begun: Whether `ahead` chunks have been submitted.
         process: The process that made the pipeline. In a fork of it the pipeline has no threads.
     """
@@ -66,7 +68,7 @@ class ImagePipeline:
     ) -> None:
         self.ahead = ahead
         self.under_way: deque[Chunk] = deque()
-        self._inputs = inputs
+        self.inputs = inputs
         self.has_begun = False
         self.process = os.getpid()
         self._gpu = gpu is not None
@@ -86,11 +88,12 @@ class ImagePipeline:
                 if self._gpu:  # which decodes a JPEG file that breaks off as far as it goes, without an error
                     outputs.append(encoded[-2:])
             self._pipeline.set_outputs(*outputs)
-        self._pipeline.build()
+        with chosen_codecs(on_gpu=decoder["device"] == "mixed"):
+            self._pipeline.build()
 
     def submit(self, chunk: Chunk, fetched: Mapping[str, Any]) -> None:
         """Begin to prepare the samples of a chunk; `fetched` are their data by input, from `Source.fetch`."""
-        for name in self._inputs:
+        for name in self.inputs:
             self._pipeline.feed_input(name, fetched[name])
         self.under_way.append(chunk)
         if self.has_begun:
@@ -106,11 +109,11 @@ class ImagePipeline:
         """
         outputs = self._pipeline.share_outputs(cuda_stream=stream)
         if self._gpu:
-            for image_input, ends in zip(self._inputs.values(), outputs[1::2], strict=True):
+            for image_input, ends in zip(self.inputs.values(), outputs[1::2], strict=True):
                 _check_ends(image_input, self.under_way[0].numbers, np.asarray(ends.as_tensor()))
                 del ends
             outputs = outputs[::2]
-        for name, prepared in zip(self._inputs, outputs, strict=True):
+        for name, prepared in zip(self.inputs, outputs, strict=True):
             if out is None:
                 pass
             elif self._gpu:

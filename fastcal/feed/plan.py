@@ -17,8 +17,8 @@ from fastcal.feed.feed import Batch, Feed
 from fastcal.feed.prefetch import Prefetcher
 from fastcal.feed.preprocess import Preprocess
 
-#: The default batch size, if the model has none either.
-BATCH_SIZE = 32
+#: The default batch size if the model has none either: on a GPU, smaller ones leave it idle between kernels.
+_BATCH_SIZE, _BATCH_SIZE_ON_GPU = 32, 128
 
 
 class Plan(ABC):
@@ -82,6 +82,9 @@ class Passes(ABC):
     def describe(self) -> dict[str, Any]:
         """Return the origin of the batches, if the first batch is known and the plan alone cannot tell."""
         return {}
+
+    def take_over(self, earlier: "Passes") -> None:  # noqa: B027 - most have nothing to take over
+        """Use what the passes over another part of the same feed have left."""
 
     @abstractmethod
     def close(self) -> None:
@@ -158,6 +161,16 @@ class PlannedFeed(Feed):
         """Return a feed of `batches`: see `Feed.part` for `gpu` and `threads`. Arrays stay in host memory."""
         return PlannedFeed(self._plan.part(batches, gpu=gpu, threads=threads), self._make_passes)
 
+    def take_over(self, earlier: Feed) -> None:
+        """Use the pipeline and the buffers of an earlier part of the same feed.
+
+        Args:
+            earlier: The part, whose pass has ended.
+        """
+        if isinstance(earlier, PlannedFeed):
+            self._allocator, self._buffers = earlier._allocator, earlier._buffers
+            self._passes.take_over(earlier._passes)
+
     def describe(self) -> dict[str, Any]:
         """Return the origin of the batches: see `Feed.describe`."""
         described = self._plan.describe()
@@ -204,6 +217,11 @@ class PlannedFeed(Feed):
                     raise
             assert self._passes.first is not None
             return self._passes.first
+
+
+def default_batch_size(gpu: int | None) -> int:
+    """Return the batch size of a feed whose model leaves it open, for batches on this GPU; None: in host memory."""
+    return _BATCH_SIZE if gpu is None else _BATCH_SIZE_ON_GPU
 
 
 def check_settings(last_batch: str, known: Sequence[str], **numbers: int | None) -> None:

@@ -1,5 +1,6 @@
 """Backends: what runs a network over a feed's batches and shows its tensors."""
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,13 +11,17 @@ from typing import Any, Protocol
 from fastcal.device import resolve
 from fastcal.errors import FastcalError, ModelError, UnavailableError, missing
 from fastcal.feed.feed import Batch, Feed, length
+from fastcal.feed.plan import default_batch_size
 from fastcal.model import Model, Network
 from fastcal.observe.histogram import Histogram, Observations
 from fastcal.progress import Progress
-from fastcal.versions import is_installed
+from fastcal.versions import has_calibrators, is_installed
 
-#: The backends that `fastcal.calibrate` takes. "auto" is TensorRT if it, CuPy and a GPU are present, else ONNX Runtime.
+#: The backends that `fastcal.calibrate` takes. "auto" is ONNX Runtime, unless a GPU and TensorRT before 11 are present
+#: and ONNX Runtime cannot run the network, or has no CUDA provider.
 BACKENDS = ("auto", "tensorrt", "onnxruntime")
+
+_log = logging.getLogger("fastcal")
 
 #: From this number of samples on, an engine of optimization level 1 is worth the time it takes to build: 3 s more for
 #: ResNet-50 on an H200, which then runs at 3,620 images/s instead of 3,200.
@@ -87,21 +92,60 @@ class LocalBackend(Backend):
 
 @dataclass(frozen=True)
 class OnnxRuntimeBackend(LocalBackend):
-    """ONNX Runtime on the CPU; by default one thread per core that this process may use runs and counts."""
+    """ONNX Runtime: on the GPU that the batches lie on, or on the CPU.
+
+    On the CPU, one thread per core that this process may use runs and counts by default.
+    """
 
     threads: int | None = None
+    tf32: bool = False
     name = "onnxruntime"
+    device = "auto"
+
+    @property
+    def precision(self) -> str:  # type: ignore[override]
+        """The name of the precision."""
+        return "TF32" if self.tf32 else "FP32"
 
     def observer(self, network: Network, gpu: int | None) -> AbstractContextManager[Observer]:
-        """Return the observer of a `Model`; arrays on a GPU are copied to host memory."""
+        """Return the observer of a `Model`."""
         if not isinstance(network, Model):
             raise ModelError("backend onnxruntime runs ONNX files, not an INetworkDefinition; use backend tensorrt")
         try:
-            from fastcal.observe import count  # noqa: F401 - compiled or loaded now, not with the first batch
-            from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver
+            chosen = self._gpu(gpu)
+            return self._on_cpu(network) if chosen is None else self._on_gpu(network, chosen)
         except ModuleNotFoundError as error:
             raise missing("backend onnxruntime", error) from error
-        return OnnxRuntimeObserver(network, self.threads)
+
+    def observe(self, network: Network, feed: Feed, progress: Report, enough: Enough | None = None) -> Observations:
+        """Observe a network: see `Backend.observe`. The CPU runs it in FP32."""
+        if self.tf32 and self._gpu(feed.gpu) is None:
+            return replace(self, tf32=False).observe(network, feed, progress, enough)
+        return super().observe(network, feed, progress, enough)
+
+    def _gpu(self, gpu: int | None) -> int | None:
+        """Return the GPU to run on, where the batches lie if they lie on one; None for the CPU."""
+        if has_cuda_provider():
+            return resolve("auto") if gpu is None else gpu
+        if gpu is not None:
+            _log.warning("ONNX Runtime has no CUDA provider here, so the CPU runs the network: run fastcal doctor")
+        return None
+
+    def _on_cpu(self, model: Model) -> AbstractContextManager[Observer]:
+        from fastcal.observe import count  # noqa: F401 - compiled or loaded now, not with the first batch
+        from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver
+
+        return OnnxRuntimeObserver(model, self.threads)
+
+    @contextmanager
+    def _on_gpu(self, model: Model, gpu: int) -> Iterator[Observer]:
+        import cupy
+
+        from fastcal.observe.early import take
+        from fastcal.observe.with_cuda import CudaObserver
+
+        with cupy.cuda.Device(gpu), take(model, gpu, self.tf32) or CudaObserver(model, tf32=self.tf32) as observer:
+            yield observer
 
 
 @dataclass(frozen=True)
@@ -146,14 +190,37 @@ class TensorRTBackend(LocalBackend):
         return replace(self, optimization_level=level).observe(network, feed, progress, enough)
 
 
-def choose_backend(name: str, is_file: bool) -> str:
-    """Return the name of the backend to use on this machine; any backend runs a network that is a file."""
+def start_early(network: Model, backend: str, *, tf32: bool, batch_size: int | None) -> None:
+    """Begin to start the backend in a thread, if it is ONNX Runtime on a GPU, while the caller makes the feed.
+
+    `backend` is a name, as `fastcal.calibrate` takes it, which takes over what has been started.
+    """
+    if choose_backend(backend, bool(network.foreign_operators)) != "onnxruntime" or not has_cuda_provider():
+        return
+    gpu = resolve("auto")
+    if gpu is not None:
+        from fastcal.observe.early import start
+
+        start(network, gpu, tf32, batch_size or default_batch_size(gpu))
+
+
+def has_cuda_provider() -> bool:
+    """Return whether the installed ONNX Runtime has the CUDA provider, which only onnxruntime-gpu has."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def choose_backend(name: str, needs_tensorrt: bool) -> str:
+    """Return the name of the backend to use on this machine for a network that perhaps only TensorRT can run."""
     if name not in BACKENDS:
         raise FastcalError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if name != "auto":
         return name
-    present = is_installed("tensorrt") and resolve("auto") is not None
-    return "tensorrt" if present or not is_file else "onnxruntime"
+    is_usable = is_installed("tensorrt") and has_calibrators() and resolve("auto") is not None
+    return "tensorrt" if is_usable and (needs_tensorrt or not has_cuda_provider()) else "onnxruntime"
 
 
 @contextmanager

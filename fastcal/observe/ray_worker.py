@@ -39,6 +39,7 @@ class Worker:
         self._where = f"on node {node}: " if len(names) > 1 else ""
         self._path, self._digest, self._backend = path, digest, backend
         self._observer: Observer | None = None
+        self._part: Feed | None = None  # the last one
         self._records: SimpleQueue[logging.LogRecord] = SimpleQueue()
         logger = logging.getLogger("fastcal")
         logger.addHandler(QueueHandler(self._records))
@@ -65,11 +66,13 @@ class Worker:
 
     def _observe(self, observer: Observer, part: Feed) -> Counted:
         states = [Progress()]
-        with part:
-            with timed(part, states.append) as batches:
-                for batch in batches:
-                    observer.observe(batch)
-            histograms = dict(observer.histograms())  # before the feed's buffers, which may be in use, are gone
+        if self._part is not None:
+            part.take_over(self._part)
+        self._part = part  # never closed: the process ends with the worker
+        with timed(part, states.append) as batches:
+            for batch in batches:
+                observer.observe(batch)
+        histograms = dict(observer.histograms())
         state = states[-1]
         if state.batches != len(part):
             raise DataError(f"the feed gave {state.batches} of {len(part)} batches; leave workers out")

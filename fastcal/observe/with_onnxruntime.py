@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Any
@@ -35,7 +35,8 @@ _REMEDIES = {
     "not acyclic": "export it again",
 }
 
-_FLOAT = ("tensor(float)", "tensor(float16)", "tensor(double)")
+#: ONNX Runtime's names of the types of tensors that are counted, with NumPy's names.
+FLOAT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
 
 class OnnxRuntimeObserver(AbstractContextManager["OnnxRuntimeObserver"]):
@@ -129,27 +130,14 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         activations: Sequence[str] | None = None,
     ) -> None:
         self._model = model
-        if variant is None:
-            variant = onnx.ModelProto()
-            variant.CopyFrom(model.proto)
-            del variant.graph.output[:]  # ONNX Runtime infers the new ones' types
-            variant.graph.output.extend(onnx.ValueInfoProto(name=name) for name in activations or model.activations)
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = activations is None  # an arena would keep memory from the other runners
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.log_severity_level = 4  # errors come as exceptions
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(model.path.parent.resolve())
-        )
-        try:
-            self._session = onnxruntime.InferenceSession(
-                variant.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's exceptions have no common base
-            raise ModelError(f"ONNX Runtime cannot load {model.path}: {_reason(error)}") from error
-        self.inputs = [value.name for value in self._session.get_inputs() if value.type in _FLOAT]
-        self.activations = [value.name for value in self._session.get_outputs() if value.type in _FLOAT]
+        shown = activations or model.activations
+        data = with_outputs(model, shown) if variant is None else variant.SerializeToString()
+        self._session = start_session(model, data, options)
+        self.inputs = [value.name for value in self._session.get_inputs() if value.type in FLOAT_TYPES]
+        self.activations = list(float_outputs(self._session, shown if variant is None else None))
         # A thread of its own runs the session, so that the calling thread stays open to Ctrl-C.
         self._thread = ThreadPoolExecutor(1, "fastcal-runner")
 
@@ -158,13 +146,12 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         arrays = {value.name: np.asarray(to_host(batch[value.name]), value.dtype) for value in self._model.inputs}
         if not self.activations:
             return {name: arrays[name] for name in self.inputs}
-        options = onnxruntime.RunOptions()
-        options.log_severity_level = 4
+        options = run_options()
         future = self._thread.submit(self._session.run, self.activations, arrays, options)
         try:
             values = future.result()
         except Exception as error:
-            raise ModelError(f"ONNX Runtime cannot run {self._model.path}: {_reason(error)}") from error
+            raise cannot_run(self._model, error) from error
         except BaseException:  # Ctrl-C: stop at the next layer
             options.terminate = True
             wait([future])
@@ -173,6 +160,52 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
 
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown()
+
+
+def with_outputs(model: Model, names: Iterable[str], copies: Mapping[str, str] | None = None) -> bytes:
+    """Return a serialized model that has these tensors among its outputs; ONNX Runtime infers their types.
+
+    `copies` are outputs in place of some of the tensors, each a copy of the tensor: by the tensor's name.
+    """
+    more = onnx.ModelProto()  # protobuf merges what is concatenated
+    for name, copy in (copies or {}).items():
+        more.graph.node.add(op_type="Identity", input=[name], output=[copy])
+    there = {value.name for value in model.proto.graph.output}
+    shown = [(copies or {}).get(name, name) for name in names]
+    outputs = [name for name in shown if name not in there]
+    more.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    return bytes(model.proto.SerializeToString() + more.SerializeToString())
+
+
+def start_session(model: Model, data: bytes, options: Any, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> Any:
+    """Return an `onnxruntime.InferenceSession` of a serialized variant of a model, without graph optimization."""
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4  # errors come as exceptions
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(model.path.parent.resolve())
+    )
+    try:
+        return onnxruntime.InferenceSession(data, options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        raise ModelError(f"ONNX Runtime cannot load {model.path}: {_reason(error)}") from error
+
+
+def float_outputs(session: Any, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Return NumPy's type of each float output of a session, of these `names` in their order, or of all."""
+    types = {value.name: FLOAT_TYPES[value.type] for value in session.get_outputs() if value.type in FLOAT_TYPES}
+    return types if names is None else {name: types[name] for name in names if name in types}
+
+
+def run_options() -> Any:
+    """Return `onnxruntime.RunOptions` with which errors come as exceptions alone."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 4
+    return options
+
+
+def cannot_run(model: Model, error: Exception) -> ModelError:
+    """Return the error to raise if ONNX Runtime raises `error` while it runs a model."""
+    return ModelError(f"ONNX Runtime cannot run {model.path}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:

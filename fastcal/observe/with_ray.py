@@ -18,7 +18,15 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 from fastcal.errors import DataError, FastcalError, ModelError, UnavailableError, check_range
 from fastcal.feed.feed import Feed, length
 from fastcal.model import Model, Network
-from fastcal.observe.backends import Backend, Enough, LocalBackend, OnnxRuntimeBackend, Report, choose_backend
+from fastcal.observe.backends import (
+    Backend,
+    Enough,
+    LocalBackend,
+    OnnxRuntimeBackend,
+    Report,
+    choose_backend,
+    has_cuda_provider,
+)
 from fastcal.observe.histogram import Histogram, Observations
 from fastcal.observe.ray_worker import Counted, Worker
 from fastcal.progress import Progress
@@ -70,11 +78,12 @@ class RayBackend(Backend):
         with _connected(self.address, self.workers):
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-            backend = self.backends[_choose(self.asked, gpus)]
-            on_gpus = gpus > 0 and (backend.name == "tensorrt" or feed.gpu is not None)
+            name, has_provider = _survey(self.asked, bool(network.foreign_operators), gpus)
+            backend = self.backends[name]
+            on_gpus = gpus > 0 and (name == "tensorrt" or has_provider or feed.gpu is not None)
             threads = self.threads or cpus_each(nodes, self.workers, on_gpus)
             if isinstance(backend, OnnxRuntimeBackend):
-                backend = replace(backend, threads=threads)
+                backend = replace(backend, threads=threads, tf32=backend.tf32 and on_gpus and has_provider)
             found = _Crew(_Job(network, feed, backend, self.workers, threads, on_gpus), progress).observe()
         return Observations(
             network.label, backend.name, backend.precision, found.histograms, found.shared_scales, found.timeline
@@ -107,15 +116,18 @@ def _connected(address: str | None, workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def _choose(asked: str, gpus: int) -> str:
-    """Return the name of the backend that all workers use; "auto" is decided on a node with a GPU."""
-    if gpus == 0:
-        if asked == "tensorrt":
-            raise UnavailableError("backend tensorrt needs GPUs, and the Ray cluster has none; use backend onnxruntime")
-        return "onnxruntime"
-    if asked != "auto":
-        return asked
-    return str(ray.get(ray.remote(num_gpus=1)(choose_backend).remote("auto", True)))
+def _survey(asked: str, needs_tensorrt: bool, gpus: int) -> tuple[str, bool]:
+    """Return the name of the backend that all workers use, and whether a node with a GPU has the CUDA provider."""
+    if gpus > 0:
+        found: tuple[str, bool] = ray.get(ray.remote(num_gpus=1)(_found_here).remote(asked, needs_tensorrt))
+        return found
+    if asked == "tensorrt":
+        raise UnavailableError("backend tensorrt needs GPUs, and the Ray cluster has none; use backend onnxruntime")
+    return "onnxruntime", False
+
+
+def _found_here(asked: str, needs_tensorrt: bool) -> tuple[str, bool]:
+    return choose_backend(asked, needs_tensorrt), has_cuda_provider()
 
 
 def cpus_each(nodes: Sequence[Mapping[str, float]], workers: int, on_gpus: bool) -> int:

@@ -12,6 +12,11 @@ from fastcal import FastcalError, ImageFeed, Preprocess
 
 pytestmark = pytest.mark.gpu
 
+#: A feed on a GPU whose images are decoded there; without the second option, the CPU decodes as few as these.
+ON_GPU = {"device": "cuda", "hw_decoder_load": 0.9}
+
+decoders = pytest.mark.parametrize("options", [ON_GPU, {"device": "cuda"}], ids=["decoded on the GPU", "on the CPU"])
+
 
 @pytest.fixture
 def numbered(tmp_path):
@@ -23,19 +28,21 @@ def numbered(tmp_path):
 
 @pytest.mark.parametrize("resize", ["stretch", "crop", "letterbox"])
 @pytest.mark.parametrize("size", [(224, 224), (100, 64)])
-def test_batches_are_the_cpus(photographs, resize, size):
+@decoders
+def test_batches_are_the_cpus(photographs, resize, size, options):
     preprocess = Preprocess(size=size, resize=resize)
-    batches = {}
-    for device in ("cpu", "cuda"):
-        with ImageFeed(photographs, preprocess=preprocess, batch_size=4, device=device) as feed:
-            batches[device] = [np.asarray(getattr(b["input"], "get", lambda b=b: b["input"])()) * 1.0 for b in feed]
-    difference = np.abs(np.concatenate(batches["cpu"]) - np.concatenate(batches["cuda"]))
+    batches = []
+    for given in ({"device": "cpu"}, options):
+        with ImageFeed(photographs, preprocess=preprocess, batch_size=4, **given) as feed:
+            batches.append([np.asarray(getattr(b["input"], "get", lambda b=b: b["input"])()) * 1.0 for b in feed])
+    difference = np.abs(np.concatenate(batches[0]) - np.concatenate(batches[1]))
     print(f"{resize} to {size}: mean difference {difference.mean():.3f} levels, largest {difference.max():.0f}")
     assert difference.mean() < 0.1
     assert difference.max() <= 3
 
 
-def test_every_batch_is_seen_whole_and_in_order(numbered):
+@decoders
+def test_every_batch_is_seen_whole_and_in_order(numbered, options):
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -43,7 +50,7 @@ def test_every_batch_is_seen_whole_and_in_order(numbered):
         for seconds in (0, 0.002):
             feed = ImageFeed(
                 [path for path in sorted(numbered.iterdir()) for _ in range(8)],
-                preprocess=Preprocess(size=(64, 64)), batch_size=8, device="cuda", depth=depth,
+                preprocess=Preprocess(size=(64, 64)), batch_size=8, depth=depth, **options,
             )  # fmt: skip
             extremes = cupy.empty((200, 2), cupy.float32)
             with feed, stream:
@@ -71,7 +78,7 @@ def test_arrays_are_cupys_and_allocated_once(photographs):
 
 
 def test_passes_left_midway(photographs):
-    feed = ImageFeed(photographs, preprocess=Preprocess(size=(16, 16)), batch_size=1, device="cuda")
+    feed = ImageFeed(photographs, preprocess=Preprocess(size=(16, 16)), batch_size=1, **ON_GPU)
     whole = [batch["input"].get() for batch in feed]
     for _ in range(3):
         next(iter(feed))
@@ -84,12 +91,13 @@ def test_passes_left_midway(photographs):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "garbage"])
-def test_an_image_that_turns_bad_halfway_is_named(photographs, tmp_path, kind):
+@decoders
+def test_an_image_that_turns_bad_halfway_is_named(photographs, tmp_path, kind, options):
     for number in range(12):
         (tmp_path / f"{number:02}.jpg").write_bytes((photographs / "0.jpg").read_bytes())
     whole = (tmp_path / "07.jpg").read_bytes()
     (tmp_path / "07.jpg").write_bytes(whole[: len(whole) // 2] if kind == "truncated" else b"no image")
-    feed = ImageFeed(tmp_path, preprocess=Preprocess(size=(64, 64)), batch_size=2, device="cuda")
+    feed = ImageFeed(tmp_path, preprocess=Preprocess(size=(64, 64)), batch_size=2, **options)
     with feed, pytest.raises(FastcalError, match=r"07.jpg cannot be decoded"):
         for _ in feed:
             pass

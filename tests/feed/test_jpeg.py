@@ -1,6 +1,7 @@
 """What the markers of JPEG files say, of files that PIL wrote."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -67,10 +68,25 @@ def test_an_end_of_image_within_a_segment_is_none():
 def test_a_feed_looks_at_the_first_images(tmp_path, caplog, number, is_found):
     for other in range(5):
         (tmp_path / f"{other}.jpg").write_bytes(encoded(keep_rgb=other == number) if other != 1 else b"no image")
-    feed = ImageFeed(tmp_path, preprocess="unit", device="cpu")
-    assert feed._plan.has_rgb is is_found
-    part = ImageFeed(tmp_path, preprocess="unit").part(range(1), gpu=0, threads=1)
+    feed = ImageFeed(tmp_path, preprocess="unit", device="cpu", hw_decoder_load=0.5)
+    assert feed._plan.decodes_on_cpu is is_found
+    part = ImageFeed(tmp_path, preprocess="unit", hw_decoder_load=0.5).part(range(1), gpu=0, threads=1)
     assert part._plan.decoding.on_cpu is is_found
     assert part._plan.decoding.is_tried
     said = [record.getMessage() for record in caplog.records if "RGB" in record.getMessage()]
     assert [text.split()[0] for text in said] == [str(tmp_path / f"{number}.jpg")] * 2 * is_found
+
+
+@pytest.mark.parametrize(("megabytes", "options", "is_small"), [
+    (55, {}, True), (65, {}, False), (55, {"hw_decoder_load": 0.9}, False),
+])  # fmt: skip
+def test_the_cpu_decodes_what_it_decodes_before_a_gpus_decoder_has_started(tmp_path, megabytes, options, is_small):
+    cores = len(os.sched_getaffinity(0))
+    for number in range(100):
+        (tmp_path / f"{number:03}.jpg").write_bytes(encoded())
+        os.truncate(tmp_path / f"{number:03}.jpg", megabytes * cores * 10_000)  # a hundred of these; takes no space
+    feed = ImageFeed(tmp_path, preprocess="unit", device="cpu", **options)
+    assert feed._plan.decodes_on_cpu is is_small
+    part = ImageFeed(tmp_path, preprocess="unit", **options).part(range(1), gpu=0, threads=30)
+    assert part._plan.decoding.on_cpu is is_small
+    assert part._plan.thread_count == (30 if is_small else 8)

@@ -98,14 +98,33 @@ def test_a_feed_is_pickled_as_its_plan(tmp_path, name):
                 np.testing.assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("name", FEEDS)
+def test_a_part_goes_on_with_what_an_earlier_one_has_left(tmp_path, name):
+    with FEEDS[name](tmp_path) as feed:
+        whole = copied(feed)
+        parts = [feed.part(range(start, len(whole)), gpu=None, threads=1) for start in range(min(len(whole), 3))]
+        earlier = None
+        for start, part in enumerate(parts):
+            if earlier is not None:
+                part.take_over(earlier)
+                assert getattr(earlier._passes, "pipeline", None) is None
+            pipeline = getattr(part._passes, "pipeline", None)
+            buffers = part._buffers
+            for found, expected in zip(copied(part), whole[start:], strict=True):
+                np.testing.assert_equal(found, expected)
+            assert earlier is None or part._buffers is buffers
+            assert earlier is None or getattr(part._passes, "pipeline", None) is pipeline
+            earlier = part
+
+
 def test_a_part_has_the_threads_of_its_machine_unless_the_feed_was_told():
     def threads(part):
-        return part._plan.decoding.thread_count
+        return part._plan.thread_count
 
     assert threads(images().part(range(1), gpu=None, threads=3)) == 3
     assert images().part(range(1), gpu=0, threads=30).gpu is None  # it was to be on the CPU
     assert threads(images(threads=2).part(range(1), gpu=None, threads=3)) == 2
-    on_any = fastcal.ImageFeed(DIGITS / "images").part(range(1), gpu=0, threads=30)
+    on_any = fastcal.ImageFeed(DIGITS / "images", hw_decoder_load=0.9).part(range(1), gpu=0, threads=30)
     assert (on_any.gpu, threads(on_any)) == (0, 8)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_formats import variants
+from test_images_gpu import ON_GPU
 from test_inputs import data_of, scene_numbers, scenes  # noqa: F401 - a fixture
 from test_shards import as_files, encoded, shards  # noqa: F401 - fixtures
 from test_unreadable import write_numbered
@@ -42,7 +43,7 @@ def numbers(batches):
 def test_the_next_images_fill_up(tmp_path, depth, broken, expected):
     write_numbered(tmp_path, 10, broken)
     feed = ImageFeed(
-        tmp_path, preprocess=SMALL, batch_size=4, device="cuda", skip_unreadable=True, max_unreadable=50,
+        tmp_path, preprocess=SMALL, batch_size=4, **ON_GPU, skip_unreadable=True, max_unreadable=50,
         prefetch_queue_depth=depth,
     )  # fmt: skip
     for _ in range(3):
@@ -56,7 +57,7 @@ def test_after_a_failure_images_are_tried_before_the_pipeline_gets_them(tmp_path
     recover = ImagePass._recover
     monkeypatch.setattr(ImagePass, "_recover", lambda *arguments: (failures.append(1), recover(*arguments)))
     write_numbered(tmp_path, 50, set(range(10, 50, 5)))
-    feed = ImageFeed(tmp_path, preprocess=SMALL, batch_size=4, device="cuda", skip_unreadable=True, max_unreadable=50)
+    feed = ImageFeed(tmp_path, preprocess=SMALL, batch_size=4, **ON_GPU, skip_unreadable=True, max_unreadable=50)
     all_of(feed)
     assert feed.skipped == [str(tmp_path / f"{number:02}.jpg") for number in range(10, 50, 5)]
     assert len(failures) == 1
@@ -70,21 +71,20 @@ def test_a_truncated_jpeg_is_as_unreadable_as_on_the_cpu(tmp_path):
         for missing in (1, 2, 3, 10, 100, 1000, len(whole) // 2, len(whole) - 700, len(whole) - 100):
             (tmp_path / f"{progressive} {missing:06}.jpg").write_bytes(whole[:-missing])
     skipped = {}
-    for device in ("cpu", "cuda"):
-        feed = ImageFeed(
-            tmp_path, preprocess=SMALL, batch_size=4, device=device, skip_unreadable=True, max_unreadable=100
-        )
+    for options in ({"device": "cpu"}, ON_GPU, {"device": "cuda"}):
+        feed = ImageFeed(tmp_path, preprocess=SMALL, batch_size=4, skip_unreadable=True, max_unreadable=100, **options)
         all_of(feed)
-        skipped[device] = feed.skipped
-    assert skipped["cuda"] == skipped["cpu"]
-    assert len(skipped["cpu"]) >= 10
+        skipped[str(options)] = feed.skipped
+    on_cpu, *others = skipped.values()
+    assert others == [on_cpu, on_cpu]
+    assert len(on_cpu) >= 10
 
 
 def test_shards_give_what_files_do(as_files, shards):  # noqa: F811 - fixtures
     folder, _ = shards
     for options in ({"batch_size": 3}, {"batch_size": 16}, {"batch_size": 4, "limit": 5}):
-        expected = all_of(ImageFeed(as_files, preprocess=SMALL, device="cuda", **options))
-        feed = ImageFeed(folder, preprocess=SMALL, device="cuda", **options)
+        expected = all_of(ImageFeed(as_files, preprocess=SMALL, **ON_GPU, **options))
+        feed = ImageFeed(folder, preprocess=SMALL, **ON_GPU, **options)
         for _ in range(2):
             for one, other in zip(all_of(feed), expected, strict=True):
                 # An image's last bit depends on whether the JPEG engine or the processors decode it.
@@ -94,7 +94,7 @@ def test_shards_give_what_files_do(as_files, shards):  # noqa: F811 - fixtures
 def test_several_inputs_and_arrays(scenes):  # noqa: F811 - a fixture
     import cupy
 
-    feed = ImageFeed(data_of(scenes), preprocess=SMALL, batch_size=3, device="cuda")
+    feed = ImageFeed(data_of(scenes), preprocess=SMALL, batch_size=3, **ON_GPU)
     with feed:
         batch = next(iter(feed))
         for array in batch.values():
@@ -103,9 +103,7 @@ def test_several_inputs_and_arrays(scenes):  # noqa: F811 - a fixture
     assert scene_numbers(all_of(feed)) == [0, 1, 2, 3, 4, 5, 6, 0, 1]
     (scenes / "right" / "3.png").write_bytes(b"no image")
     (scenes / "left" / "6.npy").write_bytes(b"no array")
-    feed = ImageFeed(
-        data_of(scenes), preprocess=SMALL, batch_size=3, device="cuda", skip_unreadable=True, max_unreadable=50
-    )
+    feed = ImageFeed(data_of(scenes), preprocess=SMALL, batch_size=3, **ON_GPU, skip_unreadable=True, max_unreadable=50)
     for _ in range(2):
         assert scene_numbers(all_of(feed)) == [0, 1, 2, 4, 5, 0]
 
@@ -116,7 +114,7 @@ def test_every_format_is_decoded_as_on_the_cpu(real_photographs, tmp_path):
     (tmp_path / "rgb.jpg").unlink()  # which would have all decoded on the CPU
     preprocess = Preprocess(size=(160, 200))
     on_cpu, on_gpu = (
-        ImageFeed(tmp_path, preprocess=preprocess, batch_size=1, device=device) for device in ("cpu", "cuda")
+        ImageFeed(tmp_path, preprocess=preprocess, batch_size=1, **options) for options in ({"device": "cpu"}, ON_GPU)
     )
     worst = {}
     for path, one, other in zip(on_cpu.paths, all_of(on_cpu), all_of(on_gpu), strict=True):
@@ -132,7 +130,8 @@ def test_jpegs_of_rgb_components_are_decoded_on_the_cpu(real_photographs, tmp_pa
     photograph = Image.open(real_photographs[3])
     for number in range(5):
         photograph.save(tmp_path / f"{number}.jpg", keep_rgb=number != 1)
-    batches = [all_of(ImageFeed(tmp_path, preprocess=SMALL, batch_size=5, device=device)) for device in ("cpu", "cuda")]
+    feeds = [ImageFeed(tmp_path, preprocess=SMALL, batch_size=5, **options) for options in ({"device": "cpu"}, ON_GPU)]
+    batches = [all_of(feed) for feed in feeds]
     assert np.abs(batches[0][0]["input"] - batches[1][0]["input"]).max() <= 1
     (said,) = [record.getMessage() for record in caplog.records if "RGB" in record.getMessage()]
     assert said.startswith(f"{tmp_path}/0.jpg has RGB components")
@@ -143,7 +142,7 @@ def test_what_cannot_be_decoded_is_named_before_the_first_batch(tmp_path):
         Image.new("RGB", (20, 20)).save(tmp_path / f"{number}.jpg")
         (tmp_path / f"{number + 10}.tif").write_bytes(b"II*\0 no image")
     with (
-        ImageFeed(tmp_path, preprocess=SMALL, batch_size=2, device="cuda") as feed,
+        ImageFeed(tmp_path, preprocess=SMALL, batch_size=2, **ON_GPU) as feed,
         pytest.raises(
             FastcalError,
             match=r"DALI decodes no .tif image here: tried .*10.tif, .*11.tif, .*12.tif; convert them or leave",
