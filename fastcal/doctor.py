@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+from fastcal.errors import UnavailableError
 from fastcal.versions import installed, is_installed
 
 #: The time limit of a try. The first start of CuPy or TensorRT on a GPU takes many seconds.
@@ -57,7 +58,7 @@ def examine(tell: Callable[[str], None]) -> list[Finding]:
     driver.fix = _fix(driver, _DRIVER, cuda)
     findings = [driver]
     for library in _LIBRARIES:
-        if library.needed_on == "gpu" and cuda is None:
+        if library.is_for_gpus and cuda is None:
             findings.append(Finding(library.label, "unused", installed(library.wheels), "there is no GPU"))
         else:
             tell(library.label)
@@ -116,19 +117,30 @@ def _fix(finding: Finding, library: "_Library", cuda: int | None) -> str:
     extra = "cpu" if cuda is None else f"cuda{min(max(cuda, _OLDEST_CUDA), _NEWEST_CUDA)}"
     packages = f"'fastcal[{extra}]'"
     names = [wheel.split()[0] for wheel in finding.wheels]
+    if library.module == "onnxruntime" and names:
+        return _fix_onnxruntime(finding, names, None if cuda is None else packages)
     releases = {found[1] for name in names if (found := re.search(r"cu(?:da)?(\d\d)", name))}
     if len(names) > 1:  # the packages install the same module, and one has overwritten the other
-        return f"pip uninstall -y {' '.join(names)} && pip install {packages if releases else names[0]}"
+        return f"pip uninstall -y {' '.join(names)} && pip install {packages}"
     if finding.status == "works":
         return ""
     if finding.status == "missing" and not names:
         is_needed = library.needed_on in ("all", "cpu" if cuda is None else "gpu")
         return f"pip install {packages}" if is_needed else ""
+    if library.module == "tensorrt":
+        return f"pip install --force-reinstall {names[0]}" if names else "pip install --force-reinstall tensorrt"
     if cuda is not None and releases - {extra[4:]}:
         return f"pip uninstall -y {names[0]} && pip install {packages}"
-    if library.module == "tensorrt" and names:
-        return f"pip install --force-reinstall '{names[0]}<11'"
     return f"pip install --force-reinstall {names[0] if names else packages}"
+
+
+def _fix_onnxruntime(finding: Finding, names: list[str], gpu_packages: str | None) -> str:
+    """Return the command for ONNX Runtime: the packages for CPU and GPU install the same module."""
+    if len(names) == 1 and finding.status == "works":
+        return ""
+    if len(names) == 1 and gpu_packages is None:
+        return f"pip install --force-reinstall {names[0]}"
+    return f"pip uninstall -y {' '.join(names)} && pip install {gpu_packages or 'onnxruntime'}"
 
 
 def _without_folders(text: str) -> str:
@@ -161,10 +173,42 @@ def _try_onnxruntime() -> str:
     import onnx
     import onnxruntime
 
-    model = onnx.parser.parse_model(_RELU).SerializeToString()
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    (result,) = session.run(None, {"x": np.array([-1, 2], np.float32)})
-    return _expect(result.tolist() == [0, 2], "ran a network")
+    from fastcal.device import resolve
+    from fastcal.model import Model
+    from fastcal.observe.backends import OnnxRuntimeBackend, has_cuda_provider
+
+    model = onnx.parser.parse_model(_RELU)
+    x = np.array([-1, 2], np.float32)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"x": x})
+    _expect(result.tolist() == [0, 2], "")
+    gpu = resolve("auto")
+    if gpu is None:
+        return "ran a network on the CPU"
+    if not has_cuda_provider():
+        raise RuntimeError("onnxruntime has no CUDA provider, which onnxruntime-gpu has: the CPU would run networks")
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, path := Path(folder, "relu.onnx"))
+        try:
+            with OnnxRuntimeBackend().observer(Model(path), gpu) as observer:
+                observer.observe({"x": x})
+                amax = observer.histograms()["y"].amax
+        except UnavailableError as error:
+            raise RuntimeError(f"the CUDA provider does not start: {_missing_library() or error}") from error
+    return _expect(amax == 2, f"ran a network on GPU {gpu}")
+
+
+def _missing_library() -> str:
+    """Return the reason why the CUDA provider cannot be loaded; "" if it can."""
+    import onnxruntime
+
+    folder = Path(onnxruntime.__file__).parent / "capi"
+    try:
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _try_numba() -> str:
@@ -195,11 +239,11 @@ def _try_cupy() -> str:
 
 
 def _try_tensorrt() -> str:
-    from fastcal import calibrators  # noqa: F401 - raises an error that says what is wrong with TensorRT
     from fastcal.network import Logger, start_builder, trt
 
     start_builder(Logger())
-    return f"started the builder of TensorRT {trt.__version__}"
+    lacking = "" if hasattr(trt, "IInt8EntropyCalibrator2") else ", which has no calibrators: it takes Q/DQ models"
+    return f"started the builder of TensorRT {trt.__version__}{lacking}"
 
 
 def _import(module: str) -> str:
@@ -219,16 +263,17 @@ class _Library(NamedTuple):
     attempt: Callable[[], str]  # does a small piece of work and returns its description
     module: str = ""
     wheels: str = ""  # a pattern of the names of the packages with the module, of which one must be installed
+    is_for_gpus: bool = False  # not tried without one
 
 
-_DRIVER = _Library("NVIDIA driver", "gpu", _try_driver)
+_DRIVER = _Library("NVIDIA driver", "gpu", _try_driver, is_for_gpus=True)
 
 _LIBRARIES = (
-    _Library("ONNX Runtime", "cpu", _try_onnxruntime, "onnxruntime", "onnxruntime(-gpu)?"),
+    _Library("ONNX Runtime", "all", _try_onnxruntime, "onnxruntime", "onnxruntime(-gpu)?"),
     _Library("numba", "cpu", _try_numba, "numba", "numba"),
-    _Library("CuPy", "gpu", _try_cupy, "cupy", r"cupy(-cuda\d+x)?"),
+    _Library("CuPy", "gpu", _try_cupy, "cupy", r"cupy(-cuda\d+x)?", True),
     _Library("DALI", "all", _try_dali, "nvidia.dali", r"nvidia-dali-cuda\d+"),
-    _Library("TensorRT", "gpu", _try_tensorrt, "tensorrt", r"tensorrt-cu\d+"),
+    _Library("TensorRT", "none", _try_tensorrt, "tensorrt", r"tensorrt-cu\d+", True),
     _Library("Matplotlib", "none", partial(_import, "matplotlib.figure"), "matplotlib", "matplotlib"),
     _Library("Jinja2", "none", partial(_import, "jinja2"), "jinja2", "jinja2"),
     _Library("Ray", "none", partial(_import, "ray"), "ray", "ray"),

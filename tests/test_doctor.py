@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
 from fastcal import doctor
@@ -49,9 +50,11 @@ def test_everything_works_on_a_cpu(examine):
 def test_everything_works_on_a_gpu(examine):
     _, found, _ = examine()
     assert re.fullmatch(r"NVIDIA .*, CUDA 1\d", found["NVIDIA driver"]["detail"])
-    for label in ("NVIDIA driver", "CuPy", "DALI", "TensorRT"):
+    for label in ("NVIDIA driver", "CuPy", "DALI", "ONNX Runtime"):
         assert found[label]["status"] == "works", found[label]
     assert found["DALI"]["detail"].startswith("decoded an image on GPU ")
+    assert found["ONNX Runtime"]["detail"].startswith("ran a network on GPU ")
+    assert found["TensorRT"]["status"] in ("works", "missing"), found["TensorRT"]
 
 
 @no_gpu
@@ -128,17 +131,32 @@ def test_a_library_that_hangs_is_given_up(monkeypatch):
             "nvidia.dali", "works", ["nvidia-dali-cuda120 2.0", "nvidia-dali-cuda130 2.0"], None,
             "pip uninstall -y nvidia-dali-cuda120 nvidia-dali-cuda130 && pip install 'fastcal[cpu]'",
         ),
-        ("tensorrt", "broken", ["tensorrt-cu13 11.0"], 13, "pip install --force-reinstall 'tensorrt-cu13<11'"),
-        ("tensorrt", "broken", [], 13, "pip install --force-reinstall 'fastcal[cuda13]'"),
+        ("tensorrt", "broken", ["tensorrt-cu13 11.0"], 13, "pip install --force-reinstall tensorrt-cu13"),
+        ("tensorrt", "broken", [], 13, "pip install --force-reinstall tensorrt"),
+        ("tensorrt", "missing", [], 13, ""),
         ("ray", "missing", [], None, ""),
         ("ray", "missing", [], 13, ""),
         ("numba", "missing", [], None, "pip install 'fastcal[cpu]'"),
-        ("numba", "missing", [], 13, ""),  # TensorRT runs the network there
+        ("numba", "missing", [], 13, ""),  # the GPU counts there
         ("nvidia.dali", "missing", [], 12, "pip install 'fastcal[cuda12]'"),
         (
-            "onnxruntime", "works", ["onnxruntime 1.20", "onnxruntime-gpu 1.20"], 13,
+            "onnxruntime", "works", ["onnxruntime 1.31", "onnxruntime-gpu 1.31"], 13,
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fastcal[cuda13]'",
+        ),
+        (
+            "onnxruntime", "works", ["onnxruntime 1.31", "onnxruntime-gpu 1.31"], None,
             "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime",
         ),
+        (
+            "onnxruntime", "broken", ["onnxruntime 1.31"], 12,
+            "pip uninstall -y onnxruntime && pip install 'fastcal[cuda12]'",
+        ),
+        (
+            "onnxruntime", "broken", ["onnxruntime-gpu 1.31"], 12,
+            "pip uninstall -y onnxruntime-gpu && pip install 'fastcal[cuda12]'",
+        ),
+        ("onnxruntime", "works", ["onnxruntime-gpu 1.31"], None, ""),
+        ("onnxruntime", "missing", [], 13, "pip install 'fastcal[cuda13]'"),
         ("", "works", [], 11, "update the NVIDIA driver: to 525 or newer for CUDA 12, to 580 or newer for CUDA 13"),
         ("", "works", [], 12, ""),
         ("", "missing", [], None, ""),
@@ -158,14 +176,13 @@ def test_a_gpu_whose_packages_are_missing(monkeypatch):
     monkeypatch.setattr(doctor, "_run", run)
     tried = []
     fixes = {finding.label: finding.fix for finding in doctor.examine(tried.append) if finding.fix}
-    assert fixes == dict.fromkeys(["CuPy", "TensorRT"], "pip install 'fastcal[cuda13]'")
+    assert fixes == {"CuPy": "pip install 'fastcal[cuda13]'"}
     assert tried == [library.label for library in LIBRARIES.values()]
 
 
 @pytest.mark.parametrize(
     ("text", "detail"),
     [
-        ("__version__ = '11.0.0.1'; ILogger = object", "TensorRT 11.0.0.1 has no calibrators"),
         ("raise OSError('libnvinfer.so.10: cannot open')", "engines and calibrators need TensorRT 8.6 to 10.16, which "
          "cannot be imported (libnvinfer.so.10: cannot open)"),
     ],
@@ -177,11 +194,29 @@ def test_a_tensorrt_that_fastcal_cannot_use_is_broken(monkeypatch, tmp_path, tex
     assert (finding.status, finding.detail[: len(detail)]) == ("broken", detail)
 
 
+def test_a_tensorrt_without_calibrators_works(monkeypatch, tmp_path):
+    logger = "class ILogger:\n    def __init__(self): pass\n    ERROR = INTERNAL_ERROR = INFO = WARNING = VERBOSE = 0"
+    (tmp_path / "tensorrt.py").write_text(f"__version__ = '11.0.0.1'\nBuilder = lambda logger: 1\n{logger}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    finding = doctor._run(LIBRARIES["tensorrt"])
+    assert finding.status == "works", finding
+    assert finding.detail.startswith("started the builder of TensorRT 11.0.0.1, which has no calibrators")
+
+
+def test_a_cuda_provider_whose_libraries_are_missing_is_named(monkeypatch, tmp_path):
+    (tmp_path / "capi").mkdir()
+    (tmp_path / "capi" / "libonnxruntime_providers_shared.so").write_bytes(b"no library")
+    monkeypatch.setattr(onnxruntime, "__file__", str(tmp_path / "__init__.py"))
+    assert "libonnxruntime_providers_shared.so" in doctor._missing_library()
+
+
 @no_gpu
 def test_for_people_it_is_text_to_paste(spawn_fastcal):
     done = spawn_fastcal("doctor")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"^ONNX Runtime +works +ran a network +onnxruntime(-gpu)? \d", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^ONNX Runtime +works +ran a network on the CPU +onnxruntime(-gpu)? \d", done.stdout, re.MULTILINE
+    )
     assert re.search(r"^fastcal +\d.*\nPython .*\nsystem .*\npackages +numpy \d", done.stdout)
     assert done.stdout.splitlines()[-1] == "nothing is to be done"
     for private in (str(Path.home()), sys.prefix, os.getcwd()):
