@@ -1,15 +1,19 @@
 """Measure the calibration of a ResNet-50-shaped network on a GPU, from JPEG files to the finished cache.
 
-In one process: the feed alone, the network with its histograms alone, both together (`fastcal.calibrate`), the counting
-kernel against a copy, and the scales. Then the peers over the same images, if they are installed: TensorRT's own
-calibration with batches from the same feed, Polygraphy's Calibrator and ONNX Runtime's calibrater.
+In one process, by turns: the feed alone, the network with its histograms alone, and both together; then the counting
+kernel against a copy, and the scales. With `--cold`, `fastcal calibrate` in processes of its own, from the start to the
+written cache. With `--peers`, over the same images: TensorRT's own calibration with batches from the same feed,
+Polygraphy's Calibrator and ONNX Runtime's calibrater.
 
-    python benchmarks/calibration.py [--photographs FOLDER] [--images 10000] [--peers tensorrt polygraphy onnxruntime]
+    python benchmarks/calibration.py [--photographs FOLDER] [--backends onnxruntime tensorrt] [--cold 512 10000]
+        [--peers tensorrt polygraphy onnxruntime]
 """
 
 import argparse
 import itertools
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,17 +21,17 @@ from pathlib import Path
 import cupy
 import numpy as np
 import onnx
-import tensorrt as trt
-from int8 import TACTICS, build
 from networks import resnet50
 from photographs import write_photographs
 
 import fastcal
 from fastcal.algorithm import Algorithm
 from fastcal.model import Model
-from fastcal.network import parse
 from fastcal.observe.device_histograms import DeviceHistograms
-from fastcal.observe.with_tensorrt import TensorRTObserver
+from fastcal.observe.with_cuda import CudaObserver
+
+#: The tactic sources of TensorRT that need neither cuBLAS nor cuDNN.
+TACTICS = ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS")
 
 
 def milliseconds(work, runs=20):
@@ -45,59 +49,108 @@ def milliseconds(work, runs=20):
 
 
 def feed_alone(feed):
-    count = 0
-    for _ in feed:
-        if count == 0:
-            start = time.perf_counter()
-        count += 1
-    return (count - 1) * feed.batch_size / (time.perf_counter() - start)
+    """Return the images per second of a feed without a consumer, from the second batch on."""
+    batches = iter(feed)
+    next(batches)
+    start, count = time.perf_counter(), sum(1 for _ in batches)
+    return count * feed.batch_size / (time.perf_counter() - start)
 
 
-def network_alone(model, batch, tf32, level):
-    """Measure the network with its histograms over a batch that lies on the GPU.
+def observer_of(backend, model, tf32, level):
+    if backend == "onnxruntime":
+        return CudaObserver(model, tf32=tf32)
+    from fastcal.observe.with_tensorrt import TensorRTObserver
 
-    Returns:
-        Images per second; the number of tensors; GB/s of the counting kernel over these tensors, and of a copy; and the
-        seconds of picking the scales.
-    """
-    size = len(batch["input"])
-    with TensorRTObserver(model, tf32=tf32, optimization_level=level, tactic_sources=TACTICS) as observer:
+    return TensorRTObserver(model, tf32=tf32, optimization_level=level, tactic_sources=TACTICS)
+
+
+def network_alone(observer, batch):
+    """Return the images per second of the network with its histograms, over a batch that lies on the GPU."""
+    cupy.cuda.get_current_stream().synchronize()
+    start = time.perf_counter()
+    for _ in range(40):
         observer.observe(batch)
-        start = time.perf_counter()
-        for _ in range(40):
+    cupy.cuda.get_current_stream().synchronize()
+    return 40 * len(batch["input"]) / (time.perf_counter() - start)
+
+
+def together(observer, feed):
+    """Return the images per second of a network that is given a feed's batches, from the second batch on."""
+    batches = iter(feed)
+    observer.observe(next(batches))
+    start, count = time.perf_counter(), 0
+    for batch in batches:
+        observer.observe(batch)
+        count += 1
+    cupy.cuda.get_current_stream().synchronize()
+    return count * feed.batch_size / (time.perf_counter() - start)
+
+
+def counting(observer, batch):
+    """Return the GB/s of the counting kernel over the network's tensors, and of a copy."""
+    shown = {}
+    for runner in observer._runners:
+        shown |= runner.run(batch, cupy.cuda.get_current_stream())
+    counter, read = DeviceHistograms(list(shown)), sum(array.nbytes for array in shown.values())
+    counter.update_all(shown)
+    source = cupy.zeros(1 << 29, np.float32)
+    target = cupy.empty_like(source)
+    copying = 2 * source.nbytes / milliseconds(lambda: cupy.copyto(target, source)) / 1e6
+    return read / milliseconds(lambda: counter.update_all(shown)) / 1e6, copying
+
+
+def sustained(path, feed, backend, tf32, level, runs):
+    """Print the rates of a feed, of a network with its histograms, and of both together: medians of several runs."""
+    with observer_of(backend, Model(path), tf32, level) as observer:
+        batch = {name: array.copy() for name, array in next(iter(feed)).items()}
+        for _ in range(3):
             observer.observe(batch)
-        cupy.cuda.get_current_stream().synchronize()
-        rate = 40 * size / (time.perf_counter() - start)
+        rates = []
+        for _ in range(runs):
+            rates.append((feed_alone(feed), network_alone(observer, batch), together(observer, feed)))
+        feeding, network, both = map(statistics.median, zip(*rates, strict=True))
+        used = cupy.cuda.runtime.memGetInfo()
+        counted, copied = counting(observer, batch)
         histograms = observer.histograms()
-        (engine,) = observer._engines
-        shown = engine.run(batch, cupy.cuda.get_current_stream())
-        counter, read = DeviceHistograms(list(shown)), sum(array.nbytes for array in shown.values())
-        counter.update_all(shown)
-        counting = read / milliseconds(lambda: counter.update_all(shown)) / 1e6
-        source = cupy.zeros(1 << 29, np.float32)
-        target = cupy.empty_like(source)
-        copying = 2 * source.nbytes / milliseconds(lambda: cupy.copyto(target, source)) / 1e6
     start = time.perf_counter()
     Algorithm.of("entropy2").pick_all(histograms)
     picking = time.perf_counter() - start
-    return rate, len(histograms), counting, copying, picking
+    print(f"{backend}, {'TF32' if tf32 else 'FP32'}, batch {feed.batch_size}, {len(histograms)} tensors, {runs} runs")
+    print(f"  feed alone {feeding:.0f} images/s, network and histograms alone {network:.0f} images/s")
+    print(f"  together {both:.0f} images/s, {both / min(feeding, network):.0%} of the slower")
+    print(f"  counting reads {counted:.0f} GB/s, {counted / copied:.0%} of a copy's {copied:.0f} GB/s")
+    print(f"  scales {picking:.2f} s, GPU memory in use {(used[1] - used[0]) / 2**30:.1f} GiB", flush=True)
 
 
-def whole(path, feed, tf32, level):
-    """Return the seconds from the start to the cache, and the images per second from the second batch on."""
-    times = []
-    start = time.perf_counter()
-    cache = fastcal.calibrate(
-        path, feed, backend="tensorrt", tf32=tf32, optimization_level=level, tactic_sources=TACTICS,
-        progress=lambda _: times.append(time.perf_counter()),
-    )  # fmt: skip
-    assert len(cache.scales) > 100
-    took = time.perf_counter() - start
-    return took, (len(times) - 1) * feed.batch_size / (times[-1] - times[0])
+def cold(path, paths, backend, tf32, batch_size, runs):
+    """Print the seconds from the start of a process to the written cache: the median of several processes."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        listed, cache = Path(folder) / "images.txt", Path(folder) / "network.cache"
+        listed.write_text("\n".join(paths))
+        command = [
+            sys.executable, "-m", "fastcal", "calibrate", path, listed, "-o", cache, "--batch-size", str(batch_size),
+            "--backend", backend, "--quiet", *(["--tf32"] if tf32 else []),
+        ]  # fmt: skip
+        if backend == "tensorrt":
+            command += ["--tactic-sources", ",".join(TACTICS)]
+        for _ in range(runs):
+            start = time.time()
+            subprocess.run([*map(str, command)], check=True)
+            found.append(cache.stat().st_mtime - start)
+            cache.unlink()
+    precision = "TF32" if tf32 else "FP32"
+    rest = ", ".join(f"{seconds:.2f}" for seconds in sorted(found))
+    print(f"{backend}, {precision}, {len(paths)} images, cold: {statistics.median(found):.2f} s ({rest})", flush=True)
 
 
 def inside_builder(path, calibrator, batch_size):
     """Return the seconds of a build in which TensorRT asks the calibrator for batches."""
+    import tensorrt as trt
+    from int8 import build
+
+    from fastcal.network import parse
+
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = parse(builder, Model(path), logger)
@@ -110,6 +163,7 @@ def with_tensorrt(path, feed):
 
 
 def with_polygraphy(path, feed):
+    import tensorrt as trt
     from polygraphy.backend.trt import Calibrator
 
     batches = [{"input": batch["input"].get()} for batch in feed]
@@ -142,10 +196,15 @@ def main():
     parser.add_argument("--photographs", help="a folder of JPEG files to make the images from")
     parser.add_argument("--images", type=int, default=10000)
     parser.add_argument("--files", type=int, default=2000, help="the number of different files")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--optimization-levels", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=3, help="of the rates in one process; 0 leaves them out")
+    parser.add_argument("--backends", nargs="+", default=["onnxruntime"], choices=["onnxruntime", "tensorrt"])
+    parser.add_argument("--optimization-level", type=int, default=0, help="of TensorRT")
     parser.add_argument("--precisions", nargs="+", default=["FP32", "TF32"], choices=["FP32", "TF32"])
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--hw-decoder-load", type=float, help="see ImageFeed")
+    parser.add_argument("--cold", nargs="*", type=int, default=[], metavar="IMAGES")
+    parser.add_argument("--cold-runs", type=int, default=5)
+    parser.add_argument("--peers", nargs="*", default=[], choices=list(PEERS))
     parser.add_argument("--peer-images", type=int, default=64)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -154,28 +213,25 @@ def main():
         files = write_photographs(Path(folder) / "images", arguments.files, (500, 400), arguments.photographs)
         for file in files.iterdir():
             file.read_bytes()  # into memory: storage is not measured
-        paths = list(itertools.islice(itertools.cycle(sorted(map(str, files.iterdir()))), arguments.images))
+        endless = itertools.cycle(sorted(map(str, files.iterdir())))
+        paths = list(itertools.islice(endless, max(arguments.images, *arguments.cold, 1)))
 
-        def feed_of(paths, size):
-            return fastcal.ImageFeed(paths, model=path, batch_size=size, device="cuda", last_batch="drop")
+        def feed_of(count, size):
+            return fastcal.ImageFeed(
+                paths[:count], model=path, batch_size=size, device="cuda", last_batch="drop",
+                hw_decoder_load=arguments.hw_decoder_load,
+            )  # fmt: skip
 
-        for precision, level in itertools.product(arguments.precisions, arguments.optimization_levels):
+        for backend, precision in itertools.product(arguments.backends, arguments.precisions):
             tf32 = precision == "TF32"
-            feed = feed_of(paths, arguments.batch_size)
-            took, together = whole(path, feed, tf32, level)  # first, while nothing is warm
-            alone = feed_alone(feed)
-            batch = {name: array.copy() for name, array in next(iter(feed)).items()}
-            feed.close()
-            network, tensors, counting, copying, picking = network_alone(Model(path), batch, tf32, level)
-            print(f"{precision}, level {level}, {tensors} tensors, batch {arguments.batch_size}")
-            print(f"  feed alone {alone:.0f} images/s, network and histograms alone {network:.0f} images/s")
-            print(f"  together {together:.0f} images/s, {together / min(alone, network):.0%} of the slower")
-            print(f"  {len(paths)} images from the start to the cache: {took:.1f} s")
-            print(f"  counting reads {counting:.0f} GB/s, {counting / copying:.0%} of a copy's {copying:.0f} GB/s")
-            print(f"  scales {picking:.2f} s", flush=True)
+            for count in arguments.cold:  # first, while nothing is warm
+                cold(path, paths[:count], backend, tf32, arguments.batch_size, arguments.cold_runs)
+            if arguments.runs:
+                with feed_of(arguments.images, arguments.batch_size) as feed:
+                    sustained(path, feed, backend, tf32, arguments.optimization_level, arguments.runs)
         for name in arguments.peers:
             try:
-                with feed_of(paths[: arguments.peer_images], 8) as feed:
+                with feed_of(arguments.peer_images, 8) as feed:
                     took = PEERS[name](path, feed)
             except ImportError as error:
                 print(f"without {name}: {error}")
