@@ -43,8 +43,9 @@ class FeedOptions:
         str,
         typer.Argument(
             metavar="DATA",
-            help="Images: a folder, a pattern, a list file with one path a line, tar shards or TFRecord files; "
-            "NAME=DATA,NAME=DATA for several inputs. Or .npy or .npz files with arrays for the model.",
+            help="Images: a folder, a pattern, a list file with one path a line, Ultralytics' data.yaml, COCO's JSON, "
+            "tar shards or TFRecord files; NAME=DATA,NAME=DATA for several inputs. Or .npy or .npz files with arrays "
+            "for the model.",
         ),
     ]
     preprocess: Annotated[

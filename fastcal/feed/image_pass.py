@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 from fastcal.errors import DataError, FastcalError
 from fastcal.feed.buffers import Allocator, Buffer
@@ -28,12 +29,14 @@ class ImagePasses(Passes):
     Attributes:
         unreadable: The errors of the samples to leave out, by sample.
         pipeline: The pipeline, which passes use one after another; None if the next use must start one.
+        images: The inputs that take images.
         suspects: The number of the next samples that must be tried on the CPU before the pipeline gets them.
     """
 
     def __init__(self, plan: ImagePlan) -> None:
         self.unreadable: dict[int, UnreadableError] = {}
         self.pipeline: ImagePipeline | None = None
+        self.images = plan.images
         self.suspects = 0
         self._next_suspects = _FIRST_SUSPECTS
         self._plan = plan
@@ -69,7 +72,7 @@ class ImagePasses(Passes):
             self._is_tried = True
             self._try_kinds()
         self.pipeline = ImagePipeline(
-            plan.images,
+            self.images,
             most=plan.batch_size if size is None else size.most,
             threads=plan.decoding.thread_count,
             gpu=plan.gpu,
@@ -78,6 +81,12 @@ class ImagePasses(Passes):
             decode_on_cpu=plan.gpu is not None and plan.has_rgb,
         )
         return self.pipeline
+
+    def read_here(self) -> bool:
+        """Have DALI read no files from now on: some may be of other formats than named; return whether it did."""
+        before = self.images
+        self.images = {name: replace(value, source=value.source.read_here()) for name, value in before.items()}
+        return self.images != before
 
     def expect_failures(self) -> None:
         """Have the next samples tried on the CPU if a GPU's pipeline has failed: starting another one takes long."""
@@ -129,7 +138,6 @@ class ImagePass(Pass):
 
     def __init__(self, plan: ImagePlan, passes: ImagePasses) -> None:
         self._plan = plan
-        self._images = plan.images
         self._arrays = plan.arrays
         self._passes = passes
         wrap = plan.last_batch == "wrap"
@@ -151,7 +159,9 @@ class ImagePass(Pass):
                 chunk = pipeline.under_way[0]
                 upto = filled + len(chunk.numbers)
                 try:
-                    pipeline.collect({name: buffer.arrays[name][filled:upto] for name in self._images}, buffer.stream)
+                    pipeline.collect(
+                        {name: buffer.arrays[name][filled:upto] for name in self._passes.images}, buffer.stream
+                    )
                 except RuntimeError as error:
                     self._recover(error, pipeline.under_way)
                     continue
@@ -186,10 +196,12 @@ class ImagePass(Pass):
             if self._passes.suspects > 0:
                 self._passes.suspects -= len(chunk.numbers)
                 threads = self._plan.decoding.thread_count
-                if self._passes.leave_out(find_unreadable(self._images.values(), chunk.numbers, threads=threads)):
+                if self._passes.leave_out(
+                    find_unreadable(self._passes.images.values(), chunk.numbers, threads=threads)
+                ):
                     self._order.go_back(chunk)
                     return
-            fetched = {name: value.source.fetch(chunk.numbers) for name, value in self._images.items()}
+            fetched = {name: value.source.fetch(chunk.numbers) for name, value in self._passes.images.items()}
             pipeline.submit(chunk, fetched)
         except UnreadableError as error:
             self._passes.leave_out([error])
@@ -201,10 +213,13 @@ class ImagePass(Pass):
         first, *later = under_way
         others = [number for chunk in later for number in chunk.numbers]
         for numbers, gpu in ((first.numbers, None), (others, None), (first.numbers + others, self._plan.gpu)):
-            if self._passes.leave_out(find_unreadable(self._images.values(), numbers, gpu)):
+            if self._passes.leave_out(find_unreadable(self._passes.images.values(), numbers, gpu)):
                 self._order.go_back(first)
                 self._passes.expect_failures()
                 return
+        if self._passes.read_here():
+            self._order.go_back(first)
+            return
         raise DataError(
             f"DALI cannot prepare the images from {self._plan.sample_names[first.numbers[0]]} on: {_reason(error)}"
         ) from error

@@ -24,10 +24,11 @@ class ImageFeed(PlannedFeed):
 
     Args:
         data: A folder (searched with its folders, sorted by path), a list file (one path a line, relative to the
-            file), one image, a pattern ("train/**/*.jpg", "train-{0000..0146}.tar"), or a sequence of paths. The files
-            are images, tar shards as WebDataset writes them, or TFRecord files. For several inputs, a dict of these by
-            input name, with the same samples in the same order: {"left": "left/", "right": "right/"}. An input may
-            take arrays too, `.npy` files with one sample each: {"image": "scenes/", "pose": "scenes/*.npy"}.
+            file, perhaps with labels), a `data.yaml` of Ultralytics, a `.json` of COCO, one image, a pattern
+            ("train/**/*.jpg", "train-{0000..0146}.tar"), or a sequence of paths. The files are images, tar shards as
+            WebDataset writes them, or TFRecord files. For several inputs, a dict of these by input name, with the same
+            samples in the same order: {"left": "left/", "right": "right/"}. An input may take arrays too, `.npy` files
+            with one sample each: {"image": "scenes/", "pose": "scenes/*.npy"}.
         preprocess: The name of a preset, see `Preprocess.preset`, or a `Preprocess`; for several inputs, one for all or
             a dict by input name.
         model: An ONNX file whose image inputs give size, layout, number of channels, batch size and input name. If a

@@ -21,6 +21,7 @@ from fastcal.feed.array_plan import LAST_BATCHES, ArrayPasses, ArrayPlan
 from fastcal.feed.chunks import count_batches, log_last_batch
 from fastcal.feed.dataset import FOR_ARRAYS, Data, add_files, list_files, shuffled
 from fastcal.feed.plan import BATCH_SIZE, PlannedFeed, check_settings
+from fastcal.feed.signatures import identify
 from fastcal.memory import check_room
 from fastcal.model import Model
 
@@ -260,8 +261,9 @@ def _reading(path: str) -> Iterator[None]:
 
 
 def _keys(path: str) -> list[str | None]:
-    """Return the names of the arrays in a `.npz` file; None for the array in a `.npy` file."""
-    if not path.lower().endswith(".npz"):
+    """Return the names of the arrays in a `.npz` file; None for the array in a `.npy` file. The content decides."""
+    content = identify(path)
+    if content == "array" or (content != "array archive" and not path.lower().endswith(".npz")):
         return [None]
     with _reading(path), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]

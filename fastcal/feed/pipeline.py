@@ -4,7 +4,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,14 @@ from nvidia.dali import math as dali_math
 from fastcal.feed.chunks import Chunk
 from fastcal.feed.jpeg import has_end_of_image
 from fastcal.feed.preprocess import Preprocess
+from fastcal.feed.signatures import kind_of_content
 from fastcal.feed.sources import ImageSource, UnreadableError
 
 _END_OF_JPEG = (0xFF, 0xD9)
 _END_OF_PNG = (0x60, 0x82)
+
+#: The bytes at the beginning of a file that tell its kind.
+_HEAD = 4096
 
 #: Pushes an exact .5 below .5 for any number of pixels, and changes no other rounding.
 _LITTLE = 1e-5
@@ -129,9 +133,11 @@ def find_unreadable(
 ) -> Iterator[UnreadableError]:
     """Yield the samples that have an unreadable image: one that cannot be prepared by itself.
 
-    With several threads, all samples are tried at once first, which is faster if most are readable.
+    With several threads, all samples are tried at once first, which is faster if most are readable. All are read here
+    and not by DALI: an image whose name belies its format is readable.
     """
-    for image_input in inputs:
+    for given in inputs:
+        image_input = replace(given, source=given.source.read_here())
         if threads > 1 and _are_readable(image_input, numbers, gpu, threads):
             continue
         pipeline: ImagePipeline | None = None
@@ -139,7 +145,7 @@ def find_unreadable(
             name = image_input.source.names[number]
             pipeline = pipeline or ImagePipeline({"image": image_input}, most=1, gpu=gpu)
             try:
-                if not image_input.source.content(number):
+                if not (head := image_input.source.content(number, _HEAD)):
                     yield UnreadableError(number, f"{name} is empty (0 bytes); replace or remove it")
                     continue
                 _try(pipeline, image_input, [number])
@@ -147,9 +153,9 @@ def find_unreadable(
                 yield error
             except RuntimeError:
                 pipeline = None
-                yield UnreadableError(
-                    number, f"{name} cannot be decoded: damaged, or no image DALI knows; replace or remove it"
-                )
+                kind = kind_of_content(head)
+                fault = "damaged, or no image DALI knows" if kind in ("", "image") else f"it is {kind}"
+                yield UnreadableError(number, f"{name} cannot be decoded: {fault}; replace or remove it")
 
 
 def _are_readable(image_input: ImageInput, numbers: Sequence[int], gpu: int | None, threads: int) -> bool:

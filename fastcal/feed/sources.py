@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -61,6 +61,10 @@ class ImageSource(Source):
         """Return DALI's node of encoded images, given the node of an external source that is fed by `fetch`."""
         return fetched
 
+    def read_here(self) -> "ImageSource":
+        """Return a source of the same images that `fetch` reads, and makes safe if their content is hazardous."""
+        return self
+
     def fetch(self, numbers: Sequence[int]) -> Any:
         """Return the encoded images."""
         return [self._safe(number) for number in numbers]
@@ -93,14 +97,22 @@ class ImageSource(Source):
 
 @dataclass(frozen=True)
 class ImageFiles(ImageSource):
-    """Image files. DALI reads them, unless some are of a format that it must not decode: see `fastcal.feed.decode`."""
+    """Image files. DALI reads them, unless some are named as formats that `fastcal.feed.decode` is for.
+
+    With `is_read_here` their names do not count, and DALI reads none of them.
+    """
 
     names: list[str]
+    is_read_here: bool = False
 
     @cached_property
     def are_safe(self) -> bool:
-        """True if DALI may decode all files."""
-        return not any(map(is_hazardous, self.names))
+        """True if DALI may read and decode all files."""
+        return not self.is_read_here and not any(map(is_hazardous, self.names))
+
+    def read_here(self) -> "ImageFiles":
+        """Return a source of the same files that DALI does not read."""
+        return replace(self, is_read_here=True)
 
     def read_with_dali(self, fetched: Any) -> Any:
         """Return DALI's node of encoded images."""

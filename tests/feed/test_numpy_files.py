@@ -272,7 +272,7 @@ def test_different_numbers_of_samples_and_files_of_the_wrong_kind(onnx_file, sav
     folder = save(x__a=np.zeros((3, 2), "f4"), i__a=np.zeros((2, 1), int), z={"x": batch(0)})
     with pytest.raises(FastcalError, match="different numbers of samples, 'x' 3, 'i' 2; every sample needs"):
         NumpyFeed({"x": folder / "x", "i": folder / "i"}, model=onnx_file(TWO))
-    with pytest.raises(FastcalError, match=r"z.npz is no array; name .npy files"):
+    with pytest.raises(FastcalError, match=r"z.npz is an array archive, no array; name .npy files"):
         NumpyFeed({"x": folder / "z.npz"})
     with pytest.raises(FastcalError, match=r"no such file or folder: .*nowhere; name a folder"):
         NumpyFeed(folder / "nowhere")
@@ -294,14 +294,19 @@ def test_as_many_samples_as_there_are_make_a_batch_of_any_size(save):
 def test_a_damaged_file_is_named(save, name):
     folder = save(a=batch(0), b=batch(1)) if name == "b.npy" else save(a={"x": batch(0)}, b={"x": batch(1)})
     whole = (folder / name).read_bytes()
-    other = save(other=batch(0)) / "other.npy" if name == "b.npz" else save(other={"x": batch(0)}) / "other.npz"
-    other = other.rename(folder / "other")
-    for content in (whole[:-1], whole[:60], b"", b"no array", other.read_bytes()):
+    for content in (whole[:-1], whole[:60], b"", b"no array"):
         (folder / name).write_bytes(content)
         with pytest.raises(FastcalError, match=rf"cannot read .*{name}: damaged, or no array of numbers"):
             list(NumpyFeed(folder, batch_size=1))
         with pytest.raises(FastcalError, match=rf"cannot read .*{name}: damaged, or no array of numbers"):
             NumpyFeed(folder / name, batch_size=1)
+
+
+def test_a_files_content_decides_and_not_its_name(save):
+    folder = save(a=batch(0, 1), b={"x": batch(2, 3)})
+    for name, other, numbers in (("a.npy", "c.npz", [0, 1]), ("b.npz", "d.npy", [2, 3]), ("a.npy", "e.dat", [0, 1])):
+        (folder / other).write_bytes((folder / name).read_bytes())
+        assert seen(NumpyFeed(folder / other, batch_size=2, input_name=None if name == "b.npz" else "x")) == [numbers]
 
 
 def test_a_file_that_is_gone_in_the_middle_of_a_pass_is_named(save):
