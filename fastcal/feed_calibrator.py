@@ -195,8 +195,7 @@ class FeedCalibrator:
         self._base.__init__(self)
         network = None if model is None else Model.of(model)
         self._owns_feed = not isinstance(feed, Feed)
-        names = None if network is None else network.input_names
-        self.feed: Feed = ArrayFeed(feed, names) if self._owns_feed else feed
+        self.feed: Feed = ArrayFeed(feed, model=network) if self._owns_feed else feed
         self._progress = progress
         self._handout = Handout(self.feed, progress)
         version = check_tensorrt_version(trt.__version__)

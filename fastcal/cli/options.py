@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 import fastcal
+from fastcal.cli.constants import read_constants
 from fastcal.cli.terminal import Output, output
 from fastcal.errors import DataError, FastcalError
 from fastcal.feed.preprocess import PRESETS
@@ -80,6 +81,13 @@ class FeedOptions:
     max_unreadable: Annotated[
         float, typer.Option(metavar="PERCENT", help="With --skip-unreadable: fail if more than this are unreadable.")
     ] = 5.0
+    constant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NUMBERS",
+            help="An input that is the same for every image: numbers (scale=1,1) or a .npy file; may be repeated.",
+        ),
+    ] = None
     threads: Annotated[int | None, typer.Option(help="Threads to use.", show_default="one per core")] = None
 
     #: The options that are for images and not for arrays.
@@ -94,6 +102,7 @@ class FeedOptions:
         settings: dict[str, Any] = {
             "model": network, "batch_size": self.batch_size, "input_name": self.input_name, "shuffle": self.shuffle,
             "seed": self.seed, "limit": self.limit, "last_batch": self.last_batch,
+            "constants": read_constants(self.constant, network) if self.constant else None,
         }  # fmt: skip
         data = data_by_input(self.data, network)
         if isinstance(data, str) and not is_pipe(data) and are_arrays(data):

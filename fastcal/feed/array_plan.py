@@ -32,6 +32,7 @@ class ArrayPlan(Plan):
     gpu: int | None
     depth: int
     samples: int | None = None
+    counting: frozenset[str] | None = None
     is_first_extra: bool = False  # the first batch only completes the last one, and is not handed out itself
     batch_size = preprocess = constants = filled = sample_names = None  # a first batch must tell, or there are none
 
@@ -180,7 +181,7 @@ class ArrayPasses(Passes):
         uneven: tuple[int, int] | None = None  # number and samples of a batch that must be smaller, and the last
         for number, batch in enumerate(self._plan.source()):
             arrays = self._plan.arrays(number, batch)
-            samples = _count_samples(number, arrays)
+            samples = _count_samples(number, arrays, self._plan.counting)
             first = first or self._see_first(arrays, samples, allocator)
             _check_types(number, arrays, first)
             parts, size = {name: [array] for name, array in arrays.items()}, first.batch_size
@@ -197,7 +198,7 @@ class ArrayPasses(Passes):
                     continue
                 assert self._kept is not None
                 _log.info("the last batch has %d samples of %d: it is completed with the first", samples, size)
-                parts = _complete(number, arrays, size - samples, self._kept.arrays)
+                parts = _complete(number, arrays, samples, size, self._kept.arrays)
             if number or not self._plan.is_first_extra:
                 count += 1
                 yield parts
@@ -226,17 +227,20 @@ class ArrayPasses(Passes):
         return self.first
 
 
-def _complete(number: int, arrays: Mapping[str, Any], missing: int, kept: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return the arrays of an incomplete batch, each with the `missing` first samples of the first batch."""
+def _complete(
+    number: int, arrays: Mapping[str, Any], samples: int, size: int, kept: Mapping[str, Any]
+) -> dict[str, list[Any]]:
+    """Return the arrays of a batch of fewer `samples` than `size`, each with the first samples of the first batch."""
     parts = {}
     for name, array in arrays.items():
         first = kept[name]
-        if first.shape[1:] != array.shape[1:]:
+        if first.shape[1:] != array.shape[1:] or first.ndim != array.ndim:
             raise DataError(
                 f"batch {number} has {name!r} of shape {array.shape}, which samples of batch 0, of shape "
                 f"{first.shape}, cannot complete; drop or keep the last batch"
             )
-        parts[name] = [array, first[:missing]] if array.shape else [array]
+        counts = array.shape[:1] == (samples,) and first.shape[:1] == (size,)
+        parts[name] = [array, first[: size - samples]] if counts else [array]
     return parts
 
 
@@ -264,14 +268,18 @@ def _put(buffer: Buffer, name: str, parts: Sequence[Any]) -> None:
         begin = end or 0
 
 
-def _count_samples(number: int, arrays: Mapping[str, Any]) -> int:
-    sizes = {array.shape[0] for array in arrays.values() if array.shape}
-    if len(sizes) != 1:
+def _count_samples(number: int, arrays: Mapping[str, Any], counting: frozenset[str] | None) -> int:
+    """Return the number of samples in a batch; `counting` as in `ArrayPlan`."""
+    sizes = {name: array.shape[0] for name, array in arrays.items() if array.shape}
+    if len(set(sizes.values())) != 1 and counting is not None:
+        sizes = {name: size for name, size in sizes.items() if name in counting} or {"": 1}
+    if len(set(sizes.values())) != 1:
         raise DataError(
-            f"the arrays of batch {number} have first dimensions {sorted(sizes)}; one size is needed, the number of "
-            "samples: repeat what is the same for all, or derive a class from fastcal.Feed, which may give any arrays"
+            f"the arrays of batch {number} have first dimensions {sorted(set(sizes.values()))}; one size is needed, "
+            "the number of samples: repeat what is the same for all, or name the model that takes these sizes with "
+            "ArrayFeed(batches, model=...)"
         )
-    (samples,) = sizes
+    samples = next(iter(sizes.values()))
     if not samples:
         raise DataError(f"batch {number} has no samples; leave it out")
     return int(samples)

@@ -10,7 +10,14 @@ from fastcal.feed.chunks import log_last_batch
 from fastcal.feed.dataset import Data
 from fastcal.feed.image_pass import ImagePasses
 from fastcal.feed.image_plan import Decoding, ImagePlan
-from fastcal.feed.inputs import check_inputs, fit_preprocesses, fixed_batch_size, name_inputs, open_sources
+from fastcal.feed.inputs import (
+    check_inputs,
+    fit_preprocesses,
+    fixed_batch_size,
+    name_inputs,
+    open_sources,
+    repeat_constants,
+)
 from fastcal.feed.plan import BATCH_SIZE, PlannedFeed, check_settings
 from fastcal.feed.preprocess import Preprocess
 from fastcal.model import Model
@@ -48,7 +55,8 @@ class ImageFeed(PlannedFeed):
         skip_unreadable: Whether to go on without samples that cannot be read or decoded; the next samples take their
             places. By default the first such sample ends the pass with an error that names it.
         max_unreadable: With `skip_unreadable`, the percentage of samples that may be unreadable; more end the pass.
-        constants: Further inputs that are the same in every batch: arrays by input name.
+        constants: Further inputs that are the same in every batch: arrays by input name. If the model's first dimension
+            is dynamic and the array's is 1, it is repeated for every sample.
         device: "auto" (a GPU if there is one and CuPy is installed, else the CPU), "cpu", "cuda" or "cuda:N". On a GPU,
             images are decoded and prepared there, and the batches are CuPy arrays, filled on the feed's own stream and
             ready for any stream. A read that is enqueued on a stream other than CuPy's current one must have ended
@@ -108,11 +116,12 @@ class ImageFeed(PlannedFeed):
         if not 0 <= hw_decoder_load <= 1:
             raise FastcalError(f"hw_decoder_load is {hw_decoder_load}; it is a share from 0 to 1")
         network = None if model is None else Model.of(model)
-        named = name_inputs(data, input_name, network)
         fixed = {name: as_array(values) for name, values in (constants or {}).items()}
+        named = name_inputs(data, input_name, network, fixed)
         sources = open_sources(named, key, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
         preprocesses = fit_preprocesses(sources, preprocess, network)
         batch_size = batch_size or fixed_batch_size(network, preprocesses) or BATCH_SIZE
+        fixed = repeat_constants(network, fixed, batch_size)
         check_inputs(network, sources, fixed, batch_size)
         cores = len(os.sched_getaffinity(0))
         decoding = Decoding(resolve(device), device == "cpu", threads, cores, prefetch_queue_depth, hw_decoder_load)

@@ -1,10 +1,10 @@
 """The samples and the preprocessing of each input of an `ImageFeed`, checked against the model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from fastcal.batch import UNNAMED, Input, format_shape, shape_fits
+from fastcal.batch import UNNAMED, Input, format_shape, is_repeated, shape_fits
 from fastcal.errors import DataError, quoted
 from fastcal.feed import dataset
 from fastcal.feed.dataset import Data, Listing
@@ -17,18 +17,21 @@ from fastcal.model import Model
 _TAR = re.compile(r"[^/]*\.tar:", re.IGNORECASE)
 
 
-def name_inputs(data: Data | Mapping[str, Data], name: str | None, model: Model | None) -> dict[str, Data]:
-    """Return the data by input; `name` is for data of one input."""
+def name_inputs(
+    data: Data | Mapping[str, Data], name: str | None, model: Model | None, constants: Collection[str] = ()
+) -> dict[str, Data]:
+    """Return the data by input; `name` is for data of one input, and `constants` are inputs that take no data."""
     if not isinstance(data, Mapping):
         if model is not None and name is not None:
             _input_of(model, name)
         elif model is not None:
-            if len(model.inputs) != 1:
+            names = [value.name for value in model.inputs if value.name not in constants]
+            if len(names) != 1:
                 raise DataError(
                     f"{model.path} takes the inputs {_names_of(model)}; name the data of each (NAME=DATA,NAME=DATA, in "
                     "Python a dict), or the one that takes the images (input name)"
                 )
-            name = model.inputs[0].name
+            (name,) = names
         return {name or UNNAMED: data}
     if name is not None:
         raise DataError(f"input_name {name!r} is for data of one input; a dict of data names its inputs")
@@ -107,6 +110,13 @@ def fit_preprocesses(
 def fixed_batch_size(model: Model | None, preprocesses: Mapping[str, Preprocess]) -> int | None:
     """Return the batch size of the model's first input that takes images; None if it is dynamic or not known."""
     return None if model is None else _input_of(model, next(iter(preprocesses))).shape[0]
+
+
+def repeat_constants(model: Model | None, constants: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """Return the constants, those of one sample as often as a batch has samples."""
+    inputs = () if model is None else model.inputs
+    repeated = {value.name for value in inputs if is_repeated(value, constants)}
+    return {name: values.repeat(batch_size, 0) if name in repeated else values for name, values in constants.items()}
 
 
 def check_inputs(

@@ -32,6 +32,7 @@ class Plan(ABC):
     filled: Mapping[str, Shape] | None  # the other arrays of a batch, by input; None: a first batch must tell
     samples: int | None
     sample_names: Sequence[str] | None
+    counting: frozenset[str] | None = None  # the inputs whose first dimension counts samples; None: of all alike
 
     @abstractmethod
     def part(self, batches: range, *, gpu: int | None, threads: int) -> "Plan":
@@ -145,7 +146,8 @@ class PlannedFeed(Feed):
 
     def samples_of(self, batch: Batch) -> int:
         """Return the number of samples in `batch`."""
-        return self._plan.batch_size or super().samples_of(batch)
+        counted = {name: array for name, array in batch.items() if name in (self._plan.counting or batch)}
+        return self._plan.batch_size or super().samples_of(counted)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each array of the first batch, by input name; a pass is begun if that is necessary."""
