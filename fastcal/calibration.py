@@ -114,7 +114,7 @@ def calibrate(
     if workers is not None:
         try:
             from fastcal.observe.with_ray import RayBackend
-        except ModuleNotFoundError as error:
+        except (Exception, SystemExit) as error:
             raise missing("a calibration with workers", error) from error
         runner = RayBackend(workers, ray_address, backend, local, threads)
     with as_feed(feed, network, runner.device) as batches:

@@ -23,10 +23,11 @@ def resolve(device: str) -> int | None:
         return None
     try:
         import cupy
-    except ImportError as error:
+    except Exception as error:
         if device == "auto":
             return None
-        raise UnavailableError(f"device {device} needs CuPy, which is not installed: {GPU_EXTRAS}", "CuPy") from error
+        fault = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported here ({error})"
+        raise UnavailableError(f"device {device} needs CuPy, which {fault}: {GPU_EXTRAS}", "CuPy") from error
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError:  # no driver, or none that fits

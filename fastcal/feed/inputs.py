@@ -1,5 +1,6 @@
 """The samples and the preprocessing of each input of an `ImageFeed`, checked against the model."""
 
+import logging
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from fastcal.feed.preprocess import Preprocess
 from fastcal.feed.shards import open_shards
 from fastcal.feed.sources import Arrays, ImageFiles, ImageSource, Source
 from fastcal.model import Model
+
+_log = logging.getLogger("fastcal")
 
 # The tar file in a sample's name. Without it, the name is that of the file, unpacked in the tar file's folder.
 _TAR = re.compile(r"[^/]*\.tar:", re.IGNORECASE)
@@ -103,6 +106,8 @@ def fit_preprocesses(
                 fitted = fitted.fit(value.shape)
             except DataError as error:
                 raise DataError(f"{model.path}, input {value}: {error}") from error
+        if remark := fitted.remark:
+            _log.warning("%s", remark)
         preprocesses[name] = fitted
     return preprocesses
 

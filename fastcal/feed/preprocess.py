@@ -19,6 +19,9 @@ _CHOICES = {
 # Added to a number of pixels computed from a share, so that rounding down gives the number that the share was made of.
 _SLACK = 1e-6
 
+# The smallest mean or standard deviation of pixels that is likely, as a share of the largest value.
+_UNLIKELY = 128
+
 # The format of numbers: no two numbers of float32 have the same text.
 _DIGITS = ".9g"
 
@@ -184,6 +187,21 @@ class Preprocess:
         antialias = "" if self.antialias else "not antialiased, "
         values = f"(x * {self.scale:{_DIGITS}} - {_values(self.mean)}) / {_values(self.std)}"
         return f"{resize} to {height}x{width}, {interpolation}{antialias}{self.channels}, {values}, {self.layout}"
+
+    @property
+    def remark(self) -> str:
+        """A warning if mean and std are not of the range that pixels have after scaling; else empty."""
+        white = 255 * abs(self.scale)
+        least, most = white / _UNLIKELY, white * (1 + _SLACK)
+        unlikely = [value for value in map(abs, self.mean) if value and not least <= value <= most]
+        unlikely += [value for value in map(abs, self.std) if value != 1 and not least <= value <= most]
+        if not unlikely:
+            return ""
+        right = "1 / 255 if they are for 0 to 1" if max(unlikely) <= 1 else "1 if they are for 0 to 255"
+        return (
+            f"mean {_values(self.mean)} and std {_values(self.std)} are not of the range of the scaled pixels, 0 to "
+            f"{white:.4g}: set scale to {right}"
+        )
 
     @property
     def channel_count(self) -> int:

@@ -99,7 +99,7 @@ class OnnxRuntimeBackend(LocalBackend):
         try:
             from fastcal.observe import count  # noqa: F401 - compiled or loaded now, not with the first batch
             from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver
-        except ModuleNotFoundError as error:
+        except (Exception, SystemExit) as error:
             raise missing("backend onnxruntime", error) from error
         return OnnxRuntimeObserver(network, self.threads)
 
