@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import os
 import pydoc
 import subprocess
@@ -150,12 +151,21 @@ def test_a_package_that_cannot_be_imported_is_named(tmp_path, spawn_fastcal, mod
     }
     options["report"] = (*options["calibrate"], "--report", tmp_path / "r.html")
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = spawn_fastcal(*options[command], env={**os.environ, "PYTHONPATH": path})
+    done = spawn_fastcal(*options[command], "--json", env={**os.environ, "PYTHONPATH": path})
     errors = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
     assert (done.returncode, len(errors)) == (2, 1), done.stderr
     what = f"cannot be imported here ({reason}" if reason else "is not installed: pip install"
     assert f" needs {name}, which {what}" in errors[0]
     assert not (tmp_path / "c").exists()
+    event = {"event": "error", "message": errors[0].removeprefix("error: ")}
+    assert module == "typer" or json.loads(done.stdout) == event
+
+
+def test_an_error_that_standard_error_is_closed_for_goes_nowhere_else(tmp_path):
+    (tmp_path / "typer.py").write_text("raise RuntimeError('old')")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(f"{sys.executable} -m fastcal doctor 2>&-", shell=True, stdout=subprocess.PIPE, env=env)
+    assert (done.returncode, done.stdout) == (2, b"")
 
 
 def test_an_error_of_fastcals_own_is_not_taken_for_a_missing_package(monkeypatch):

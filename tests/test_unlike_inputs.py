@@ -101,6 +101,9 @@ def test_files_whose_arrays_fit_exactly_are_batches(onnx_file, tmp_path, run_fas
     )
     done = run_fastcal("calibrate", model, tmp_path / "data", "-o", tmp_path / "c.cache")
     assert (done.returncode, "2 in 2 batches" in done.stdout) == (0, True)
+    np.savez(tmp_path / "other.npz", **arrays | {"image": np.zeros((2, 3, 4, 4))})
+    with pytest.raises(FastcalError, match="different numbers of samples, 'image' 2, 'size' 2, 'kernel' 3"):
+        NumpyFeed(tmp_path / "other.npz", model=model)
     with pytest.raises(FastcalError, match="different numbers of samples, 'image' 2, 'size' 4, 'kernel' 6"):
         NumpyFeed(tmp_path / "data", model=model, batch_size=2)
 
@@ -218,3 +221,9 @@ class Network:
 def test_constants_that_do_not_fit(given, shape, dtype, message):
     with pytest.raises(FastcalError, match=message):
         read_constants(given, Network(shape, dtype))
+
+
+def test_a_constant_in_a_file_that_its_input_cannot_hold(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([2**40]))
+    with pytest.raises(FastcalError, match=r"x.npy takes input 'x' as int32, which cannot hold 1099511627776"):
+        read_constants([f"x={tmp_path}/x.npy"], Network((1,), "i4"))

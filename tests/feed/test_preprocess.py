@@ -314,6 +314,7 @@ def test_what_gives_other_pixels_prints_otherwise(change):
         ({"std": (1 / 255,)}, "1 / 255"),
         ({"scale": 1 / 255, "mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}, "1 if"),
         ({"scale": 1 / 255, "mean": (127.5,)}, "1 if"),
+        ({"scale": 1 / 255, "std": (127.5,)}, "1 if"),
     ],
 )
 def test_mean_and_std_of_another_range_than_the_pixels_are_remarked_on(tmp_path, caplog, values, remedy):
