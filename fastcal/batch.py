@@ -75,6 +75,7 @@ def is_repeated(value: Input, constants: Mapping[str, Any]) -> bool:
 
 def match_batch(inputs: Sequence[Input], label: str, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch's arrays by the names of a network's inputs, after checking names, shapes, types and values."""
+    check_arrays(label, batch)
     arrays = match_names([value.name for value in inputs], label, batch)
     for value in inputs:
         _check_shape(value, label, tuple(arrays[value.name].shape))
@@ -86,6 +87,13 @@ def match_batch(inputs: Sequence[Input], label: str, batch: Mapping[str, Any]) -
         if not hasattr(arrays[value.name], "__cuda_array_interface__"):
             check_values(arrays[value.name], value, label)
     return arrays
+
+
+def check_arrays(label: str, batch: Mapping[str, Any]) -> None:
+    """Raise DataError if a batch holds anything but arrays: an integer, for instance, may be a device address."""
+    for name, array in batch.items():
+        if not hasattr(array, "shape") or isinstance(array, np.integer):
+            raise DataError(f"{label} takes arrays, and input {name!r} of a batch is {array!r:.80}; give an array")
 
 
 def match_names(names: Sequence[str], label: str, batch: Mapping[str, Any]) -> dict[str, Any]:

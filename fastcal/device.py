@@ -75,6 +75,29 @@ def is_on_gpu(array: Any) -> bool:
     return hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in _DLPACK_CUDA
 
 
+class _Pointed:
+    """The memory on a GPU of an object that has an address, a shape and a type, with the CUDA array interface."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        dtype = np.dtype(getattr(owner.dtype, "name", owner.dtype))  # Polygraphy's types have NumPy's names
+        self.__cuda_array_interface__ = {
+            "data": (int(owner.ptr), False), "shape": tuple(owner.shape), "typestr": dtype.str, "version": 3,
+            "stream": 1,
+        }  # fmt: skip
+
+
+def with_interface(values: Any) -> Any:
+    """Return `values`, or an array over its GPU memory if it has no interface but `ptr`, `shape` and `dtype`.
+
+    Polygraphy's `DeviceView` and `DeviceArray` are such objects; CUDA's default stream fills them.
+    """
+    interfaces = ("__array__", "__array_interface__", "__dlpack__", "__cuda_array_interface__")
+    if any(hasattr(values, name) for name in interfaces):
+        return values
+    return _Pointed(values) if all(hasattr(values, name) for name in ("ptr", "shape", "dtype")) else values
+
+
 def type_of(array: Any) -> np.dtype[Any]:
     """Return the type of any library's array as a NumPy type."""
     is_cuda = hasattr(array, "__cuda_array_interface__")

@@ -3,6 +3,7 @@
 What TensorRT does with a calibrator is in test_calibrators_gpu.py.
 """
 
+import io
 import json
 import logging
 import sys
@@ -123,6 +124,105 @@ def test_algorithms_that_the_plain_calibrator_rejects(trt_bindings):
     assert len(serve(fastcal.Calibrator(Numbered(), algorithm=legacy))) == 3
 
 
+def test_a_second_build_does_not_calibrate_again(trt_bindings, caplog):
+    caplog.set_level(logging.INFO)
+    feed = Numbered()
+    calibrator = fastcal.EntropyCalibrator2(feed)
+    assert len(serve(calibrator)) == 3
+    assert calibrator.read_calibration_cache() == CACHE
+    with calibrator:
+        assert serve(calibrator) == CACHE
+    reused = "the cache of the last build is reused: it was made from the same model, samples and settings"
+    assert caplog.messages == [reused, reused]
+    feed.sample_digest = "others"
+    with calibrator:
+        assert len(serve(calibrator)) == 3
+    assert "the cache of the last build is not reused, it was made from other samples" in caplog.messages[-1]
+    calibrator.rewind()
+    assert len(serve(calibrator)) == 3
+    assert list(Path().iterdir()) == []
+
+
+def test_a_build_that_failed_keeps_nothing(trt_bindings):
+    feed = Numbered(error=OSError("the disk is gone"))
+    calibrator = fastcal.EntropyCalibrator2(feed)
+    assert len(serve(calibrator)) == 3
+    feed.error = None
+    assert len(serve(calibrator)) == 3
+    assert serve(calibrator) == CACHE
+
+
+def test_another_network_calibrates_again(trt_bindings, on_a_cpu, onnx_file):
+    double = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }")
+    square = onnx_file("f (float[N, 3] x) => (float[N, 3] z) { z = Mul(x, x) }", name="square.onnx")
+    calibrator = fastcal.EntropyCalibrator2(Counted())
+    for model, name in ((double, "y"), (square, "z"), (square, "z")):
+        before = calibrator.feed.passes
+        with calibrator:
+            calibrator.calibrate(model)
+            assert f"{name}: " in serve(calibrator).decode()
+        calibrated = calibrator.feed.passes - before
+    assert calibrated == 0
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_cache_in_an_open_file(trt_bindings, kind):
+    stream = io.BytesIO() if kind == "memory" else open("x.cache", "w+b")  # noqa: SIM115 - closed below
+    with stream:
+        calibrator = fastcal.EntropyCalibrator2(Numbered(), cache=stream)
+        assert len(serve(calibrator)) == 3
+        stream.seek(0)
+        assert stream.read() == CACHE
+        assert serve(calibrator) == CACHE
+        assert serve(fastcal.EntropyCalibrator2(Numbered(), cache=stream)) == CACHE
+        assert len(serve(fastcal.MinMaxCalibrator(Numbered(), cache=stream))) == 3  # of another header
+        stream.seek(0)
+        stream.write(b"garbage that is longer than a cache" * 9)
+        assert len(serve(fastcal.EntropyCalibrator2(Numbered(), cache=stream))) == 3
+        stream.seek(0)
+        assert stream.read() == CACHE
+    assert sorted(map(str, Path().iterdir())) == (["x.cache"] if kind == "file" else [])
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("rb", r"cache x.cache cannot be written to; open it with mode 'r\+b' or 'w\+b'"),
+        ("r+", r"cache x.cache is open for text; open it as binary"),
+        (None, r"cache x.cache: I/O operation on closed file"),
+    ],
+)
+def test_an_open_file_that_keeps_no_cache(trt_bindings, mode, message):
+    Path("x.cache").write_text("TRT-8600-EntropyCalibration2\na: 3c010a14\n")
+    with open("x.cache", mode or "r+b") as stream:
+        if mode is None:
+            stream.close()
+        calibrator = fastcal.EntropyCalibrator2(Numbered(), cache=stream)
+        assert serve(calibrator) == []
+    with pytest.raises(FastcalError, match=message):
+        calibrator.check()
+    with pytest.raises(FastcalError, match="cache is a int; name a file, or give an open binary file"):
+        fastcal.EntropyCalibrator2(Numbered(), cache=3)
+
+
+@pytest.mark.parametrize("value", [140_000_000_000, np.int64(4096), 3.0, [1, 2]])
+def test_an_address_is_not_taken_for_a_number(trt_bindings, value):
+    class Addresses(Numbered):
+        def __iter__(self):
+            return iter([{"a": value, "b": OnDevice(1)}])
+
+    calibrator = fastcal.EntropyCalibrator2(Addresses())
+    assert serve(calibrator) == []
+    with pytest.raises(DataError, match=r"the network takes arrays, and input 'a' of a batch is .*; give an array"):
+        calibrator.check()
+    if isinstance(value, (int, np.integer)):
+        calibrator = fastcal.EntropyCalibrator2([{"a": value, "b": np.ones(3)}])
+        calibrator.read_calibration_cache()
+        assert calibrator.get_batch(["a", "b"]) is None
+        with pytest.raises(DataError, match=rf"batch 0, input 'a' is the number {value}; if it is a device address"):
+            calibrator.check()
+
+
 class Endless(Numbered):
     """A feed that never knows its length."""
 
@@ -147,6 +247,7 @@ def test_a_feed_that_never_knows_its_length(trt_bindings):
 def test_addresses_come_in_the_order_asked_for_and_again_after_the_end(trt_bindings):
     calibrator = fastcal.EntropyCalibrator2(Numbered())
     assert serve(calibrator, ("b", "a")) == [[101, 100], [201, 200], [301, 300]]
+    calibrator.rewind()
     assert serve(calibrator, ("a", "b")) == [[100, 101], [200, 201], [300, 301]]
     assert (calibrator.stats.batches, calibrator.stats.images) == (3, 12)
     calibrator.get_batch(["a", "b"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastcal.batch import UNNAMED
-from fastcal.device import add_array, as_array, as_cupy, is_on_gpu, kept_type, to_host
+from fastcal.device import add_array, as_array, as_cupy, is_on_gpu, kept_type, to_host, with_interface
 from fastcal.errors import DataError, FastcalError, quoted
 from fastcal.feed.buffers import Allocator, Buffer
 from fastcal.feed.plan import FirstBatch, Pass, Passes, Plan
@@ -107,7 +107,13 @@ class ArrayPlan(Plan):
         return arrays
 
     def _array(self, place: str, values: Any) -> Any:
+        if isinstance(values, int | np.integer) and not isinstance(values, bool):
+            raise DataError(
+                f"{place} is the number {values}; if it is a device address, give an array over it (CuPy, PyTorch, "
+                "Polygraphy's DeviceView), else numpy.array of it"
+            )
         try:
+            values = with_interface(values)
             array = as_cupy(values) if is_on_gpu(values) else _as_numpy(values)
         except FastcalError:
             raise

@@ -27,7 +27,8 @@ class ArrayFeed(PlannedFeed):
             generator gives one pass.
 
             A batch is a dict of arrays, a tuple or list of them, or one array; the first dimension counts samples.
-            Arrays are NumPy's, CuPy's, PyTorch's or any that speak DLPack or the CUDA array interface. The work that
+            Arrays are NumPy's, CuPy's, PyTorch's, Polygraphy's, or any that speak DLPack or the CUDA array interface;
+            a plain integer, which may be a device address, is rejected. The work that
             makes an array on a GPU must have been enqueued on the current stream of the array's library. float64
             becomes float32, other types of numbers stay.
         names: The network's inputs. A sequence names the first arrays of a tuple, and the arrays after them (labels,
