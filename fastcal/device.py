@@ -126,6 +126,25 @@ def as_cupy(array: Any) -> Any:
     return imported
 
 
+def copied(array: Any) -> Any:
+    """Return a copy of an array in the same memory, NumPy's or CuPy's."""
+    if hasattr(array, "__cuda_array_interface__"):
+        return as_cupy(array).copy()
+    return np.array(array)
+
+
+def completed(array: Any, first: Any, size: int) -> Any:
+    """Return an array with so many elements, those that it lacks from `first`; both lie in the same memory."""
+    missing = size - array.shape[0]
+    if isinstance(first, np.ndarray):
+        return np.concatenate([array, np.resize(first, (missing, *first.shape[1:]))])
+    import cupy
+
+    whole = cupy.concatenate([as_cupy(array), first[cupy.arange(missing) % len(first)]])
+    cupy.cuda.get_current_stream().synchronize()
+    return whole
+
+
 def upload(array: Any, name: str, kept: dict[str, Any]) -> Any:
     """Wait for a copy of a NumPy array on CuPy's current GPU; `kept` has the last one of each name, to be reused."""
     import cupy

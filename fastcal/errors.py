@@ -100,6 +100,12 @@ def check_range(name: str, value: int | None, least: int, most: int | None = Non
         raise FastcalError(f"{name} is {value}; it must be {allowed}")
 
 
+def counted(count: int, what: str) -> str:
+    """Return a number with the noun that it counts, given in the singular."""
+    ending = "" if count == 1 else "es" if what.endswith("ch") else "s"
+    return f"{count} {what}{ending}"
+
+
 def quoted(names: Iterable[str | None]) -> str:
     """Return names in quotation marks, separated by commas."""
     return ", ".join(map(repr, names))

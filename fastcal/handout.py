@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fastcal.batch import check_arrays, format_shape, match_names
-from fastcal.device import type_of, upload, wait_until_filled
-from fastcal.errors import DataError
+from fastcal.device import completed, copied, type_of, upload, wait_until_filled
+from fastcal.errors import DataError, counted
 from fastcal.feed.feed import Batch, Feed, length
 from fastcal.progress import Progress
 
@@ -41,7 +41,8 @@ class CalibratorStats:
 class Handout:
     """Hands out the addresses of a feed's batches, one batch after another; `ended`: all of them.
 
-    Arrays on the GPU are read where they are; others are copied there.
+    Arrays on the GPU are read where they are; others are copied there. TensorRT reads whole batches: if a feed's last
+    batch is smaller, it is completed with the samples of the first one.
     """
 
     def __init__(self, feed: Feed, progress: Callable[[Progress], None] | None) -> None:
@@ -51,8 +52,10 @@ class Handout:
         self._batches: Iterator[Batch] | None = None
         self._wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
         self._held: list[Any] = []
+        self._first: dict[str, Any] = {}  # copies of the first batch's arrays, if the last batch may need them
         self._uploads: dict[str, Any] = {}
         self._left = 0.0
+        self._samples = 0  # in the batch handed out last
 
     def expect(self, wanted: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> bool:
         """Reject arrays of other shapes and types than these, by input name; by default those of the first batch.
@@ -67,12 +70,12 @@ class Handout:
         entered = time.perf_counter()
         self._report(entered)
         addresses = self._next(names)
-        self._count(entered, self._feed.batch_size if addresses else 0)
+        self._count(entered, self._samples if addresses else 0)
         return addresses
 
     def end(self) -> None:
         """End the pass."""
-        batches, self._batches, self._held = self._batches, None, []
+        batches, self._batches, self._held, self._first = self._batches, None, [], {}
         if batches is not None and hasattr(batches, "close"):
             batches.close()
 
@@ -98,10 +101,26 @@ class Handout:
             return None
         check_arrays("the network", batch)
         arrays = match_names(names, "the network", batch)
+        self._samples = self._feed.samples_of(batch)
+        if self._feed.may_end_smaller:
+            arrays = self._complete(arrays)
         for name, array in arrays.items():
             self._check(name, array)
         self._held = [self._on_device(name, array) for name, array in arrays.items()]
         return [int(array.__cuda_array_interface__["data"][0]) for array in self._held]
+
+    def _complete(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Return the arrays of a batch, those of fewer samples than a batch has with the first batch's samples."""
+        size = self._feed.batch_size
+        self._first = self._first or {name: copied(array) for name, array in arrays.items()}
+        if self._samples == size:
+            return arrays
+        said = counted(self._samples, "sample")
+        _log.info("the last batch has %s of %d: it is completed with the first", said, size)
+        return {
+            name: completed(array, self._first[name], size) if array.shape[:1] == (self._samples,) else array
+            for name, array in arrays.items()
+        }
 
     def _check(self, name: str, array: Any) -> None:
         shape, dtype = tuple(array.shape), type_of(array)

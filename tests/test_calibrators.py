@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import fastcal
 from conftest import forget_modules_on
@@ -662,3 +663,68 @@ def test_without_tensorrt_or_with_one_that_has_no_calibrators(tmp_path, monkeypa
     assert message in str(raised.value)
     if "tensorrt" in sys.modules:
         forget_modules_on(sys.modules.pop("tensorrt"))
+
+
+class Smaller(fastcal.Feed):
+    """Batches of two samples, the last one of one; `may_end_smaller` as given."""
+
+    batch_size, samples = 2, 3
+
+    def __init__(self, may_end_smaller, sizes=(2, 1)):
+        self.is_smaller, self.sizes = may_end_smaller, sizes
+
+    @property
+    def may_end_smaller(self):
+        return self.is_smaller
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def samples_of(self, batch):
+        return len(batch["a"])
+
+    def __iter__(self):
+        for number, size in enumerate(self.sizes):
+            first = 10 * number
+            yield {"a": np.arange(first, first + size, dtype="f4").reshape(size, 1), "b": np.ones((5, 1), "f4")}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((2, 1), [[0, 1], [10, 0]]), ((2, 2), [[0, 1], [10, 11]]), ((1,), [[0, 0]])]
+)
+def test_tensorrt_reads_whole_batches(trt_bindings, monkeypatch, caplog, sizes, expected):
+    caplog.set_level(logging.INFO)
+    read = []
+
+    def upload(array, name, kept):
+        read.append((name, array.ravel().tolist()))
+        return OnDevice(len(read), array.shape)
+
+    monkeypatch.setattr("fastcal.handout.upload", upload)  # for want of a GPU
+    calibrator = fastcal.EntropyCalibrator2(Smaller(True, sizes))
+    assert len(serve(calibrator)) == len(sizes)
+    calibrator.check()
+    assert read == [pair for values in expected for pair in (("a", values), ("b", [1.0] * 5))]
+    assert calibrator.stats.images == sum(sizes)
+    assert ("it is completed with the first" in caplog.text) == (sizes != (2, 2))
+
+
+def test_a_smaller_batch_of_another_feed_is_an_error(trt_bindings, monkeypatch):
+    monkeypatch.setattr("fastcal.handout.upload", lambda array, name, kept: OnDevice(1, array.shape))
+    calibrator = fastcal.EntropyCalibrator2(Smaller(False))
+    assert len(serve(calibrator)) == 1
+    with pytest.raises(DataError, match=r"TensorRT reads input 'a' as \(2, 1\), the batches are \(1, 1\)"):
+        calibrator.check()
+
+
+def test_feeds_say_whether_their_last_batch_may_be_smaller(onnx_file, tmp_path):
+    model = onnx_file("f (float[N, 3, 8, 8] x) => (float[N, 3, 8, 8] y) { y = Relu(x) }")
+    np.save(tmp_path / "x.npy", np.zeros((6, 3, 8, 8), "f4"))
+    for number in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    images = str(tmp_path / "*.png")
+    for kind, data in ((fastcal.ImageFeed, images), (fastcal.NumpyFeed, tmp_path / "x.npy")):
+        sizes = {size: kind(data, model=model, batch_size=size, device="cpu").may_end_smaller for size in (3, 4, 9)}
+        assert sizes == {3: False, 4: True, 9: False}
+        assert not kind(data, model=model, batch_size=4, last_batch="wrap", device="cpu").may_end_smaller
+    assert fastcal.ImageFeed(images, model=model, batch_size=3, skip_unreadable=True, device="cpu").may_end_smaller

@@ -59,7 +59,11 @@ def quantize(
     options: QuantizeOptions,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|TYPE", help="A layer, or a type of layer, to keep in float; may be repeated."),
+        typer.Option(
+            metavar="NAME",
+            help="What to keep in float: a layer, a type of layers, or the layers that read a tensor; with patterns "
+            "like '/model.22/*'; may be repeated.",
+        ),
     ] = None,
 ) -> None:
     """Write the model with QuantizeLinear and DequantizeLinear layers, which TensorRT 11 needs for INT8."""

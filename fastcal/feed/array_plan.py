@@ -6,18 +6,15 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fastcal.batch import UNNAMED
 from fastcal.device import add_array, as_array, as_cupy, is_on_gpu, kept_type, to_host, with_interface
-from fastcal.errors import DataError, FastcalError, quoted
+from fastcal.errors import DataError, FastcalError, counted, quoted
 from fastcal.feed.buffers import Allocator, Buffer
 from fastcal.feed.plan import FirstBatch, Pass, Passes, Plan
-
-#: The fates of a last batch of fewer samples.
-LAST_BATCHES = ("wrap", "drop", "keep")
 
 _log = logging.getLogger("fastcal")
 
@@ -34,6 +31,7 @@ class ArrayPlan(Plan):
     samples: int | None = None
     counting: frozenset[str] | None = None
     is_first_extra: bool = False  # the first batch only completes the last one, and is not handed out itself
+    repeated: ClassVar[frozenset[str]] = frozenset()  # type: ignore[misc]
     batch_size = preprocess = constants = filled = sample_names = None  # a first batch must tell, or there are none
 
     @property
@@ -196,14 +194,17 @@ class ArrayPasses(Passes):
                 uneven = number, samples
             if uneven is not None and (uneven[0] < number or samples > size):
                 raise DataError(
-                    f"batch {uneven[0]} has {uneven[1]} samples, batch 0 has {size}; only the last may have fewer"
+                    f"batch {uneven[0]} has {counted(uneven[1], 'sample')}, batch 0 has {size}; only the last may have "
+                    "fewer"
                 )
             if not is_whole:
                 if self._plan.last_batch == "drop":
-                    _log.info("the last %d samples make no batch of %d and are dropped", samples, size)
+                    _log.info("the last %s make no batch of %d and are dropped", counted(samples, "sample"), size)
                     continue
                 assert self._kept is not None
-                _log.info("the last batch has %d samples of %d: it is completed with the first", samples, size)
+                _log.info(
+                    "the last batch has %s of %d: it is completed with the first", counted(samples, "sample"), size
+                )
                 parts = _complete(number, arrays, samples, size, self._kept.arrays)
             if number or not self._plan.is_first_extra:
                 count += 1

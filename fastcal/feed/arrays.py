@@ -8,7 +8,8 @@ from typing import Any
 from fastcal.batch import counting
 from fastcal.device import resolve
 from fastcal.errors import DataError
-from fastcal.feed.array_plan import LAST_BATCHES, ArrayPasses, ArrayPlan, is_source, iterable
+from fastcal.feed.array_plan import ArrayPasses, ArrayPlan, is_source, iterable
+from fastcal.feed.chunks import LAST_BATCHES
 from fastcal.feed.feed import Feed
 from fastcal.feed.plan import PlannedFeed, check_settings
 from fastcal.model import Model, Network

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcal.errors import DataError, check_range
+from fastcal.errors import DataError, check_range, counted
 from fastcal.feed import lists
 from fastcal.feed.signatures import TEXT, identify
 
@@ -91,12 +91,23 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     return "TFRecord" if kind is None and _TENSORFLOW_SHARD.search(os.fspath(path)) else kind
 
 
-def order(paths: Sequence[str], *, shuffle: bool, seed: int, balance: bool, limit: int | None) -> Sequence[int]:
-    """Return the places in `paths` of the samples to take, in order: shuffled, then balanced, then limited."""
+def order(
+    paths: Sequence[str], *, shuffle: bool, seed: int, balance: bool, limit: int | None, spread: bool = False
+) -> Sequence[int]:
+    """Return the places in `paths` of the samples to take, in order: shuffled, then balanced, then limited.
+
+    The limit takes the first places; if they are `spread`, places at equal distances.
+    """
     places: Sequence[int] = shuffled(len(paths), seed).tolist() if shuffle else range(len(paths))
     if balance:
         places = _by_turns(paths, places)
-    return places[:limit]
+    return [places[number] for number in spread_over(len(places), limit)] if spread else places[:limit]
+
+
+def spread_over(count: int, limit: int | None) -> list[int]:
+    """Return at most `limit` of the numbers below `count`, at equal distances."""
+    taken = count if limit is None else min(count, limit)
+    return [number * count // taken for number in range(taken)]
 
 
 def shuffled(count: int, seed: int) -> npt.NDArray[np.int64]:
@@ -129,10 +140,8 @@ def check_parallel(listings: Mapping[str, Sequence[str]], found: Collection[str]
     for other in others:
         twos = listings[other]
         if len(ones) != len(twos):
-            raise DataError(
-                f"input {first!r} has {len(ones)} samples, input {other!r} has {len(twos)}; every sample needs both"
-                f"{_odd_one(ones, twos)}"
-            )
+            have = f"input {first!r} has {counted(len(ones), 'sample')}, input {other!r} has {len(twos)}"
+            raise DataError(f"{have}; every sample needs both{_odd_one(ones, twos)}")
         if first not in found or other not in found:
             continue
         stems = _stems(twos)
@@ -297,7 +306,7 @@ def _choose(named: _Named, kinds: Sequence[str]) -> Listing:
         raise DataError(f"{named.origin} has {_examples(found, wanted)}; say which with a pattern, like 'folder/*.tar'")
     others = sum(len(paths) for kind, paths in found.items() if kind != wanted[0])
     if others:
-        _log.info("%s: left out %d files that are not %ss", named.origin, others, wanted[0])
+        _log.info("%s: left out %s that are not %ss", named.origin, counted(others, "file"), wanted[0])
     return Listing(wanted[0], sorted(found[wanted[0]]), sorted=True)
 
 
@@ -317,7 +326,7 @@ def _lack(named: _Named, found: Mapping[str | None, list[str]], kinds: Sequence[
         return "is empty" if named.is_folder else "matches nothing"
     other = next(((kind, paths[0]) for kind, paths in found.items() if kind), None)
     example = f" ({other[1]} is {_with_article(other[0])})" if other else ""
-    return f"has {count} file{'s' * (count > 1)}, none of them an {kinds[0]}{example}"
+    return f"has {counted(count, 'file')}, none of them an {kinds[0]}{example}"
 
 
 def _with_article(kind: str) -> str:

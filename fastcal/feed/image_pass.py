@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
-from fastcal.errors import DataError, FastcalError
+from fastcal.errors import DataError, FastcalError, counted
 from fastcal.feed.buffers import Allocator, Buffer
 from fastcal.feed.chunks import Chunk, Order
 from fastcal.feed.image_plan import TRIED, ImagePlan
@@ -109,7 +109,7 @@ class ImagePasses(Passes):
             bad = len(self.unreadable)
             if bad == every or bad > most / 100 * every:
                 which = "all" if bad == every else f"more than max_unreadable allows ({most:g} %)"
-                raise DataError(f"{bad} of {every} samples cannot be read, {which}; the last was: {error}")
+                raise DataError(f"{bad} of {counted(every, 'sample')} cannot be read, {which}; the last was: {error}")
         return len(self.unreadable) > before
 
     def _try_kinds(self) -> None:
@@ -140,8 +140,9 @@ class ImagePass(Pass):
         self._plan = plan
         self._arrays = plan.arrays
         self._passes = passes
-        wrap = plan.last_batch == "wrap"
-        self._order = Order(len(plan.sample_names), plan.batch_size, wrap, passes.unreadable, plan.chunk_size)
+        self._order = Order(
+            len(plan.sample_names), plan.batch_size, plan.last_batch, passes.unreadable, plan.chunk_size
+        )
         self.count = passes.length()
 
     def prepare(self, index: int) -> None:
@@ -155,7 +156,9 @@ class ImagePass(Pass):
             while filled < self._plan.batch_size and not ended():
                 pipeline = self._work_ahead(self._passes.length() - index)
                 if pipeline is None:
-                    return False
+                    if self._plan.last_batch != "keep" or not filled:
+                        return False
+                    break
                 chunk = pipeline.under_way[0]
                 upto = filled + len(chunk.numbers)
                 try:
@@ -168,6 +171,7 @@ class ImagePass(Pass):
                 for name, values in chunk.arrays.items():
                     buffer.put(name, slice(filled, upto), values)
                 filled = upto
+        buffer.samples = filled
         return True
 
     def _work_ahead(self, batches: int) -> ImagePipeline | None:

@@ -9,6 +9,7 @@ from fastcal.batch import UNNAMED, Input, format_shape, is_repeated, shape_fits
 from fastcal.errors import DataError, quoted
 from fastcal.feed import dataset
 from fastcal.feed.dataset import Data, Listing
+from fastcal.feed.own_preprocess import choose_preprocess, preset_for
 from fastcal.feed.preprocess import Preprocess
 from fastcal.feed.shards import open_shards
 from fastcal.feed.sources import Arrays, ImageFiles, ImageSource, Source
@@ -51,10 +52,11 @@ def open_sources(
     seed: int,
     balance: bool,
     limit: int | None,
+    spread: bool = False,
 ) -> dict[str, Source]:
     """Return the samples of each input, in order: those of one number belong together; see `fastcal.ImageFeed`."""
     keys = _by_input("key", key, data)
-    in_order = None if shuffle or balance else limit
+    in_order = None if shuffle or balance or spread else limit
     sources, found = {}, []
     for name, where in data.items():
         try:
@@ -73,7 +75,7 @@ def open_sources(
     dataset.check_parallel(names, found)
     first = next(iter(names.values()))
     files = [_TAR.sub("", name) for name in first] if balance else first
-    numbers = dataset.order(files, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
+    numbers = dataset.order(files, shuffle=shuffle, seed=seed, balance=balance, limit=limit, spread=spread)
     if numbers != range(len(first)):
         sources = {name: source.take(numbers) for name, source in sources.items()}
     return sources
@@ -88,28 +90,40 @@ def _open_source(listing: Listing, *, limit: int | None, key: str | None) -> Sou
 
 
 def fit_preprocesses(
-    sources: Mapping[str, Source], preprocess: str | Preprocess | Mapping[str, str | Preprocess], model: Model | None
+    sources: Mapping[str, Source],
+    preprocess: str | Preprocess | Mapping[str, str | Preprocess] | None,
+    model: Model | None,
 ) -> dict[str, Preprocess]:
     """Return the preprocessing for each input that takes images, with size and layout of the model's input."""
     images = {name: source for name, source in sources.items() if isinstance(source, ImageSource)}
     preprocesses = {}
-    for name, wanted in _by_input("preprocess", preprocess, images).items():
-        fitted = Preprocess.preset(wanted) if isinstance(wanted, str) else wanted
+    chosen, line = choose_preprocess(model) if preprocess is None else (preprocess, "")
+    for name, wanted in _by_input("preprocess", chosen, images).items():
+        fitted = preset_for(wanted, model) if isinstance(wanted, str) else wanted
         if model is not None:
-            value = _input_of(model, name)
-            if value.dtype.kind != "f":
-                raise DataError(
-                    f"{model.path} takes {value.dtype} for input {value}, images are prepared as float32; feed it "
-                    "arrays instead, .npy files for instance"
-                )
-            try:
-                fitted = fitted.fit(value.shape)
-            except DataError as error:
-                raise DataError(f"{model.path}, input {value}: {error}") from error
+            fitted = _fit(fitted, model, _input_of(model, name))
         if remark := fitted.remark:
             _log.warning("%s", remark)
         preprocesses[name] = fitted
+    if line:
+        _log.info("%s", line)
     return preprocesses
+
+
+def _fit(preprocess: Preprocess, model: Model, value: Input) -> Preprocess:
+    """Return the preprocessing with the form of an input that takes images."""
+    if value.dtype.kind != "f" and value.dtype != "uint8":
+        raise DataError(
+            f"{model.path} takes {value.dtype} for input {value}, images are prepared as float32 or uint8; feed it "
+            "arrays instead, .npy files for instance"
+        )
+    try:
+        fitted = preprocess.fit(value.shape, value.dtype)
+    except DataError as error:
+        raise DataError(f"{model.path}, input {value}: {error}") from error
+    if fitted.dtype != preprocess.dtype:
+        _log.info("input %r takes uint8: it gets the pixels as they are, for the network to normalize", value.name)
+    return fitted
 
 
 def fixed_batch_size(model: Model | None, preprocesses: Mapping[str, Preprocess]) -> int | None:
@@ -117,11 +131,15 @@ def fixed_batch_size(model: Model | None, preprocesses: Mapping[str, Preprocess]
     return None if model is None else _input_of(model, next(iter(preprocesses))).shape[0]
 
 
-def repeat_constants(model: Model | None, constants: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """Return the constants, those of one sample as often as a batch has samples."""
+def has_dynamic_batch(model: Model | None, sources: Mapping[str, Source]) -> bool:
+    """Return whether all inputs that take samples have a dynamic first dimension in the model."""
+    return model is not None and all(_input_of(model, name).shape[:1] == (None,) for name in sources)
+
+
+def repeated_constants(model: Model | None, constants: Mapping[str, Any]) -> frozenset[str]:
+    """Return the constants that have the values of one sample, to be repeated for every sample of a batch."""
     inputs = () if model is None else model.inputs
-    repeated = {value.name for value in inputs if is_repeated(value, constants)}
-    return {name: values.repeat(batch_size, 0) if name in repeated else values for name, values in constants.items()}
+    return frozenset(value.name for value in inputs if is_repeated(value, constants))
 
 
 def check_inputs(

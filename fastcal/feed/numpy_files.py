@@ -17,10 +17,10 @@ import numpy as np
 
 from fastcal.batch import Input, check_values, counting, format_shape, is_repeated, shape_fits
 from fastcal.device import add_array, as_array, resolve
-from fastcal.errors import DataError, quoted
-from fastcal.feed.array_plan import LAST_BATCHES, ArrayPasses, ArrayPlan
-from fastcal.feed.chunks import count_batches, log_last_batch
-from fastcal.feed.dataset import FOR_ARRAYS, Data, add_files, list_files, shuffled
+from fastcal.errors import DataError, counted, quoted
+from fastcal.feed.array_plan import ArrayPasses, ArrayPlan
+from fastcal.feed.chunks import LAST_BATCHES, count_batches, log_last_batch
+from fastcal.feed.dataset import FOR_ARRAYS, Data, add_files, list_files, shuffled, spread_over
 from fastcal.feed.plan import BATCH_SIZE, PlannedFeed, check_settings
 from fastcal.feed.signatures import identify
 from fastcal.memory import check_room
@@ -52,9 +52,10 @@ class NumpyFeed(PlannedFeed):
         shuffle: Whether to shuffle the samples, before `limit`.
         seed: Decides the shuffled order.
         limit: The number of samples to use at most.
+        spread: As in `ImageFeed`.
         constants: Further inputs that are the same in every batch: arrays by input name. If the model's first dimension
             is dynamic and the array's is 1, it is repeated for every sample.
-        last_batch: As in `ArrayFeed`.
+        last_batch: As in `ImageFeed`.
         device: As in `ArrayFeed`.
         depth: As in `ArrayFeed`.
 
@@ -78,7 +79,8 @@ class NumpyFeed(PlannedFeed):
         shuffle: bool = False,
         seed: int = 0,
         limit: int | None = None,
-        last_batch: str = "wrap",
+        spread: bool = False,
+        last_batch: str | None = None,
         constants: Mapping[str, Any] | None = None,
         device: str = "auto",
         depth: int = 2,
@@ -97,16 +99,19 @@ class NumpyFeed(PlannedFeed):
             each = ", ".join(f"{name!r} {count}" for name, count in counts.items())
             raise DataError(f"the inputs have different numbers of samples, {each}; every sample needs all inputs")
         (total,) = set(counts.values())
-        numbers = (shuffled(total, seed) if shuffle else np.arange(total))[:limit]
+        numbers = shuffled(total, seed) if shuffle else np.arange(total)
+        numbers = numbers[spread_over(total, limit)] if spread else numbers[:limit]
         batch_size = batch_size or BATCH_SIZE
+        if last_batch is None:
+            last_batch = "keep" if inputs and all(value.shape[:1] == (None,) for value in inputs) else "wrap"
         largest = batch_size if last_batch == "wrap" else min(batch_size, len(numbers))
-        held = 1 + min(depth, count_batches(len(numbers), batch_size, True))  # one is put together for the buffers
+        held = 1 + min(depth, count_batches(len(numbers), batch_size, "wrap"))  # one is put together for the buffers
         size = held * largest * sum(column.sample_size for column in columns.values())
-        check_room(size, f"{held} batches of {largest} samples", "use a smaller batch size")
-        log_last_batch(len(numbers), batch_size, last_batch, "samples")
+        check_room(size, f"{counted(held, 'batch')} of {counted(largest, 'sample')}", "use a smaller batch size")
+        log_last_batch(len(numbers), batch_size, last_batch, "sample")
         whole = numbers
         if last_batch != "keep":
-            whole = np.resize(numbers, batch_size * count_batches(len(numbers), batch_size, last_batch == "wrap"))
+            whole = np.resize(numbers, batch_size * count_batches(len(numbers), batch_size, last_batch))
         repeated = frozenset(value.name for value in inputs if is_repeated(value, fixed))
         batches = _FileBatches(columns, whole, batch_size, fixed, repeated)
         super().__init__(
@@ -128,6 +133,11 @@ class _NumpyPlan(ArrayPlan):
     """Batches from files."""
 
     seed: int | None = None  # None: not shuffled
+
+    @property
+    def may_end_smaller(self) -> bool:
+        """True if the last batch is smaller than the others."""
+        return len(self.batches.numbers) % self.batches.batch_size > 0 and len(self.batches) > 1
 
     def part(self, batches: range, *, gpu: int | None, threads: int) -> ArrayPlan:
         """Return the plan of some of the batches, in host memory."""

@@ -187,14 +187,18 @@ def _prepare(images: Any, shape: Any, preprocess: Preprocess) -> Any:
     interpolation = _INTERPOLATIONS[preprocess.interpolation]
     images = fn.resize(images, size=size, interp_type=interpolation, antialias=preprocess.antialias)
     mean, std = (np.resize(values, preprocess.channel_count).tolist() for values in (preprocess.mean, preprocess.std))
+    fill = preprocess.fill
+    zero = [0.0] * preprocess.channel_count
     return fn.crop_mirror_normalize(
         images,
-        crop=preprocess.size,
+        crop=preprocess.padded,
         crop_pos_y=position[0],
         crop_pos_x=position[1],
         out_of_bounds_policy="pad",
-        fill_values=[(preprocess.fill * preprocess.scale - m) / s for m, s in zip(mean, std, strict=True)],
-        dtype=types.FLOAT,
+        fill_values=zero
+        if isinstance(fill, str)
+        else [(fill * preprocess.scale - m) / s for m, s in zip(mean, std, strict=True)],
+        dtype=types.UINT8 if preprocess.dtype == "uint8" else types.FLOAT,
         output_layout="CHW" if preprocess.layout == "NCHW" else "HWC",
         mean=[m / preprocess.scale for m in mean],
         std=[s / preprocess.scale for s in std],
@@ -232,7 +236,10 @@ def _geometry(shape: Any, preprocess: Preprocess) -> tuple[Any, Any]:
         area = shape[0] * shape[1]
         new = (size * size * _vector([2 * side for side in target[::-1]]) + area) // (2 * area)
         new = dali_math.clamp(new, 1, _vector(target))
-        place = _look_up(_vector(target) - new, [over // 2 / max(over, 1) for over in range(max(target))])
+        if preprocess.padding == "end":
+            return fn.cast(new, dtype=types.FLOAT), (0.0, 0.0)
+        padded = preprocess.padded
+        place = _look_up(_vector(padded) - new, [over // 2 / max(over, 1) for over in range(max(padded))])
     return fn.cast(new, dtype=types.FLOAT), (place[0], place[1])
 
 

@@ -378,8 +378,8 @@ class Unreadable:
         ([{"a": np.ones(3)}, {"b": np.ones(3)}], None, r"batch 1 has the inputs \['b'\], batch 0 has \['a'\]"),
         ([{"a": np.ones(3)}, {"a": np.ones(3, int)}], None, "batch 1 has 'a' of int64, batch 0 of float32; all need"),
         (numbers(2, 3), None, "batch 1 has 3 samples, batch 0 has 2; only the last may have fewer"),
-        (numbers(2, 1, 2), None, "batch 1 has 1 samples, batch 0 has 2; only the last may have fewer"),
-        (numbers(2, 1, 1), None, "batch 1 has 1 samples, batch 0 has 2; only the last may have fewer"),
+        (numbers(2, 1, 2), None, "batch 1 has 1 sample, batch 0 has 2; only the last may have fewer"),
+        (numbers(2, 1, 1), None, "batch 1 has 1 sample, batch 0 has 2; only the last may have fewer"),
         (
             [{"a": np.ones((3, 2))}, {"a": np.ones((1, 4))}],
             None,

@@ -61,10 +61,12 @@ def seen(feed, name="x"):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"batch_size": 2}, [[0, 1], [2, 3], [4, 0]]),
+        ({"batch_size": 2}, [[0, 1], [2, 3], [4]]),
+        ({"batch_size": 2, "last_batch": "wrap"}, [[0, 1], [2, 3], [4, 0]]),
         ({"batch_size": 2, "last_batch": "drop"}, [[0, 1], [2, 3]]),
         ({"batch_size": 2, "last_batch": "keep"}, [[0, 1], [2, 3], [4]]),
-        ({"batch_size": 7}, [[0, 1, 2, 3, 4, 0, 1]]),
+        ({"batch_size": 7}, [[0, 1, 2, 3, 4]]),
+        ({"batch_size": 7, "last_batch": "wrap"}, [[0, 1, 2, 3, 4, 0, 1]]),
         ({"batch_size": 7, "last_batch": "keep"}, [[0, 1, 2, 3, 4]]),
         ({"batch_size": 3, "limit": 3}, [[0, 1, 2]]),
     ],
@@ -236,7 +238,7 @@ def test_a_record_tells_files_and_settings_apart(save):
             r"2 batches of 1000000000000 samples take 44703.5 GiB of memory, and .* are free; use a smaller batch size",
         ),
         ({"a": batch(0)}, {"last_batch": "pad"}, "no last_batch 'pad'"),
-        ({"a": batch(0)}, {"batch_size": 2, "last_batch": "drop"}, "1 samples make no batch of 2"),
+        ({"a": batch(0)}, {"batch_size": 2, "last_batch": "drop"}, "1 sample: no batch of 2 is left"),
         (
             {"a": np.zeros((2, 2, 4), "f4")},
             {"model": ONE},
