@@ -162,8 +162,8 @@ class CalibrationOptions(FeedOptions):
         str,
         typer.Option(
             help="How scales are picked: entropy2, entropy, minmax, percentile. "
-            "For convolutional networks entropy2; for transformers, or if accuracy falls, minmax or percentile: fastcal "
-            "compare measures all."
+            "For convolutional networks entropy2; for transformers, or if accuracy falls, minmax or percentile: "
+            "fastcal compare measures all."
         ),
     ] = "entropy2"
     quantile: QuantileOption = 0.9999
