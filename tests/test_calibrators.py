@@ -690,7 +690,7 @@ class Smaller(fastcal.Feed):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"), [((2, 1), [[0, 1], [10, 0]]), ((2, 2), [[0, 1], [10, 11]]), ((1,), [[0, 0]])]
+    ("sizes", "expected"), [((2, 1), [[0, 1], [10, 0]]), ((2, 2), [[0, 1], [10, 11]]), ((1,), [[0, 0, 0]])]
 )
 def test_tensorrt_reads_whole_batches(trt_bindings, monkeypatch, caplog, sizes, expected):
     caplog.set_level(logging.INFO)
@@ -701,7 +701,9 @@ def test_tensorrt_reads_whole_batches(trt_bindings, monkeypatch, caplog, sizes, 
         return OnDevice(len(read), array.shape)
 
     monkeypatch.setattr("fastcal.handout.upload", upload)  # for want of a GPU
-    calibrator = fastcal.EntropyCalibrator2(Smaller(True, sizes))
+    feed = Smaller(True, sizes)
+    feed.batch_size = len(expected[0])
+    calibrator = fastcal.EntropyCalibrator2(feed)
     assert len(serve(calibrator)) == len(sizes)
     calibrator.check()
     assert read == [pair for values in expected for pair in (("a", values), ("b", [1.0] * 5))]

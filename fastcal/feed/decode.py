@@ -79,7 +79,7 @@ def _is_plain_webp(content: bytes) -> bool:
             return False
         size = int.from_bytes(content[place + 4 : place + 8], "little")
         is_odd = size % 2 == 1
-        place += 8 + size + is_odd
+        place += 8 + size
     return True
 
 

@@ -350,7 +350,7 @@ def test_the_last_batch_of_a_dynamic_model_is_smaller(photographs, onnx_file, ca
         ) as feed:
             batches = [next(iter(batch.values())).copy() for batch in feed]
             assert [len(batch) for batch in batches] == sizes == [feed.batch_size] * (len(sizes) - 1) + sizes[-1:]
-            assert len(feed) == len(sizes)
+            assert (len(feed), feed.batch_size) == (len(sizes), sizes[0])
             for number, image in enumerate(np.concatenate(batches)):
                 np.testing.assert_array_equal(image, images[number % 6])
     assert ("completed" in caplog.text) == (sum(sizes) > 6)

@@ -67,6 +67,7 @@ TFRECORD = struct.pack("<Q", 0) + bytes.fromhex("29039807") + bytes.fromhex("d8e
         (saved(np.savez_compressed, x=np.zeros(3)), "array archive"),
         (zipped("x/data.pkl", "x/data/0"), "a PyTorch file"),
         (zipped("a.jpg"), "compressed"),
+        (zipped("a.npy", "b.jpg"), "compressed"),
         (b"PK\3\4 broken", ""),
         (b"\0\0\0\x18ftypmp42\0\0", "a video"),
         (b"\0\0\0\x18ftypheic\0\0", "a HEIF image"),
