@@ -41,7 +41,7 @@ def _file(path: str, value: "Input") -> Any:
     try:
         with open(path, "rb") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy calls parsers that have errors of their own
         reason = getattr(error, "strerror", None) or "damaged, or no array of numbers"
         raise DataError(f"--constant {value.name}: cannot read {path}: {reason}; name another file") from error
     if not np.can_cast(array.dtype, value.dtype, "same_kind"):

@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import zipfile
-import zlib
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import numpy as np
 
 from fastcal.batch import Input, check_values, counting, format_shape, is_repeated, shape_fits
 from fastcal.device import add_array, as_array, resolve
-from fastcal.errors import DataError, counted, quoted
+from fastcal.errors import DataError, FastcalError, counted, quoted
 from fastcal.feed.array_plan import ArrayPasses, ArrayPlan
 from fastcal.feed.chunks import LAST_BATCHES, count_batches, log_last_batch
 from fastcal.feed.dataset import FOR_ARRAYS, Data, add_files, list_files, shuffled, spread_over
@@ -313,7 +312,9 @@ def _reading(path: str) -> Iterator[None]:
     """Name the file in errors."""
     try:
         yield
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except FastcalError:
+        raise
+    except Exception as error:  # zipfile, zlib, and the parsers that NumPy calls have errors of their own
         reason = getattr(error, "strerror", None) or "damaged, or no array of numbers"
         raise DataError(f"cannot read {path}: {reason}; replace or remove it") from error
 

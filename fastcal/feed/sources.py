@@ -176,7 +176,7 @@ def _load(number: int, path: str) -> Any:
     try:
         with open(path, "rb") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)  # nothing else, as `numpy.load` would
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy calls parsers that have errors of their own
         reason = getattr(error, "strerror", None) or "damaged, or no array of numbers"
         raise UnreadableError(number, f"cannot read {path}: {reason}; replace or remove it") from error
     return as_array(array)

@@ -296,7 +296,12 @@ def test_as_many_samples_as_there_are_make_a_batch_of_any_size(save):
 def test_a_damaged_file_is_named(save, name):
     folder = save(a=batch(0), b=batch(1)) if name == "b.npy" else save(a={"x": batch(0)}, b={"x": batch(1)})
     whole = (folder / name).read_bytes()
-    for content in (whole[:-1], whole[:60], b"", b"no array"):
+    unclosed = whole.replace(b"'shape': (", b"'shape': {", 1)  # which Python's tokenizer rejects
+    encrypted = whole.replace(b"PK\1\2\x2d\3\x2d\0\0\0", b"PK\1\2\x2d\3\x2d\0\1\0")
+    unknown = whole.replace(b"PK\1\2\x2d\3\x2d\0", b"PK\1\2\x2d\3\xff\0")
+    damaged = [unclosed] if name == "b.npy" else [encrypted, unknown]
+    assert whole not in damaged
+    for content in (whole[:-1], whole[:60], b"", b"no array", *damaged):
         (folder / name).write_bytes(content)
         with pytest.raises(FastcalError, match=rf"cannot read .*{name}: damaged, or no array of numbers"):
             list(NumpyFeed(folder, batch_size=1))
