@@ -33,7 +33,9 @@ logging.getLogger("fastcal").addHandler(logging.NullHandler())  # without a hand
 def __getattr__(name: str) -> Any:
     try:
         return _load(name)
-    except ModuleNotFoundError as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, AttributeError) and name not in __all__:
+            raise
         from fastcal.errors import missing
 
         raise missing(name, error) from error

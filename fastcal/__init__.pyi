@@ -23,8 +23,8 @@ from .feed.feed import Feed as Feed
 from .feed.images import ImageFeed as ImageFeed
 from .feed.numpy_files import NumpyFeed as NumpyFeed
 from .feed.preprocess import Preprocess as Preprocess
-from .feed_calibrator import CalibratorStats as CalibratorStats
 from .feed_calibrator import FeedCalibrator as FeedCalibrator
+from .handout import CalibratorStats as CalibratorStats
 from .model import Model as Model
 from .observe.histogram import Histogram as Histogram
 from .observe.histogram import Observations as Observations

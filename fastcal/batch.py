@@ -31,11 +31,13 @@ class Input:
         name: Its name.
         shape: Its dimensions; None stands for a dynamic one.
         dtype: Its element type.
+        batch: The name of its first dimension, if that is dynamic and has one.
     """
 
     name: str
     shape: Shape
     dtype: np.dtype[Any]
+    batch: str = ""
 
     def __str__(self) -> str:
         return f"{self.name!r} {format_shape(self.shape)}"
@@ -47,8 +49,8 @@ def format_shape(shape: Shape) -> str:
 
 
 def known_sizes(shape: Iterable[int]) -> Shape:
-    """Return a shape of TensorRT's with None in place of -1, which stands for a dynamic dimension."""
-    return tuple(None if size == -1 else size for size in shape)
+    """Return a shape with None in place of sizes below 1, which stand for a dynamic dimension."""
+    return tuple(size if size > 0 else None for size in shape)
 
 
 def shape_fits(wanted: Shape, shape: tuple[int, ...]) -> bool:
@@ -56,8 +58,24 @@ def shape_fits(wanted: Shape, shape: tuple[int, ...]) -> bool:
     return len(shape) == len(wanted) and all(want in (None, have) for want, have in zip(wanted, shape, strict=True))
 
 
+def counting(inputs: Sequence[Input]) -> frozenset[str]:
+    """Return the names of the inputs whose first dimensions count samples, and must be alike.
+
+    They are the first input of a dynamic first dimension and those whose first dimension has the same name, if there
+    are any; else the first input alone, since a fixed shape says itself what fits.
+    """
+    counted = [value for value in inputs if value.shape[:1] == (None,)] or inputs[:1]
+    return frozenset(value.name for value in counted if value.batch == counted[0].batch)
+
+
+def is_repeated(value: Input, constants: Mapping[str, Any]) -> bool:
+    """Return whether an input is among the constants, and has the values of one sample, to be repeated for all."""
+    return value.name in constants and value.shape[:1] == (None,) and constants[value.name].shape[:1] == (1,)
+
+
 def match_batch(inputs: Sequence[Input], label: str, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return a batch's arrays by the names of a network's inputs, after checking names, shapes, types and values."""
+    check_arrays(label, batch)
     arrays = match_names([value.name for value in inputs], label, batch)
     for value in inputs:
         _check_shape(value, label, tuple(arrays[value.name].shape))
@@ -69,6 +87,13 @@ def match_batch(inputs: Sequence[Input], label: str, batch: Mapping[str, Any]) -
         if not hasattr(arrays[value.name], "__cuda_array_interface__"):
             check_values(arrays[value.name], value, label)
     return arrays
+
+
+def check_arrays(label: str, batch: Mapping[str, Any]) -> None:
+    """Raise DataError if a batch holds anything but arrays: an integer, for instance, may be a device address."""
+    for name, array in batch.items():
+        if not hasattr(array, "shape") or isinstance(array, np.integer):
+            raise DataError(f"{label} takes arrays, and input {name!r} of a batch is {array!r:.80}; give an array")
 
 
 def match_names(names: Sequence[str], label: str, batch: Mapping[str, Any]) -> dict[str, Any]:

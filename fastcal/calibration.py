@@ -119,10 +119,10 @@ def calibrate(
     if workers is not None:
         try:
             from fastcal.observe.with_ray import RayBackend
-        except ModuleNotFoundError as error:
+        except (Exception, SystemExit) as error:
             raise missing("a calibration with workers", error) from error
         runner = RayBackend(workers, ray_address, backend, local, threads)
-    with as_feed(feed, network.input_names or None, runner.device) as batches:
+    with as_feed(feed, network, runner.device) as batches:
         return Calibration(batches, picked, network, runner, version, until_stable).run(progress)
 
 

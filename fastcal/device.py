@@ -25,10 +25,11 @@ def resolve(device: str) -> int | None:
     widen_queues()
     try:
         import cupy
-    except ImportError as error:
+    except Exception as error:
         if device == "auto":
             return None
-        raise UnavailableError(f"device {device} needs CuPy, which is not installed: {GPU_EXTRAS}", "CuPy") from error
+        fault = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported here ({error})"
+        raise UnavailableError(f"device {device} needs CuPy, which {fault}: {GPU_EXTRAS}", "CuPy") from error
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError:  # no driver, or none that fits
@@ -76,6 +77,29 @@ def is_on_gpu(array: Any) -> bool:
     return hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] in _DLPACK_CUDA
 
 
+class _Pointed:
+    """The memory on a GPU of an object that has an address, a shape and a type, with the CUDA array interface."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        dtype = np.dtype(getattr(owner.dtype, "name", owner.dtype))  # Polygraphy's types have NumPy's names
+        self.__cuda_array_interface__ = {
+            "data": (int(owner.ptr), False), "shape": tuple(owner.shape), "typestr": dtype.str, "version": 3,
+            "stream": 1,
+        }  # fmt: skip
+
+
+def with_interface(values: Any) -> Any:
+    """Return `values`, or an array over its GPU memory if it has no interface but `ptr`, `shape` and `dtype`.
+
+    Polygraphy's `DeviceView` and `DeviceArray` are such objects; CUDA's default stream fills them.
+    """
+    interfaces = ("__array__", "__array_interface__", "__dlpack__", "__cuda_array_interface__")
+    if any(hasattr(values, name) for name in interfaces):
+        return values
+    return _Pointed(values) if all(hasattr(values, name) for name in ("ptr", "shape", "dtype")) else values
+
+
 def type_of(array: Any) -> np.dtype[Any]:
     """Return the type of any library's array as a NumPy type."""
     is_cuda = hasattr(array, "__cuda_array_interface__")
@@ -102,6 +126,25 @@ def as_cupy(array: Any) -> Any:
     with imported.device:
         cupy.cuda.get_current_stream().synchronize()
     return imported
+
+
+def copied(array: Any) -> Any:
+    """Return a copy of an array in the same memory, NumPy's or CuPy's."""
+    if hasattr(array, "__cuda_array_interface__"):
+        return as_cupy(array).copy()
+    return np.array(array)
+
+
+def completed(array: Any, first: Any, size: int) -> Any:
+    """Return an array with so many elements, those that it lacks from `first`; both lie in the same memory."""
+    missing = size - array.shape[0]
+    if isinstance(first, np.ndarray):
+        return np.concatenate([array, np.resize(first, (missing, *first.shape[1:]))])
+    import cupy
+
+    whole = cupy.concatenate([as_cupy(array), first[cupy.arange(missing) % len(first)]])
+    cupy.cuda.get_current_stream().synchronize()
+    return whole
 
 
 def upload(array: Any, name: str, kept: dict[str, Any]) -> Any:

@@ -7,22 +7,19 @@ they can: when `with calibrator:` around the build ends, or at `calibrator.check
 
 import logging
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from fastcal.algorithm import Algorithm
-from fastcal.batch import format_shape, match_names
-from fastcal.cache.record import check_cache_writable
 from fastcal.calibration import Calibration
-from fastcal.device import type_of, upload, wait_until_filled
-from fastcal.errors import DataError, ModelError, UnavailableError
+from fastcal.errors import ModelError, UnavailableError
 from fastcal.feed.arrays import ArrayFeed
-from fastcal.feed.feed import Batch, Feed, length
+from fastcal.feed.feed import Feed
+from fastcal.handout import CalibratorStats, Handout
+from fastcal.kept_cache import keep_cache
 from fastcal.model import Definition, Model, as_network
 from fastcal.network import trt
 from fastcal.observe.backends import TensorRTBackend
@@ -41,127 +38,6 @@ __all__ = ["FeedCalibrator", "trt"]
 _log = logging.getLogger("fastcal")
 
 
-@dataclass
-class CalibratorStats:
-    """Statistics of a calibration inside TensorRT's builder.
-
-    Attributes:
-        batches: Batches handed out.
-        images: Samples handed out.
-        waited: Seconds in `get_batch`, all calls together.
-        waited_first: Seconds of these in the first call, which starts the feed.
-        waited_worst: Seconds in the longest of the other calls.
-        builder_seconds: Seconds between the calls, in which TensorRT observed.
-    """
-
-    batches: int = 0
-    images: int = 0
-    waited: float = 0.0
-    waited_first: float = 0.0
-    waited_worst: float = 0.0
-    builder_seconds: float = 0.0
-
-
-class Handout:
-    """Hands out the addresses of a feed's batches, one batch after another; `ended`: all of them.
-
-    Arrays on the GPU are read where they are; others are copied there.
-    """
-
-    def __init__(self, feed: Feed, progress: Callable[[Progress], None] | None) -> None:
-        self.stats = CalibratorStats()
-        self.ended = False
-        self._feed, self._progress = feed, progress
-        self._batches: Iterator[Batch] | None = None
-        self._wanted: dict[str, tuple[tuple[int, ...], Any]] = {}
-        self._held: list[Any] = []
-        self._uploads: dict[str, Any] = {}
-        self._left = 0.0
-
-    def expect(self, wanted: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
-        """Reject arrays of other shapes and types than these, by input name; by default those of the first batch."""
-        self._wanted = dict(wanted)
-
-    def next(self, names: Sequence[str]) -> list[int] | None:
-        """Return the device addresses of the next batch, in the order of `names`; None at the end of the batches."""
-        entered = time.perf_counter()
-        self._report(entered)
-        addresses = self._next(names)
-        self._count(entered, self._feed.batch_size if addresses else 0)
-        return addresses
-
-    def end(self) -> None:
-        """End the pass."""
-        batches, self._batches, self._held = self._batches, None, []
-        if batches is not None and hasattr(batches, "close"):
-            batches.close()
-
-    def begin_anew(self) -> None:
-        """End the pass and forget it."""
-        self.end()
-        self.ended = False
-        self.stats = CalibratorStats()
-
-    def _next(self, names: Sequence[str]) -> list[int] | None:
-        if self._batches is None:  # the first batch; or an earlier build ended between its last batch and its cache
-            self.begin_anew()
-            self._batches = iter(self._feed)
-        batch = next(self._batches, None)
-        if batch is None:
-            total, given = length(self._feed), self.stats.batches
-            if not given:
-                raise DataError("the feed gave no batches; a calibration needs at least one")
-            if total is not None and given < total:
-                raise DataError(f"the feed ended after {given} of {total} batches; it was to give all")
-            self.end()
-            self.ended = True
-            return None
-        arrays = match_names(names, "the network", batch)
-        for name, array in arrays.items():
-            self._check(name, array)
-        self._held = [self._on_device(name, array) for name, array in arrays.items()]
-        return [int(array.__cuda_array_interface__["data"][0]) for array in self._held]
-
-    def _check(self, name: str, array: Any) -> None:
-        shape, dtype = tuple(array.shape), type_of(array)
-        wanted_shape, wanted_dtype = self._wanted.setdefault(name, (shape, dtype))
-        if shape != wanted_shape:
-            raise DataError(
-                f"TensorRT reads input {name!r} as {format_shape(wanted_shape)}, the batches are "
-                f"{format_shape(shape)}; give batches, or a calibration profile, of that shape"
-            )
-        if dtype != wanted_dtype:
-            raise DataError(f"input {name!r} takes {wanted_dtype}, the batches are {dtype}; convert them")
-
-    def _on_device(self, name: str, array: Any) -> Any:
-        """Return a contiguous array on the GPU with the values of `array`: itself, or a copy in memory of `name`."""
-        if hasattr(array, "__cuda_array_interface__"):
-            if array.__cuda_array_interface__.get("strides") is not None:
-                raise DataError(f"input {name!r} is not contiguous in memory; TensorRT reads it as if it were")
-            if self._feed.gpu is None:  # a feed on the GPU has waited
-                wait_until_filled(array)
-            return array
-        return upload(array, name, self._uploads)
-
-    def _report(self, now: float) -> None:
-        if self._progress is not None and self.stats.batches:
-            seconds = self.stats.waited + self.stats.builder_seconds + now - self._left
-            stats, total = self.stats, length(self._feed)
-            self._progress(Progress(stats.batches, stats.images, total, seconds, stats.waited))
-
-    def _count(self, entered: float, images: int) -> None:
-        left = time.perf_counter()
-        self.stats.waited += left - entered
-        if self.stats.batches:
-            self.stats.builder_seconds += entered - self._left
-            self.stats.waited_worst = max(self.stats.waited_worst, left - entered)
-        else:
-            self.stats.waited_first = left - entered
-        self.stats.batches += images > 0
-        self.stats.images += images
-        self._left = left
-
-
 class FeedCalibrator:
     """The part that the five classes share: the calls that TensorRT makes, and the errors that it must not lose.
 
@@ -171,7 +47,8 @@ class FeedCalibrator:
         cache: The file of the cache. It is reused as long as it is up to date: its header and the record beside it must
             name the same algorithm, TensorRT version, model (if known), samples in order and preprocessing. Otherwise
             TensorRT calibrates again, and the log names the difference. The old file is replaced when the new one is
-            complete.
+            complete. Or an open binary file or `io.BytesIO`, which has no record: it is reused if its header fits. By
+            default the cache is kept in memory, for further builds with this calibrator until `rewind`.
         model: The ONNX file that will be calibrated, for that record.
         progress: Called in `get_batch` before a batch is fetched, with the batches that TensorRT has finished; the
             builder waits for it.
@@ -188,21 +65,20 @@ class FeedCalibrator:
         self,
         feed: Any,
         *,
-        cache: str | os.PathLike[str] | None = None,
+        cache: str | os.PathLike[str] | BinaryIO | None = None,
         model: str | os.PathLike[str] | Model | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._base.__init__(self)
         network = None if model is None else Model.of(model)
         self._owns_feed = not isinstance(feed, Feed)
-        names = None if network is None else network.input_names
-        self.feed: Feed = ArrayFeed(feed, names) if self._owns_feed else feed
+        self.feed: Feed = ArrayFeed(feed, model=network) if self._owns_feed else feed
         self._progress = progress
         self._handout = Handout(self.feed, progress)
         version = check_tensorrt_version(trt.__version__)
         self._default = Calibration(self.feed, self._algorithm, network, TensorRTBackend(), version)
         self._calibration = self._default  # the one of the build at hand
-        self._cache = None if cache is None else Path(cache)
+        self._cache = keep_cache(cache)
         self._error: BaseException | None = None
         self._finished = False  # whether TensorRT has had its cache written
         self._ready: bytes | None = None  # a finished cache to hand over
@@ -241,7 +117,7 @@ class FeedCalibrator:
         TensorRT 8.6.0 asks twice: before the first batch, and after the last one, before it has the cache written.
         """
         if self._finished:
-            self.rewind()  # another build
+            self._begin()  # another build
         if self._ready is not None:
             return self._ready
         if self._handout.ended or self._error is not None:
@@ -255,7 +131,7 @@ class FeedCalibrator:
     def write_calibration_cache(self, cache: Any) -> None:
         """Keep `cache`, TensorRT's bytes, with a record of what it was made from; after an error, keep nothing."""
         self._finished = True
-        if self._cache is None or self._ready is not None:
+        if self._ready is not None:
             return
         try:
             if self._error is not None:
@@ -263,14 +139,18 @@ class FeedCalibrator:
             elif not self._handout.ended:
                 _log.warning("%s is not written: TensorRT has not asked for all batches", self._cache)
             else:
-                self._calibration.record.skipping(self.feed.skipped).save(self._cache, bytes(cache))
+                self._cache.save(self._calibration.record.skipping(self.feed.skipped), bytes(cache))
         except BaseException as error:
             self._fail(error)
 
     # What the application calls.
 
     def rewind(self) -> None:
-        """Begin again: the next `get_batch` hands out the first batch, and an earlier error is forgotten."""
+        """Begin again: the next `get_batch` hands out the first batch; errors and a cache in memory are forgotten."""
+        self._begin()
+        self._cache.forget()
+
+    def _begin(self) -> None:
         self._handout.begin_anew()
         self._calibration = self._default
         self._error = self._ready = None
@@ -308,14 +188,16 @@ class FeedCalibrator:
         known, wanted = self._default.network, as_network(network)
         if isinstance(wanted, Definition):
             wanted = replace(wanted, digest=None if known is None else known.digest)
+        if wanted.digest is None:
+            self._cache.forget()  # it may be of another network
         backend = TensorRTBackend(tf32, optimization_level, tactic_sources)
         self._calibration = replace(self._default, network=wanted, backend=backend)
         if self._reuse() is not None:
             return
         cache = self._calibration.run(self._progress)
-        if self._cache is not None:
-            cache.save(self._cache)
         self._ready = cache.to_bytes()
+        assert cache.record is not None
+        self._cache.save(cache.record, self._ready)
 
     def check(self) -> None:
         """Raise the error of the last calibration, if there was one."""
@@ -336,12 +218,12 @@ class FeedCalibrator:
             ModelError: An input is dynamic and the config has no calibration profile.
         """
         inputs = [network.get_input(index) for index in range(network.num_inputs)]
-        self._handout.expect(
-            {value.name: (_calibrated_shape(value, config), np.dtype(trt.nptype(value.dtype))) for value in inputs}
-        )
+        shapes = {value.name: (_calibrated_shape(value, config), np.dtype(trt.nptype(value.dtype))) for value in inputs}
+        if self._handout.expect(shapes):
+            self._cache.forget()  # it is of another network
 
     def __enter__(self) -> "FeedCalibrator":
-        self.rewind()
+        self._begin()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -358,17 +240,15 @@ class FeedCalibrator:
             handout.end()
 
     def _reuse(self) -> bytes | None:
-        """Return the cache on the disk if it is up to date; else None, after checking that it can be written."""
-        if self._cache is None:
-            return None
+        """Return the kept cache if it is up to date; else None, after checking that it can be written."""
         self._calibration = replace(self._calibration)  # the record anew: files may have changed
-        data, reason = self._calibration.reuse(self._cache)
-        if data is None:
+        data, reason = self._cache.reuse(self._calibration)
+        if data is not None:
+            _log.info("%s is reused: %s", self._cache, reason)
+        elif reason:
             _log.info("calibrating: %s is not reused, %s", self._cache, reason)
             network = self._calibration.network
-            check_cache_writable(self._cache, () if network is None else network.activations)
-        else:
-            _log.info("%s is reused: it was made from the same model, samples and settings", self._cache)
+            self._cache.check_writable(() if network is None else network.activations)
         return data
 
     def _fail(self, error: BaseException) -> None:

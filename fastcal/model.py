@@ -49,6 +49,11 @@ class Model:
         if not self.proto.graph.node:
             raise ModelError(f"{path} is not an ONNX model, or has no nodes; export the network to ONNX first")
         self._check_nodes()
+        graph = self.proto.graph
+        for value in (*graph.input, *graph.value_info, *graph.output):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_value < 1 and dim.HasField("dim_value"):  # dynamic; ONNX would use the number as a size
+                    dim.Clear()
 
     @classmethod
     def of(cls, model: "str | os.PathLike[str] | Model") -> "Model":
@@ -129,8 +134,9 @@ class Model:
             raise ModelError(
                 f"{self.label}: input {value.name!r} {fault}; export the network with tensors of known rank"
             )
-        shape = tuple(size.dim_value if size.dim_value > 0 else None for size in tensor.shape.dim)
-        return Input(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        dims = tensor.shape.dim
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        return Input(value.name, known_sizes(dim.dim_value for dim in dims), dtype, dims[0].dim_param if dims else "")
 
     @cached_property
     def activations(self) -> tuple[str, ...]:
@@ -210,10 +216,6 @@ class Model:
             if math.prod(tensor.dims) > _LARGE:
                 tensor = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
             proto.graph.initializer.append(tensor)
-        for value in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
-            for dim in value.type.tensor_type.shape.dim:
-                if dim.dim_value < 0:  # dynamic; ONNX would use the number as a size
-                    dim.Clear()
         if shapes:  # the file may have the shapes of another batch
             for value in (*proto.graph.value_info, *proto.graph.output):
                 value.type.tensor_type.ClearField("shape")

@@ -11,7 +11,7 @@ from fastcal.model import Model
 
 try:
     import tensorrt as trt  # other modules use `from fastcal.network import trt`, so that one place reports a failure
-except (ImportError, OSError) as error:
+except Exception as error:
     raise UnavailableError(
         f"engines and calibrators need TensorRT 8.6 to 10.16, which cannot be imported ({error}): {TENSORRT_EXTRA}; "
         "without it, fastcal calibrate writes a cache",

@@ -4,9 +4,11 @@ From 11.0 on TensorRT has no calibration: it runs in INT8 the layers that a mode
 """
 
 import difflib
+import fnmatch
 import logging
+import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import onnx
 
@@ -15,7 +17,7 @@ from fastcal.cache.record import record_path
 from fastcal.errors import CacheError, FastcalError, ModelError, first_few
 from fastcal.model import Model, node_label
 from fastcal.qdq_graph import Graph
-from fastcal.qdq_placement import WEIGHTED, Placement
+from fastcal.qdq_placement import PAIRED, WEIGHTED, Placement
 
 __all__ = ["WEIGHTED", "check_quantizable", "count_quantized", "load_for", "quantize"]
 
@@ -52,8 +54,8 @@ def quantize(
     Args:
         model: The ONNX file.
         cache: The cache, or its file. If the cache has a record, the record must be of the same model.
-        exclude: The layers to keep in float, by their names or by types like "Gemm". "Add" keeps the residual
-            connections in float.
+        exclude: The layers to keep in float: by their names, by types like "Gemm" ("Add" keeps the residual connections
+            in float), or by a tensor that they read. Patterns like "/model.22/*" stand for all that fit.
 
     Returns:
         The new model with all its weights, external ones included.
@@ -108,13 +110,35 @@ def check_quantizable(model: Model, exclude: Iterable[str] = ()) -> set[int]:
         raise FastcalError(f"exclude is {exclude!r}; give a list of names or types")
     numbers: set[int] = set()
     for name in exclude:
-        found = {number for number, node in enumerate(nodes) if name in (node_label(node), node.op_type)}
+        found = _named(name, nodes)
         if not found:
             raise FastcalError(
-                f"{model.label} has no layer and no layer type {name!r} to exclude; similar: {_similar(name, model)}"
+                f"{model.label} has no layer, type or tensor {name!r} to exclude; similar: {_similar(name, model)}"
             )
         numbers |= found
     return numbers
+
+
+def _named(name: str, nodes: Sequence[onnx.NodeProto]) -> set[int]:
+    """Return the numbers of the layers that a name or a pattern stands for, if they are to stay in float.
+
+    They are the layers or types of that name; else the layers that read the tensor of that name, or compute it if no
+    layer reads it. Exact names come before patterns. A layer that no pair belongs to has the name of its tensor.
+    """
+    for fits in (operator.eq, fnmatch.fnmatchcase):
+        layers, readers, sources = (
+            {number for number, node in enumerate(nodes) if any(fits(text, name) for text in names(node))}
+            for names in (
+                lambda node: (node_label(node), node.op_type),
+                lambda node: node.input,
+                lambda node: node.output,
+            )
+        )
+        if any(nodes[number].op_type in PAIRED for number in layers):
+            return layers
+        if found := readers or layers or sources:
+            return found
+    return set()
 
 
 def load_for(model: Model, cache: CalibrationCache | str | os.PathLike[str]) -> CalibrationCache:
@@ -132,5 +156,6 @@ def load_for(model: Model, cache: CalibrationCache | str | os.PathLike[str]) -> 
 
 def _similar(name: str, model: Model) -> str:
     nodes = model.proto.graph.node
-    known = sorted({node_label(node) for node in nodes} | {node.op_type for node in nodes})
+    tensors = {name for node in nodes for name in (*node.input, *node.output) if name}
+    known = sorted(tensors | {node_label(node) for node in nodes} | {node.op_type for node in nodes})
     return ", ".join(difflib.get_close_matches(name, known, 3, 0.5) or [kind for kind in WEIGHTED if kind in known])

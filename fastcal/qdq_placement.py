@@ -25,6 +25,9 @@ _TAKES_ADD = ("Conv", "ConvTranspose")
 #: The pooling layers that compute, so that TensorRT runs them in INT8 only between two pairs.
 _AVERAGES = ("AveragePool", "GlobalAveragePool")
 
+#: The layers whose inputs may get a pair.
+PAIRED = (*WEIGHTED, "Add", *_AVERAGES)
+
 #: The layers through which TensorRT moves a QuantizeLinear up, to the layer before.
 _COMMUTE = ("Concat", "Dropout", "Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 

@@ -14,7 +14,7 @@ def installed_tensorrt_version() -> str | None:
     """Return the version of the TensorRT that can be imported, as "major.minor.patch"; None if there is none."""
     try:
         import tensorrt
-    except (ImportError, OSError):  # OSError: the bindings are installed, TensorRT's libraries are not
+    except Exception:  # OSError: the bindings are installed, TensorRT's libraries are not
         return None
     version = re.match(r"\d+\.\d+\.\d+", str(tensorrt.__version__))
     return version.group() if version else None

@@ -3,6 +3,7 @@
 What TensorRT does with a calibrator is in test_calibrators_gpu.py.
 """
 
+import io
 import json
 import logging
 import sys
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import fastcal
 from conftest import forget_modules_on
@@ -123,6 +125,105 @@ def test_algorithms_that_the_plain_calibrator_rejects(trt_bindings):
     assert len(serve(fastcal.Calibrator(Numbered(), algorithm=legacy))) == 3
 
 
+def test_a_second_build_does_not_calibrate_again(trt_bindings, caplog):
+    caplog.set_level(logging.INFO)
+    feed = Numbered()
+    calibrator = fastcal.EntropyCalibrator2(feed)
+    assert len(serve(calibrator)) == 3
+    assert calibrator.read_calibration_cache() == CACHE
+    with calibrator:
+        assert serve(calibrator) == CACHE
+    reused = "the cache of the last build is reused: it was made from the same model, samples and settings"
+    assert caplog.messages == [reused, reused]
+    feed.sample_digest = "others"
+    with calibrator:
+        assert len(serve(calibrator)) == 3
+    assert "the cache of the last build is not reused, it was made from other samples" in caplog.messages[-1]
+    calibrator.rewind()
+    assert len(serve(calibrator)) == 3
+    assert list(Path().iterdir()) == []
+
+
+def test_a_build_that_failed_keeps_nothing(trt_bindings):
+    feed = Numbered(error=OSError("the disk is gone"))
+    calibrator = fastcal.EntropyCalibrator2(feed)
+    assert len(serve(calibrator)) == 3
+    feed.error = None
+    assert len(serve(calibrator)) == 3
+    assert serve(calibrator) == CACHE
+
+
+def test_another_network_calibrates_again(trt_bindings, on_a_cpu, onnx_file):
+    double = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }")
+    square = onnx_file("f (float[N, 3] x) => (float[N, 3] z) { z = Mul(x, x) }", name="square.onnx")
+    calibrator = fastcal.EntropyCalibrator2(Counted())
+    for model, name in ((double, "y"), (square, "z"), (square, "z")):
+        before = calibrator.feed.passes
+        with calibrator:
+            calibrator.calibrate(model)
+            assert f"{name}: " in serve(calibrator).decode()
+        calibrated = calibrator.feed.passes - before
+    assert calibrated == 0
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_cache_in_an_open_file(trt_bindings, kind):
+    stream = io.BytesIO() if kind == "memory" else open("x.cache", "w+b")  # noqa: SIM115 - closed below
+    with stream:
+        calibrator = fastcal.EntropyCalibrator2(Numbered(), cache=stream)
+        assert len(serve(calibrator)) == 3
+        stream.seek(0)
+        assert stream.read() == CACHE
+        assert serve(calibrator) == CACHE
+        assert serve(fastcal.EntropyCalibrator2(Numbered(), cache=stream)) == CACHE
+        assert len(serve(fastcal.MinMaxCalibrator(Numbered(), cache=stream))) == 3  # of another header
+        stream.seek(0)
+        stream.write(b"garbage that is longer than a cache" * 9)
+        assert len(serve(fastcal.EntropyCalibrator2(Numbered(), cache=stream))) == 3
+        stream.seek(0)
+        assert stream.read() == CACHE
+    assert sorted(map(str, Path().iterdir())) == (["x.cache"] if kind == "file" else [])
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("rb", r"cache x.cache cannot be written to; open it with mode 'r\+b' or 'w\+b'"),
+        ("r+", r"cache x.cache is open for text; open it as binary"),
+        (None, r"cache x.cache: I/O operation on closed file"),
+    ],
+)
+def test_an_open_file_that_keeps_no_cache(trt_bindings, mode, message):
+    Path("x.cache").write_text("TRT-8600-EntropyCalibration2\na: 3c010a14\n")
+    with open("x.cache", mode or "r+b") as stream:
+        if mode is None:
+            stream.close()
+        calibrator = fastcal.EntropyCalibrator2(Numbered(), cache=stream)
+        assert serve(calibrator) == []
+    with pytest.raises(FastcalError, match=message):
+        calibrator.check()
+    with pytest.raises(FastcalError, match="cache is a int; name a file, or give an open binary file"):
+        fastcal.EntropyCalibrator2(Numbered(), cache=3)
+
+
+@pytest.mark.parametrize("value", [140_000_000_000, np.int64(4096), 3.0, [1, 2]])
+def test_an_address_is_not_taken_for_a_number(trt_bindings, value):
+    class Addresses(Numbered):
+        def __iter__(self):
+            return iter([{"a": value, "b": OnDevice(1)}])
+
+    calibrator = fastcal.EntropyCalibrator2(Addresses())
+    assert serve(calibrator) == []
+    with pytest.raises(DataError, match=r"the network takes arrays, and input 'a' of a batch is .*; give an array"):
+        calibrator.check()
+    if isinstance(value, (int, np.integer)):
+        calibrator = fastcal.EntropyCalibrator2([{"a": value, "b": np.ones(3)}])
+        calibrator.read_calibration_cache()
+        assert calibrator.get_batch(["a", "b"]) is None
+        with pytest.raises(DataError, match=rf"batch 0, input 'a' is the number {value}; if it is a device address"):
+            calibrator.check()
+
+
 class Endless(Numbered):
     """A feed that never knows its length."""
 
@@ -147,6 +248,7 @@ def test_a_feed_that_never_knows_its_length(trt_bindings):
 def test_addresses_come_in_the_order_asked_for_and_again_after_the_end(trt_bindings):
     calibrator = fastcal.EntropyCalibrator2(Numbered())
     assert serve(calibrator, ("b", "a")) == [[101, 100], [201, 200], [301, 300]]
+    calibrator.rewind()
     assert serve(calibrator, ("a", "b")) == [[100, 101], [200, 201], [300, 301]]
     assert (calibrator.stats.batches, calibrator.stats.images) == (3, 12)
     calibrator.get_batch(["a", "b"])
@@ -561,3 +663,70 @@ def test_without_tensorrt_or_with_one_that_has_no_calibrators(tmp_path, monkeypa
     assert message in str(raised.value)
     if "tensorrt" in sys.modules:
         forget_modules_on(sys.modules.pop("tensorrt"))
+
+
+class Smaller(fastcal.Feed):
+    """Batches of two samples, the last one of one; `may_end_smaller` as given."""
+
+    batch_size, samples = 2, 3
+
+    def __init__(self, may_end_smaller, sizes=(2, 1)):
+        self.is_smaller, self.sizes = may_end_smaller, sizes
+
+    @property
+    def may_end_smaller(self):
+        return self.is_smaller
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def samples_of(self, batch):
+        return len(batch["a"])
+
+    def __iter__(self):
+        for number, size in enumerate(self.sizes):
+            first = 10 * number
+            yield {"a": np.arange(first, first + size, dtype="f4").reshape(size, 1), "b": np.ones((5, 1), "f4")}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((2, 1), [[0, 1], [10, 0]]), ((2, 2), [[0, 1], [10, 11]]), ((1,), [[0, 0, 0]])]
+)
+def test_tensorrt_reads_whole_batches(trt_bindings, monkeypatch, caplog, sizes, expected):
+    caplog.set_level(logging.INFO)
+    read = []
+
+    def upload(array, name, kept):
+        read.append((name, array.ravel().tolist()))
+        return OnDevice(len(read), array.shape)
+
+    monkeypatch.setattr("fastcal.handout.upload", upload)  # for want of a GPU
+    feed = Smaller(True, sizes)
+    feed.batch_size = len(expected[0])
+    calibrator = fastcal.EntropyCalibrator2(feed)
+    assert len(serve(calibrator)) == len(sizes)
+    calibrator.check()
+    assert read == [pair for values in expected for pair in (("a", values), ("b", [1.0] * 5))]
+    assert calibrator.stats.images == sum(sizes)
+    assert ("it is completed with the first" in caplog.text) == (sizes != (2, 2))
+
+
+def test_a_smaller_batch_of_another_feed_is_an_error(trt_bindings, monkeypatch):
+    monkeypatch.setattr("fastcal.handout.upload", lambda array, name, kept: OnDevice(1, array.shape))
+    calibrator = fastcal.EntropyCalibrator2(Smaller(False))
+    assert len(serve(calibrator)) == 1
+    with pytest.raises(DataError, match=r"TensorRT reads input 'a' as \(2, 1\), the batches are \(1, 1\)"):
+        calibrator.check()
+
+
+def test_feeds_say_whether_their_last_batch_may_be_smaller(onnx_file, tmp_path):
+    model = onnx_file("f (float[N, 3, 8, 8] x) => (float[N, 3, 8, 8] y) { y = Relu(x) }")
+    np.save(tmp_path / "x.npy", np.zeros((6, 3, 8, 8), "f4"))
+    for number in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    images = str(tmp_path / "*.png")
+    for kind, data in ((fastcal.ImageFeed, images), (fastcal.NumpyFeed, tmp_path / "x.npy")):
+        sizes = {size: kind(data, model=model, batch_size=size, device="cpu").may_end_smaller for size in (3, 4, 9)}
+        assert sizes == {3: False, 4: True, 9: False}
+        assert not kind(data, model=model, batch_size=4, last_batch="wrap", device="cpu").may_end_smaller
+    assert fastcal.ImageFeed(images, model=model, batch_size=3, skip_unreadable=True, device="cpu").may_end_smaller

@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import json
+import os
 import pydoc
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import sys
 import pytest
 
 import fastcal
-from conftest import DIGITS
+from conftest import DIGITS, ROOT
 
 #: What a program may do before it imports a library that takes long to import.
 LIGHT = {
@@ -75,8 +77,8 @@ def calibrate(package, *batches, **options):
         (
             "nvidia.dali",
             lambda package: package.ImageFeed,
-            "ImageFeed needs NVIDIA DALI, which is not installed: pip install 'fastcal[cpu]'; for a GPU "
-            "'fastcal[cuda13]' or 'fastcal[cuda12]'",
+            "ImageFeed needs NVIDIA DALI, which is not installed: pip install nvidia-dali-cuda130, or "
+            "nvidia-dali-cuda120 for a GPU with CUDA 12",
         ),
         (
             "onnxruntime",
@@ -86,12 +88,12 @@ def calibrate(package, *batches, **options):
         (
             "matplotlib",
             lambda package: package.preview,
-            "preview needs Matplotlib, which is not installed: pip install 'fastcal[report]'",
+            "preview needs Matplotlib, which is not installed: pip install jinja2 matplotlib",
         ),
         (
             "jinja2",
             lambda package: package.write_report,
-            "write_report needs Jinja2, which is not installed: pip install 'fastcal[report]'",
+            "write_report needs Jinja2, which is not installed: pip install jinja2 matplotlib",
         ),
         (
             "onnxruntime",
@@ -106,7 +108,7 @@ def calibrate(package, *batches, **options):
         (
             "ray",
             functools.partial(calibrate, workers=2),
-            "a calibration with workers needs Ray, which is not installed: pip install 'fastcal[ray]'",
+            "a calibration with workers needs Ray, which is not installed: pip install ray",
         ),
     ],
 )
@@ -116,6 +118,69 @@ def test_a_missing_package_is_named_with_what_brings_it(import_without, missing,
         use(package)
     assert str(raised.value) == text
     assert f" needs {raised.value.package}, which is not installed" in text
+
+
+@pytest.mark.parametrize(
+    ("module", "program", "command", "name", "reason"),
+    [
+        ("nvidia", "None + 'text'", "calibrate", "NVIDIA DALI", "TypeError: unsupported operand"),
+        (
+            "onnxruntime",
+            "raise OSError('libcudart.so: none')",
+            "calibrate",
+            "ONNX Runtime",
+            "OSError: libcudart",
+        ),
+        ("numba", "raise SystemError('initialization failed')", "compare", "numba", "SystemError: initialization"),
+        ("matplotlib", "def broken(:", "preview", "Matplotlib", "SyntaxError: "),
+        ("jinja2", "raise SystemExit(3)", "report", "Jinja2", "SystemExit: 3"),
+        ("matplotlib", "import no_such_module", "preview", "no_such_module", ""),
+        ("onnx", "import sys; sys.no_such_attribute", "calibrate", "onnx", "AttributeError: module 'sys'"),
+        ("numpy", "raise ImportError('numpy.core failed')", "calibrate", "numpy", "ImportError: numpy.core failed"),
+        ("yaml", "raise ValueError('size changed')", "calibrate", "PyYAML", "ValueError: size changed"),
+        ("typer", "raise RuntimeError('old')", "calibrate", "typer", "RuntimeError: old"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_named(tmp_path, spawn_fastcal, module, program, command, name, reason):
+    (tmp_path / module).mkdir(parents=True)
+    (tmp_path / module / "__init__.py").write_text(program)
+    options = {
+        "calibrate": ("calibrate", DIGITS / "digits.onnx", DIGITS / "images", "-o", tmp_path / "c"),
+        "compare": ("compare", DIGITS / "digits.onnx", DIGITS / "images"),
+        "preview": ("preview", DIGITS / "images", "-o", tmp_path / "c.png"),
+    }
+    options["report"] = (*options["calibrate"], "--report", tmp_path / "r.html")
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = spawn_fastcal(*options[command], "--json", env={**os.environ, "PYTHONPATH": path})
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
+    assert (done.returncode, len(errors)) == (2, 1), done.stderr
+    what = f"cannot be imported here ({reason}" if reason else "is not installed: pip install"
+    assert f" needs {name}, which {what}" in errors[0]
+    assert not (tmp_path / "c").exists()
+    event = {"event": "error", "message": errors[0].removeprefix("error: ")}
+    assert module == "typer" or json.loads(done.stdout) == event
+
+
+def test_an_error_that_standard_error_is_closed_for_goes_nowhere_else(tmp_path):
+    (tmp_path / "typer.py").write_text("raise RuntimeError('old')")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(f"{sys.executable} -m fastcal doctor 2>&-", shell=True, stdout=subprocess.PIPE, env=env)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_an_error_of_fastcals_own_is_not_taken_for_a_missing_package(monkeypatch):
+    monkeypatch.delattr(fastcal, "ImageFeed", raising=False)
+    monkeypatch.setattr(fastcal, "_load", lambda name: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        fastcal.ImageFeed  # noqa: B018
+
+
+def test_python_without_docstrings(tmp_path, spawn_fastcal):
+    arguments = ("calibrate", DIGITS / "digits.onnx", DIGITS / "images", "-o", tmp_path / "c")
+    done = spawn_fastcal(*arguments, env={**os.environ, "PYTHONOPTIMIZE": "2"})
+    assert done.returncode == 2
+    assert "ImageFeed needs NVIDIA DALI, which cannot be imported here (TypeError" in done.stderr
+    assert "start Python without -OO" in done.stderr.splitlines()[-1]
 
 
 def test_it_prints_nothing(tmp_path):

@@ -254,6 +254,28 @@ def test_what_is_excluded_stays_in_float(residual, exclude, in_float):
 
 
 @pytest.mark.parametrize(
+    ("exclude", "in_float"),
+    [
+        (["a*"], {"a1", "a2", "add1", "add2"}),  # layers, and not the tensors of such names
+        (["[ab]2"], {"a2", "b2", "add2"}),
+        (["Co?v"], {"stem", "down", "a1", "a2", "b1", "b2", "branch", "add1", "add2", "pool"}),
+    ],
+)
+def test_patterns_of_what_to_exclude(residual, exclude, in_float):
+    pairs = Pairs(fastcal.quantize(residual, calibrate(residual, residual_batches()), exclude=exclude))
+    assert {name for name in RESIDUAL_PAIRS if not pairs.read_by(pairs.nodes[name])} == in_float
+
+
+@pytest.mark.parametrize("exclude", ["r1", "r[1]"])
+def test_a_tensor_to_exclude_is_read_in_float(residual, exclude):
+    """No pair is on the tensor that `compare` and the report name."""
+    quantized = fastcal.quantize(residual, calibrate(residual, residual_batches()), exclude=[exclude])
+    read = {node.input[0] for node in quantized.graph.node if node.op_type == "QuantizeLinear"}
+    assert "r1" not in read
+    assert read
+
+
+@pytest.mark.parametrize(
     ("scale", "reason"), [(0.0, "the scale of r1 is 0"), (np.inf, "the scale of r1 is inf"), (None, "no scale for r1")]
 )
 def test_a_layer_without_a_scale_stays_in_float(residual, caplog, scale, reason):
@@ -358,7 +380,7 @@ def test_models_that_cannot_be_quantized(residual, onnx_file, tmp_path):
         with pytest.raises(ModelError, match=message):
             fastcal.quantize(path, fastcal.CalibrationCache(cache.scales))
     for name, near in (("stm", "stem"), ("Gem", "Gemm"), ("Softmax", "Conv")):
-        with pytest.raises(FastcalError, match=rf"no layer and no layer type '{name}' to exclude; similar: .*{near}"):
+        with pytest.raises(FastcalError, match=rf"no layer, type or tensor '{name}' to exclude; similar: .*{near}"):
             fastcal.quantize(residual, cache, exclude=["Relu", name])
 
 
@@ -404,7 +426,7 @@ def test_the_command_takes_a_cache_or_images(run_fastcal, tmp_path):
         "INT8       7 of 8 Conv, ConvTranspose, Gemm, MatMul",
         f"model      {tmp_path / '1.onnx'}",
     ]
-    options = ("--exclude", "/8/Gemm", "--algorithm", "minmax")
+    options = ("--exclude", "/8/Gemm", "--algorithm", "minmax", "--preprocess", "imagenet")
     done = run_fastcal("quantize", model, images, "-o", tmp_path / "2.onnx", *options)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] == "images     256 in 8 batches of 32"
@@ -427,8 +449,14 @@ def test_the_command_takes_a_cache_or_images(run_fastcal, tmp_path):
             ["m.onnx", "x.cache", "-o", "y.onnx", "--backend", "tensorrt"],
             "is a calibration cache, and --backend is for",
         ),
-        (["m.onnx", "x.cache", "-o", "y.onnx", "--exclude", "Gem"], "no layer type 'Gem' to exclude; similar: Gemm"),
-        (["m.onnx", "images", "-o", "y.onnx", "--exclude", "Gem"], "no layer type 'Gem' to exclude; similar: Gemm"),
+        (
+            ["m.onnx", "x.cache", "-o", "y.onnx", "--exclude", "Gem"],
+            "no layer, type or tensor 'Gem' to exclude; similar: Gemm",
+        ),
+        (
+            ["m.onnx", "images", "-o", "y.onnx", "--exclude", "Gem"],
+            "no layer, type or tensor 'Gem' to exclude; similar: Gemm",
+        ),
         (["m.onnx", "x.cache", "-o", "y.onnx"], "the cache has scales for 0 of the"),
     ],
 )

@@ -58,5 +58,5 @@ def check_cache(cache: CalibrationCache, model: str | os.PathLike[str] | Model, 
 def _record(feed: Any, network: Model) -> Record:
     if feed is None:
         return Record.of({}, network.digest)
-    with as_feed(feed, network.input_names, "cpu") as batches:
+    with as_feed(feed, network, "cpu") as batches:
         return Record.of(batches.describe(), network.digest)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 import fastcal
+from fastcal.cli.constants import read_constants
 from fastcal.cli.terminal import Output, output
 from fastcal.errors import DataError, FastcalError
 from fastcal.feed.preprocess import PRESETS
@@ -43,13 +44,18 @@ class FeedOptions:
         str,
         typer.Argument(
             metavar="DATA",
-            help="Images: a folder, a pattern, a list file with one path a line, tar shards or TFRecord files; "
-            "NAME=DATA,NAME=DATA for several inputs. Or .npy or .npz files with arrays for the model.",
+            help="Images: a folder, a pattern, a list file with one path a line, Ultralytics' data.yaml, COCO's JSON, "
+            "tar shards or TFRecord files; NAME=DATA,NAME=DATA for several inputs. Or .npy or .npz files with arrays "
+            "for the model.",
         ),
     ]
     preprocess: Annotated[
-        str, typer.Option(help=f"The network's preprocessing: {', '.join(PRESETS)}, or a file that describes it.")
-    ] = "imagenet"
+        str | None,
+        typer.Option(
+            help=f"The network's preprocessing: {', '.join(PRESETS)}, or a file that describes it.",
+            show_default="the one that the model names, else imagenet",
+        ),
+    ] = None
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Size of the images, if the model's is dynamic.")] = (
         None
     )
@@ -72,20 +78,34 @@ class FeedOptions:
     ] = False
     limit: Annotated[int | None, typer.Option(help="Use this many images at most.")] = None
     last_batch: Annotated[
-        str, typer.Option(help="wrap: complete the last batch with the first images; drop: leave it out.")
-    ] = "wrap"
+        str | None,
+        typer.Option(
+            help="keep: the last batch may be smaller; wrap: complete it with the first images; drop: leave it out.",
+            show_default="keep if the model's batch is dynamic, else wrap",
+        ),
+    ] = None
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be read or decoded.")
     ] = False
     max_unreadable: Annotated[
         float, typer.Option(metavar="PERCENT", help="With --skip-unreadable: fail if more than this are unreadable.")
     ] = 5.0
+    constant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NUMBERS",
+            help="An input that is the same for every image: numbers (scale=1,1) or a .npy file; may be repeated.",
+        ),
+    ] = None
     threads: Annotated[int | None, typer.Option(help="Threads to use.", show_default="one per core")] = None
 
     #: The options that are for images and not for arrays.
     for_images: ClassVar[frozenset[str]] = frozenset(
         ["preprocess", "size", "key", "balance", "skip_unreadable", "max_unreadable"]
     )
+
+    #: Whether --limit takes images from the whole list.
+    spread: ClassVar[bool] = False
 
     def feed(self, network: "Model | None") -> "fastcal.Feed":
         """Return the images, or arrays, as batches for the model."""
@@ -94,25 +114,33 @@ class FeedOptions:
         settings: dict[str, Any] = {
             "model": network, "batch_size": self.batch_size, "input_name": self.input_name, "shuffle": self.shuffle,
             "seed": self.seed, "limit": self.limit, "last_batch": self.last_batch,
+            "spread": self.spread,
+            "constants": read_constants(self.constant, network) if self.constant else None,
         }  # fmt: skip
         data = data_by_input(self.data, network)
         if isinstance(data, str) and not is_pipe(data) and are_arrays(data):
             if option := self.first_given(sorted(self.for_images)):
                 raise FastcalError(f"{self.data} has arrays, which are taken as they are; {option} is for images")
             return fastcal.NumpyFeed(data, **settings)
-        preprocess = self.preprocessing()
+        preprocess = self.preprocessing(network) if self.preprocess or self.size else None
         feed = fastcal.ImageFeed(
             data, preprocess=preprocess, key=self.key, balance=self.balance, skip_unreadable=self.skip_unreadable,
             max_unreadable=self.max_unreadable, threads=self.threads, **settings,
         )  # fmt: skip
-        if self.size is not None:
+        if self.size is not None and preprocess is not None:
             _check_size(preprocess.size, feed, self.model)
         return feed
 
-    def preprocessing(self) -> fastcal.Preprocess:
-        """Return the preprocessing of --preprocess and --size."""
-        is_file = self.preprocess not in PRESETS and self.preprocess.endswith((".toml", ".json"))
-        preprocess = (fastcal.Preprocess.load if is_file else fastcal.Preprocess.preset)(self.preprocess)
+    def preprocessing(self, network: "Model | None") -> fastcal.Preprocess:
+        """Return the preprocessing of --preprocess and --size, by default the one that the network names itself."""
+        from fastcal.feed.own_preprocess import choose_preprocess, preset_for
+
+        if self.preprocess is None:
+            preprocess, _ = choose_preprocess(network)
+        elif self.preprocess not in PRESETS and self.preprocess.endswith((".toml", ".json")):
+            preprocess = fastcal.Preprocess.load(self.preprocess)
+        else:
+            preprocess = preset_for(self.preprocess, network)
         if self.size is None:
             return preprocess
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.size)
@@ -131,9 +159,14 @@ class FeedOptions:
 class CalibrationOptions(FeedOptions):
     """Options of every command that calibrates: the model, the images, and how scales are picked."""
 
-    algorithm: Annotated[str, typer.Option(help="How scales are picked: entropy2, entropy, minmax, percentile.")] = (
-        "entropy2"
-    )
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            help="How scales are picked: entropy2, entropy, minmax, percentile. "
+            "For convolutional networks entropy2; for transformers, or if accuracy falls, minmax or percentile: "
+            "fastcal compare measures all."
+        ),
+    ] = "entropy2"
     quantile: QuantileOption = 0.9999
     tf32: Annotated[bool, typer.Option("--tf32", help="On a GPU: run the network in TF32, which is faster.")] = False
     tactic_sources: Annotated[
@@ -225,7 +258,7 @@ def _roles(network: "Model | None", outputs: Sequence[str], read: FeedOptions, d
     if network is not None:
         roles |= {os.path.realpath(path): "the model's external data" for path in network.external_files}
         roles[os.path.realpath(network.path)] = "the model itself"
-    for path, role in ((read.preprocess, "the preprocessing"), (read.data, data)):
+    for path, role in ((read.preprocess or "", "the preprocessing"), (read.data, data)):
         if os.path.isfile(path):
             roles[os.path.realpath(path)] = role
     return roles

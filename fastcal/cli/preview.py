@@ -20,8 +20,9 @@ class PreviewOptions(FeedOptions):
         typer.Option(metavar="MODEL", help="The ONNX model; decides size, layout and channels.", show_default="none"),
     ] = ""
     batch_size: Annotated[int | None, typer.Option(hidden=True)] = 1  # never completes a last batch
-    limit: Annotated[int, typer.Option(help="Show this many images at most.")] = 24
+    limit: Annotated[int, typer.Option(help="Show this many images at most, spread over all.")] = 24
 
+    spread: ClassVar[bool] = True
     for_images: ClassVar[frozenset[str]] = FeedOptions.for_images - {"preprocess"}  # arrays have been preprocessed, too
 
 
@@ -46,7 +47,8 @@ def preview(
         check_outputs(network, {"sheet": output}, options)
         check_writable(output, 1)
         with options.feed(network) as feed:
-            sheet = make_preview(feed, preprocess=options.preprocessing(), count=options.limit)
+            preprocess = None if feed.preprocess else options.preprocessing(network)
+            sheet = make_preview(feed, preprocess=preprocess, count=options.limit)
         sheet.save(output)
         for line in (*sheet.notes(), *map(str, sheet.channels)):
             say(line)

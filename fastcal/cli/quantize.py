@@ -33,18 +33,19 @@ class QuantizeOptions(CalibrationOptions):
     def has_cache(self) -> bool:
         """Return whether the second argument is a calibration cache."""
         from fastcal.cache.cache import CalibrationCache
-        from fastcal.feed.dataset import kind_of
+        from fastcal.feed.signatures import CACHE, TEXT, identify
 
         path = Path(self.data)
         if self.data.endswith(".cache") and not path.exists():
             raise CacheError(f"no such file: {self.data}; name a calibration cache, or images")
-        if not path.is_file() or kind_of(path) is not None:  # a shard may be too large to read
+        kind = identify(path) if path.is_file() else ""
+        if kind not in (TEXT, CACHE):  # a shard may be too large to read
             return False
         content = path.read_bytes()
         try:
             CalibrationCache.from_any(content, self.data)
         except FastcalError:
-            if content.startswith((b"TRT-", b"{")):
+            if kind == CACHE or (content.startswith(b"{") and b'"images"' not in content):  # COCO's JSON
                 raise
             return False
         if option := self.first_given(field.name for field in fields(self)[2:]):
@@ -58,7 +59,11 @@ def quantize(
     options: QuantizeOptions,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|TYPE", help="A layer, or a type of layer, to keep in float; may be repeated."),
+        typer.Option(
+            metavar="NAME",
+            help="What to keep in float: a layer, a type of layers, or the layers that read a tensor; with patterns "
+            "like '/model.22/*'; may be repeated.",
+        ),
     ] = None,
 ) -> None:
     """Write the model with QuantizeLinear and DequantizeLinear layers, which TensorRT 11 needs for INT8."""

@@ -5,23 +5,48 @@ from typing import Any
 
 import fastcal
 from fastcal.cli.terminal import print_rows, rate, waiting
+from fastcal.errors import counted, first_few
 
 
 def print_summary(
     cache: "fastcal.CalibrationCache", feed: "fastcal.Feed", progress: fastcal.Progress, /, **written: str
 ) -> None:
     """Print the data, the speed and the scales of a calibration, and a row for each file that was written."""
-    nonzero = {name: scale for name, scale in cache.scales.items() if scale} or {"": 0.0}
-    names = (pick(nonzero, key=nonzero.__getitem__) for pick in (max, min))
-    widest, narrowest = (f"{nonzero[name]:.6g} for {name}" if name else "all scales are 0" for name in names)
     print_rows(
         **data_rows(feed, progress),
         speed=speed(progress),
         tensors=f"{len(cache.scales)}, scales by {cache.algorithm.name}",
-        widest=widest,
-        narrowest=narrowest,
+        **_remarkable(cache),
         **written,
     )
+
+
+def _remarkable(cache: "fastcal.CalibrationCache") -> dict[str, str]:
+    """Return the rows that name the tensors which deserve a look."""
+    from fastcal.observe.histogram import MANY_CLIPPED
+
+    clipped, dead = _clipped(cache), _dead(cache)
+    most, *others = clipped.items() or [("", 0.0)]
+    text = f"{100 * most[1]:.2f} % of {most[0]}" if clipped else f"less than {100 * MANY_CLIPPED:g} % of every tensor"
+    if others:
+        text += f", and {100 * MANY_CLIPPED:g} % or more of {counted(len(others), 'other tensor')}"
+    return {"clipped": text} | ({"always 0": first_few(dead)} if dead else {})
+
+
+def _clipped(cache: "fastcal.CalibrationCache") -> dict[str, float]:
+    """Return the share of values that INT8 clips, of the tensors of which it clips many, the largest first."""
+    from fastcal.observe.histogram import MANY_CLIPPED
+
+    histograms = {} if cache.observed is None else cache.observed.histograms
+    shares = {name: histograms[name].clipped(127 * scale) for name, scale in cache.scales.items() if name in histograms}
+    many = {name: share for name, share in shares.items() if share >= MANY_CLIPPED}
+    return dict(sorted(many.items(), key=lambda item: -item[1]))
+
+
+def _dead(cache: "fastcal.CalibrationCache") -> list[str]:
+    """Return the tensors whose values are always 0."""
+    histograms = {} if cache.observed is None else cache.observed.histograms
+    return [name for name in cache.scales if name in histograms and not histograms[name].amax]
 
 
 def outcome(cache: "fastcal.CalibrationCache", feed: "fastcal.Feed", progress: fastcal.Progress) -> dict[str, Any]:
@@ -30,6 +55,8 @@ def outcome(cache: "fastcal.CalibrationCache", feed: "fastcal.Feed", progress: f
         "header": cache.header,
         "algorithm": cache.algorithm.name,
         "tensors": len(cache.scales),
+        "clipped": _clipped(cache),
+        "always_0": _dead(cache),
         **_data_used(feed, progress),
         "batches": progress.batches,
         "batch_size": feed.batch_size,
@@ -43,7 +70,7 @@ def data_rows(feed: "fastcal.Feed", progress: fastcal.Progress) -> dict[str, str
     used = _data_used(feed, progress)
     preprocess, skipped = used.pop("preprocess", None), used.pop("skipped", [])
     ((kind, count),) = used.items()
-    rows = {kind: f"{count} in {progress.batches} batches of {feed.batch_size}"}
+    rows = {kind: f"{count} in {counted(progress.batches, 'batch')} of {feed.batch_size}"}
     if skipped:
         rows[kind] += f"; {len(skipped)} skipped as unreadable"
     return rows if preprocess is None else rows | {"prepared": preprocess}

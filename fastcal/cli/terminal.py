@@ -23,7 +23,7 @@ from rich.table import Table
 
 import fastcal
 from fastcal import interrupt
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, missing
 
 #: Exit statuses: of a check that fails, of an error that the user can correct, and if the reader of the output is gone.
 NOT_OK, FAILED, READER_GONE = 1, 2, 128 + signal.SIGPIPE  # shells show the last one for SIGPIPE
@@ -80,6 +80,7 @@ def terminal() -> Iterator[Console]:
             if isinstance(error, BrokenPipeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it at the exit
                 raise typer.Exit(READER_GONE) from error
+            error = missing("fastcal", error)
             if isinstance(error, FastcalError):
                 console.print(f"error: {error}")
                 with contextlib.suppress(FastcalError):

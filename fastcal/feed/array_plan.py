@@ -6,18 +6,15 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fastcal.batch import UNNAMED
-from fastcal.device import add_array, as_array, as_cupy, is_on_gpu, kept_type, to_host
-from fastcal.errors import DataError, FastcalError, quoted
+from fastcal.device import add_array, as_array, as_cupy, is_on_gpu, kept_type, to_host, with_interface
+from fastcal.errors import DataError, FastcalError, counted, quoted
 from fastcal.feed.buffers import Allocator, Buffer
 from fastcal.feed.plan import FirstBatch, Pass, Passes, Plan
-
-#: The fates of a last batch of fewer samples.
-LAST_BATCHES = ("wrap", "drop", "keep")
 
 _log = logging.getLogger("fastcal")
 
@@ -32,7 +29,9 @@ class ArrayPlan(Plan):
     gpu: int | None
     depth: int
     samples: int | None = None
+    counting: frozenset[str] | None = None
     is_first_extra: bool = False  # the first batch only completes the last one, and is not handed out itself
+    repeated: ClassVar[frozenset[str]] = frozenset()  # type: ignore[misc]
     batch_size = preprocess = constants = filled = sample_names = None  # a first batch must tell, or there are none
 
     @property
@@ -106,7 +105,13 @@ class ArrayPlan(Plan):
         return arrays
 
     def _array(self, place: str, values: Any) -> Any:
+        if isinstance(values, int | np.integer) and not isinstance(values, bool):
+            raise DataError(
+                f"{place} is the number {values}; if it is a device address, give an array over it (CuPy, PyTorch, "
+                "Polygraphy's DeviceView), else numpy.array of it"
+            )
         try:
+            values = with_interface(values)
             array = as_cupy(values) if is_on_gpu(values) else _as_numpy(values)
         except FastcalError:
             raise
@@ -180,7 +185,7 @@ class ArrayPasses(Passes):
         uneven: tuple[int, int] | None = None  # number and samples of a batch that must be smaller, and the last
         for number, batch in enumerate(self._plan.source()):
             arrays = self._plan.arrays(number, batch)
-            samples = _count_samples(number, arrays)
+            samples = _count_samples(number, arrays, self._plan.counting)
             first = first or self._see_first(arrays, samples, allocator)
             _check_types(number, arrays, first)
             parts, size = {name: [array] for name, array in arrays.items()}, first.batch_size
@@ -189,15 +194,18 @@ class ArrayPasses(Passes):
                 uneven = number, samples
             if uneven is not None and (uneven[0] < number or samples > size):
                 raise DataError(
-                    f"batch {uneven[0]} has {uneven[1]} samples, batch 0 has {size}; only the last may have fewer"
+                    f"batch {uneven[0]} has {counted(uneven[1], 'sample')}, batch 0 has {size}; only the last may have "
+                    "fewer"
                 )
             if not is_whole:
                 if self._plan.last_batch == "drop":
-                    _log.info("the last %d samples make no batch of %d and are dropped", samples, size)
+                    _log.info("the last %s make no batch of %d and are dropped", counted(samples, "sample"), size)
                     continue
                 assert self._kept is not None
-                _log.info("the last batch has %d samples of %d: it is completed with the first", samples, size)
-                parts = _complete(number, arrays, size - samples, self._kept.arrays)
+                _log.info(
+                    "the last batch has %s of %d: it is completed with the first", counted(samples, "sample"), size
+                )
+                parts = _complete(number, arrays, samples, size, self._kept.arrays)
             if number or not self._plan.is_first_extra:
                 count += 1
                 yield parts
@@ -226,17 +234,20 @@ class ArrayPasses(Passes):
         return self.first
 
 
-def _complete(number: int, arrays: Mapping[str, Any], missing: int, kept: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return the arrays of an incomplete batch, each with the `missing` first samples of the first batch."""
+def _complete(
+    number: int, arrays: Mapping[str, Any], samples: int, size: int, kept: Mapping[str, Any]
+) -> dict[str, list[Any]]:
+    """Return the arrays of a batch of fewer `samples` than `size`, each with the first samples of the first batch."""
     parts = {}
     for name, array in arrays.items():
         first = kept[name]
-        if first.shape[1:] != array.shape[1:]:
+        if first.shape[1:] != array.shape[1:] or first.ndim != array.ndim:
             raise DataError(
                 f"batch {number} has {name!r} of shape {array.shape}, which samples of batch 0, of shape "
                 f"{first.shape}, cannot complete; drop or keep the last batch"
             )
-        parts[name] = [array, first[:missing]] if array.shape else [array]
+        counts = array.shape[:1] == (samples,) and first.shape[:1] == (size,)
+        parts[name] = [array, first[: size - samples]] if counts else [array]
     return parts
 
 
@@ -264,14 +275,18 @@ def _put(buffer: Buffer, name: str, parts: Sequence[Any]) -> None:
         begin = end or 0
 
 
-def _count_samples(number: int, arrays: Mapping[str, Any]) -> int:
-    sizes = {array.shape[0] for array in arrays.values() if array.shape}
-    if len(sizes) != 1:
+def _count_samples(number: int, arrays: Mapping[str, Any], counting: frozenset[str] | None) -> int:
+    """Return the number of samples in a batch; `counting` as in `ArrayPlan`."""
+    sizes = {name: array.shape[0] for name, array in arrays.items() if array.shape}
+    if len(set(sizes.values())) != 1 and counting is not None:
+        sizes = {name: size for name, size in sizes.items() if name in counting} or {"": 1}
+    if len(set(sizes.values())) != 1:
         raise DataError(
-            f"the arrays of batch {number} have first dimensions {sorted(sizes)}; one size is needed, the number of "
-            "samples: repeat what is the same for all, or derive a class from fastcal.Feed, which may give any arrays"
+            f"the arrays of batch {number} have first dimensions {sorted(set(sizes.values()))}; one size is needed, "
+            "the number of samples: repeat what is the same for all, or name the model that takes these sizes with "
+            "ArrayFeed(batches, model=...)"
         )
-    (samples,) = sizes
+    samples = next(iter(sizes.values()))
     if not samples:
         raise DataError(f"batch {number} has no samples; leave it out")
     return int(samples)

@@ -1,14 +1,14 @@
 """The buffers of a feed's ring: arrays that are filled and read in turn."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from fastcal.device import to_host
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, counted
 from fastcal.feed.prefetch import Prefetcher
 from fastcal.memory import check_room
 
@@ -20,9 +20,18 @@ class Buffer:
     """Arrays in host memory, by input name. One thread fills them, another reads them, in turn."""
 
     stream: Any = None  # on a GPU, the one that fills
+    samples: int | None = None  # filled; None: as many as the arrays have
 
-    def __init__(self, shapes: Mapping[str, Shape], constants: Mapping[str, Any]) -> None:
+    def __init__(self, shapes: Mapping[str, Shape], constants: Mapping[str, Any], repeated: Collection[str]) -> None:
+        self._per_sample = {*shapes, *repeated}
         self.arrays = {name: self._make(*shape) for name, shape in shapes.items()} | dict(constants)
+
+    def batch(self) -> dict[str, Any]:
+        """Return the arrays by input name, those that have an element for each sample as far as they are filled."""
+        return {
+            name: array[: self.samples] if self.samples and name in self._per_sample else array
+            for name, array in self.arrays.items()
+        }
 
     def _make(self, shape: tuple[int, ...], dtype: Any) -> Any:
         try:
@@ -66,7 +75,14 @@ class DeviceBuffer(Buffer):
     second before it fills the arrays again.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], constants: Mapping[str, Any], device: Any, stream: Any) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, Shape],
+        constants: Mapping[str, Any],
+        repeated: Collection[str],
+        device: Any,
+        stream: Any,
+    ) -> None:
         import cupy
 
         self._cupy = cupy
@@ -75,7 +91,7 @@ class DeviceBuffer(Buffer):
         with device:
             self._filled = cupy.cuda.Event(disable_timing=True)
             self._read = cupy.cuda.Event(disable_timing=True)
-            super().__init__(shapes, constants)
+            super().__init__(shapes, constants, repeated)
         self._staging: dict[str, Any] = {}
 
     def _allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -130,16 +146,23 @@ class Allocator:
         self._stream: Any = None
 
     def allocate(
-        self, count: int, shapes: Mapping[str, Shape] | None = None, constants: Mapping[str, Any] | None = None
+        self,
+        count: int,
+        shapes: Mapping[str, Shape] | None = None,
+        constants: Mapping[str, Any] | None = None,
+        repeated: Collection[str] = (),
     ) -> list[Buffer]:
-        """Return buffers with arrays of these shapes and with NumPy arrays that never change, by input name."""
+        """Return buffers with arrays of these shapes and with NumPy arrays that never change, by input name.
+
+        The constants that are `repeated` have an element for each sample of a batch.
+        """
         shapes, constants = shapes or {}, constants or {}
         if self._gpu is None:
             size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values())
             samples = max((shape[0] for shape, _ in shapes.values()), default=0)
             remedy = "use a smaller batch size, or make the images smaller"
-            check_room(count * size, f"{count} batches of {samples} samples", remedy)
-            return [Buffer(shapes, constants) for _ in range(count)]
+            check_room(count * size, f"{counted(count, 'batch')} of {counted(samples, 'sample')}", remedy)
+            return [Buffer(shapes, constants, repeated) for _ in range(count)]
         import cupy
 
         device = cupy.cuda.Device(self._gpu)
@@ -147,7 +170,7 @@ class Allocator:
             self._stream = self._stream or cupy.cuda.Stream(non_blocking=True)
             constants = {name: cupy.asarray(values) for name, values in constants.items()}
             cupy.cuda.get_current_stream().synchronize()
-        return [DeviceBuffer(shapes, constants, device, self._stream) for _ in range(count)]
+        return [DeviceBuffer(shapes, constants, repeated, device, self._stream) for _ in range(count)]
 
     def synchronize(self) -> None:
         """Wait until the GPU has done all its work."""
@@ -170,7 +193,7 @@ class Batches(Iterator[Mapping[str, Any]]):
         """Wait for the next batch; raise as `Prefetcher.__next__` does."""
         if self._is_peeked and self._held is not None:
             self._is_peeked = False
-            return self._held.arrays
+            return self._held.batch()
         held, self._held = self._held, None
         if held is not None:
             held.give_back()
@@ -180,7 +203,7 @@ class Batches(Iterator[Mapping[str, Any]]):
         except BaseException:
             self.close()
             raise
-        return self._held.arrays
+        return self._held.batch()
 
     def peek(self) -> None:
         """Wait for the next batch, without handing it out yet."""

@@ -5,7 +5,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastcal.errors import DataError
+from fastcal.errors import DataError, counted
+
+#: The fates of a last batch of fewer samples.
+LAST_BATCHES = ("wrap", "drop", "keep")
 
 _log = logging.getLogger("fastcal")
 
@@ -40,16 +43,18 @@ class Order:
     """The chunks of one pass in order, without the samples that become known as unreadable.
 
     Args:
+        last_batch: The fate of a last batch of fewer samples: see `fastcal.ImageFeed`.
         unreadable: The samples to leave out. It may grow; `go_back` takes that into account.
         size: The largest size of a chunk; None for chunks as large as a batch.
     """
 
     def __init__(
-        self, count: int, batch_size: int, wrap: bool, unreadable: Collection[int], size: ChunkSize | None
+        self, count: int, batch_size: int, last_batch: str, unreadable: Collection[int], size: ChunkSize | None
     ) -> None:
         self._count = count
         self._batch_size = batch_size
-        self._wrap = wrap
+        self._wrap = last_batch == "wrap"
+        self._needed = batch_size if last_batch == "drop" else 1  # samples of a last batch
         self._unreadable = unreadable
         self._size = size
         self._at = 0
@@ -79,29 +84,31 @@ class Order:
         self._at, self._filled = chunk.at, chunk.filled
 
     def _has_another_batch(self) -> bool:
-        needed = 1 if self._wrap else self._batch_size
         left = self._count - self._at
-        if left - len(self._unreadable) >= needed:
+        if left - len(self._unreadable) >= self._needed:
             return True
-        return left - sum(number >= self._at for number in self._unreadable) >= needed
+        return left - sum(number >= self._at for number in self._unreadable) >= self._needed
 
 
-def count_batches(count: int, batch_size: int, wrap: bool) -> int:
+def count_batches(count: int, batch_size: int, last_batch: str) -> int:
     """Return the number of batches that `count` samples make."""
-    return (count + batch_size - 1 if wrap else count) // batch_size
+    return (count if last_batch == "drop" else count + batch_size - 1) // batch_size
 
 
 def log_last_batch(count: int, batch_size: int, last_batch: str, what: str) -> None:
-    """Log the fate of a last batch of fewer samples; raise DataError if the only batch would be dropped."""
+    """Log the fate of a last batch of fewer samples; raise DataError if the only batch would be dropped.
+
+    `what` is the noun for the samples, in the singular.
+    """
     over = count % batch_size
     if over and last_batch == "wrap":
         lacking = batch_size - over
         how = f"the last is completed with the first {lacking}" if lacking <= count else "repeated to complete one"
-        _log.info("%d %s in batches of %d: %s", count, what, batch_size, how)
+        _log.info("%s in batches of %d: %s", counted(count, what), batch_size, how)
     elif over and last_batch == "drop":
-        _log.info("%d %s in batches of %d: the last %d are dropped", count, what, batch_size, over)
+        _log.info("%s in batches of %d: the last %d are dropped", counted(count, what), batch_size, over)
         if over == count:
             raise DataError(
-                f"{count} {what} make no batch of {batch_size} when the last one is dropped; use a smaller batch size, "
-                "or wrap"
+                f"{counted(count, what)}: no batch of {batch_size} is left when the last one is dropped; use a smaller "
+                "batch size, or wrap"
             )

@@ -8,7 +8,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastcal.errors import DataError, check_range
+from fastcal.errors import DataError, check_range, counted
+from fastcal.feed import lists
+from fastcal.feed.signatures import TEXT, identify
 
-#: The extensions of the files that samples come from, by kind of file. Images are the formats that DALI decodes.
+#: The extensions of the files that samples come from, by kind of file. DALI or Pillow decodes the images.
 EXTENSIONS = {
-    "image": (".bmp", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+    "image": (".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif",
+              ".tiff", ".webp"),
     "tar shard": (".tar",),
-    "TFRecord": (".tfrecord", ".tfrecords"),
+    "TFRecord": (".record", ".tfrec", ".tfrecord", ".tfrecords"),
     "array": (".npy",),
     "array archive": (".npz",),
-}
+}  # fmt: skip
 _KINDS = {extension: kind for kind, extensions in EXTENSIONS.items() for extension in extensions}
 
 #: The kinds of files that an `ImageFeed` takes, and those that a `NumpyFeed` takes.
@@ -34,6 +37,9 @@ FOR_ARRAYS = ("array", "array archive")
 
 #: The names that TensorFlow's own tools give the files of a data set: train-00017-of-01024.
 _TENSORFLOW_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+#: The data that an error names instead of a file of another kind.
+_READ = "name images, shards, arrays, a list of their paths, Ultralytics' data.yaml or COCO's .json"
 
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 
@@ -61,6 +67,8 @@ def list_files(data: Data, kinds: Sequence[str] = FOR_IMAGES) -> Listing:
     In a folder, links are followed and hidden files left out. A pattern's range has its own order, "{0..9}.npy".
     """
     named = _name(data)
+    if named.note:
+        _log.info("%s", named.note)
     return _choose(named, kinds) if named.is_found else _check(named, kinds)
 
 
@@ -83,12 +91,23 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     return "TFRecord" if kind is None and _TENSORFLOW_SHARD.search(os.fspath(path)) else kind
 
 
-def order(paths: Sequence[str], *, shuffle: bool, seed: int, balance: bool, limit: int | None) -> Sequence[int]:
-    """Return the places in `paths` of the samples to take, in order: shuffled, then balanced, then limited."""
+def order(
+    paths: Sequence[str], *, shuffle: bool, seed: int, balance: bool, limit: int | None, spread: bool = False
+) -> Sequence[int]:
+    """Return the places in `paths` of the samples to take, in order: shuffled, then balanced, then limited.
+
+    The limit takes the first places; if they are `spread`, places at equal distances.
+    """
     places: Sequence[int] = shuffled(len(paths), seed).tolist() if shuffle else range(len(paths))
     if balance:
         places = _by_turns(paths, places)
-    return places[:limit]
+    return [places[number] for number in spread_over(len(places), limit)] if spread else places[:limit]
+
+
+def spread_over(count: int, limit: int | None) -> list[int]:
+    """Return at most `limit` of the numbers below `count`, at equal distances."""
+    taken = count if limit is None else min(count, limit)
+    return [number * count // taken for number in range(taken)]
 
 
 def shuffled(count: int, seed: int) -> npt.NDArray[np.int64]:
@@ -121,10 +140,8 @@ def check_parallel(listings: Mapping[str, Sequence[str]], found: Collection[str]
     for other in others:
         twos = listings[other]
         if len(ones) != len(twos):
-            raise DataError(
-                f"input {first!r} has {len(ones)} samples, input {other!r} has {len(twos)}; every sample needs both"
-                f"{_odd_one(ones, twos)}"
-            )
+            have = f"input {first!r} has {counted(len(ones), 'sample')}, input {other!r} has {len(twos)}"
+            raise DataError(f"{have}; every sample needs both{_odd_one(ones, twos)}")
         if first not in found or other not in found:
             continue
         stems = _stems(twos)
@@ -186,12 +203,16 @@ class _Named:
 
     origin: str  # the name, for error texts
     paths: Iterable[str]  # one by one: a range may have more than there are files
+    kind: str | None = None  # of all files, by their content; by default a file's name tells
     is_found: bool = False  # in no order; else the user gave them
     is_folder: bool = False  # found in a folder, where hidden files do not count
+    note: str = ""  # to be logged
 
     def kind_of(self, path: str) -> str | None:
         """Return the kind of one of the paths; None for files to leave out."""
-        return None if self.is_folder and os.path.basename(path).startswith(".") else kind_of(path)
+        if self.is_folder and os.path.basename(path).startswith("."):
+            return None
+        return self.kind or kind_of(path)
 
 
 def _name(data: Data) -> _Named:
@@ -208,11 +229,36 @@ def _name(data: Data) -> _Named:
         if glob.has_magic(name):
             return _Named(f"pattern {name}", glob.iglob(name, recursive=True), is_found=True)
         raise DataError(f"no such file or folder: {name}; name a folder, a pattern, a list file or a file")
-    if name.lower().endswith(_COMPRESSED):
+    return _name_file(name)
+
+
+def _name_file(name: str) -> _Named:
+    """Return what a file stands for, by its content and then by its name: itself, or the files that it lists."""
+    path, kind = Path(name), kind_of(name)
+    content = identify(name) if os.path.isfile(name) else TEXT  # a pipe can be read only once
+    if content in EXTENSIONS:
+        return _Named(name, [name], content)
+    if content == "compressed" or name.lower().endswith(_COMPRESSED):
         raise DataError(f"{name} is compressed; shards are read as they are, so decompress it to a .tar file")
-    if kind_of(name) is not None:
+    if content not in ("", TEXT) or (not content and kind is None and os.path.getsize(name)):
+        raise DataError(f"{name} is {content or 'of no known format'}; {_READ}")
+    if kind is not None:
         return _Named(name, [name])
-    return _Named(f"list file {name}", _read_list(Path(name)))
+    if path.suffix.lower() in (".yaml", ".yml"):
+        split, places = lists.read_yaml(path)
+        return replace(_joined(name, map(_name, places)), note=f"{name}: the images of {split} are used")
+    if path.suffix.lower() == ".json":
+        return _Named(f"COCO file {name}", lists.read_coco(path))
+    return _Named(f"list file {name}", lists.read_list(path, lambda text: kind_of(text) is not None))
+
+
+def _joined(name: str, parts: Iterable[_Named]) -> _Named:
+    """Return the files of several places as one; files of a place that is a folder or a pattern are sorted."""
+    first, *others = parts
+    if not others:
+        return first
+    listings = [_choose(part, FOR_IMAGES) if part.is_found else _check(part, FOR_IMAGES) for part in (first, *others)]
+    return _Named(name, list(chain.from_iterable(listing.paths for listing in listings)))
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -246,31 +292,46 @@ def _expand(pattern: str) -> Iterator[str]:
         yield from _expand(f"{before}{number:0{len(first)}}{after}")
 
 
-def _read_list(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read list file {path}: {error}; it needs one path a line") from error
-    return [str(path.parent / line) for line in lines if line.strip()]
-
-
 def _choose(named: _Named, kinds: Sequence[str]) -> Listing:
     """Return the files of the first of these kinds; arrays may lie beside images or shards, other kinds may not."""
     found: dict[str | None, list[str]] = defaultdict(list)
     for path in named.paths:
         found[named.kind_of(path)].append(path)
+    if not any(kind in found for kind in kinds):
+        found = _by_content(found)
     wanted = [kind for kind in kinds if kind in found]
     if not wanted:
-        count = sum(map(len, found.values()))
-        empty = "is empty" if named.is_folder else "matches nothing"
-        has = f"has {count} files, none of them an {kinds[0]}" if count else empty
-        raise DataError(f"{named.origin} {has}; name a folder with {_extensions(kinds)} files")
+        raise DataError(f"{named.origin} {_lack(named, found, kinds)}; name a folder with {_extensions(kinds)} files")
     if len(wanted) > 1 and wanted[1] != "array":
         raise DataError(f"{named.origin} has {_examples(found, wanted)}; say which with a pattern, like 'folder/*.tar'")
     others = sum(len(paths) for kind, paths in found.items() if kind != wanted[0])
     if others:
-        _log.info("%s: left out %d files that are not %ss", named.origin, others, wanted[0])
+        _log.info("%s: left out %s that are not %ss", named.origin, counted(others, "file"), wanted[0])
     return Listing(wanted[0], sorted(found[wanted[0]]), sorted=True)
+
+
+def _by_content(found: Mapping[str | None, list[str]]) -> dict[str | None, list[str]]:
+    """Return files by kind, those whose names tell none by their content; hidden ones are left out."""
+    kinds: dict[str | None, list[str]] = defaultdict(list, {kind: paths for kind, paths in found.items() if kind})
+    for path in found.get(None, ()):
+        is_readable = os.path.isfile(path) and not os.path.basename(path).startswith(".")
+        kinds[identify(path) or None if is_readable else None].append(path)
+    return kinds
+
+
+def _lack(named: _Named, found: Mapping[str | None, list[str]], kinds: Sequence[str]) -> str:
+    """Return what an error says of files none of which is of the kinds that are looked for."""
+    count = sum(map(len, found.values()))
+    if not count:
+        return "is empty" if named.is_folder else "matches nothing"
+    other = next(((kind, paths[0]) for kind, paths in found.items() if kind), None)
+    example = f" ({other[1]} is {_with_article(other[0])})" if other else ""
+    return f"has {counted(count, 'file')}, none of them an {kinds[0]}{example}"
+
+
+def _with_article(kind: str) -> str:
+    """Return the name of a kind of file as a text has it."""
+    return kind if kind not in EXTENSIONS else f"an {kind}" if kind[0] in "aei" else f"a {kind}"
 
 
 def _check(named: _Named, kinds: Sequence[str]) -> Listing:
@@ -278,10 +339,13 @@ def _check(named: _Named, kinds: Sequence[str]) -> Listing:
     found: dict[str, list[str]] = defaultdict(list)
     for number, path in enumerate(named.paths, start=1):
         if not os.path.isfile(path):
-            raise DataError(f"{named.origin}, entry {number}: no such file: {path}; correct or remove it")
-        kind = kind_of(path) or "image"
+            form = " (a list has one path a line)" if number == 1 and named.origin.startswith("list") else ""
+            raise DataError(f"{named.origin}, entry {number}: no such file: {path}; correct or remove it{form}")
+        kind = named.kind_of(path) or identify(path) or "image"
         if kind not in kinds:
-            raise DataError(f"{path} is no {' or '.join(kinds)}; name {_extensions(kinds)} files")
+            raise DataError(
+                f"{path} is {_with_article(kind)}, no {' or '.join(kinds)}; name {_extensions(kinds)} files"
+            )
         found[kind].append(path)
     if not found:
         raise DataError(f"{named.origin} is empty; it needs at least one path")

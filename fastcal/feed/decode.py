@@ -1,7 +1,9 @@
-"""Decoding with Pillow of the formats in which a damaged image makes DALI's decoders overwrite memory.
+"""Decoding with Pillow of the images that DALI does not decode, or not safely.
 
-Some hundred damaged JPEG 2000 or PNM images crash DALI 2.4. Thousands of damaged JPEG, PNG, BMP, WebP and TIFF images
-never crashed it, and 40,000 damaged JPEG 2000 and PNM images never crashed Pillow.
+Some hundred damaged JPEG 2000 or PNM images make DALI 2.4 overwrite memory and crash. Thousands of damaged JPEG, PNG,
+BMP, WebP and TIFF images never crashed it, and 40,000 damaged JPEG 2000 and PNM images never crashed Pillow. DALI has
+no decoder for GIF. In a WebP file with EXIF, it overlooks the byte that follows a chunk of odd length, and then finds
+no image.
 """
 
 import io
@@ -13,7 +15,9 @@ import numpy as np
 
 from fastcal.memory import free_memory
 
-_EXTENSIONS = (".jp2", ".pbm", ".pgm", ".pnm", ".ppm")
+_EXTENSIONS = (".gif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm", ".webp")
+
+_GIF = (b"GIF87a", b"GIF89a")
 
 _CODE_STREAM = b"\xff\x4f\xff\x51"
 
@@ -30,24 +34,24 @@ _BYTES_PER_PIXEL = 16
 
 
 def is_hazardous(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file of this name may be of a format that DALI must not decode."""
+    """Return whether a file of this name may be an image that DALI must not decode, or does not."""
     return os.fspath(path).lower().endswith(_EXTENSIONS)
 
 
 def make_safe(content: bytes) -> bytes:
     """Return an encoded image that DALI decodes safely: `content` itself, or its 8-bit RGB pixels as a PPM file.
 
-    A ValueError gives the reason if the image cannot be decoded.
+    The pixels are upright. Of an animation they are the first picture. A ValueError gives the reason if the image
+    cannot be decoded.
     """
     if _is_safe(content):
         return content
-    from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
-    from PIL.PpmImagePlugin import PpmImageFile
+    from PIL import ImageOps
 
     try:
-        plugin = PpmImageFile if content.startswith(_PNM) else Jpeg2KImageFile
-        with plugin(io.BytesIO(content)) as image:
+        with _plugin(content)(io.BytesIO(content)) as image:
             _check(image, content)
+            ImageOps.exif_transpose(image, in_place=True)
             pixels = _rgb(image)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and many others
         raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
@@ -55,8 +59,36 @@ def make_safe(content: bytes) -> bytes:
     return b"P6 %d %d 255\n" % (width, height) + bytes(pixels.data)
 
 
+def _plugin(content: bytes) -> Any:
+    """Return Pillow's class of an image's format; its own choice among all formats would let in more decoders."""
+    from PIL.GifImagePlugin import GifImageFile
+    from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
+    from PIL.PpmImagePlugin import PpmImageFile
+    from PIL.WebPImagePlugin import WebPImageFile
+
+    if content.startswith(_PNM):
+        return PpmImageFile
+    return GifImageFile if content.startswith(_GIF) else WebPImageFile if content[8:12] == b"WEBP" else Jpeg2KImageFile
+
+
+def _is_plain_webp(content: bytes) -> bool:
+    """Return whether no chunk of a WebP file but the last is of odd length."""
+    place, is_odd = 12, False
+    while place + 8 <= len(content):
+        if is_odd:
+            return False
+        size = int.from_bytes(content[place + 4 : place + 8], "little")
+        is_odd = size % 2 == 1
+        place += 8 + size
+    return True
+
+
 def _is_safe(content: bytes) -> bool:
-    """Return whether DALI may decode the image: it is of another format, or a plain PNM file with all its pixels."""
+    """Return whether DALI may decode the image: it is of another format, or a plain PNM or WebP file."""
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return _is_plain_webp(content)
+    if content.startswith(_GIF):
+        return False
     if not content.startswith(_PNM):
         return not content.startswith(_JPEG_2000)
     header = _PLAIN_PNM.match(content)

@@ -45,6 +45,11 @@ class Feed(ABC):
         """Return the shape of each array of the first batch, by input name; a pass is begun if that is necessary."""
         return {name: tuple(array.shape) for name, array in next(iter(self), {}).items()}
 
+    @property
+    def may_end_smaller(self) -> bool:
+        """True if the last batch may be smaller than the others, and the number of samples is known."""
+        return False
+
     def samples_of(self, batch: Batch) -> int:
         """Return the number of samples in `batch`: by default the largest size of a first dimension."""
         return max((array.shape[0] for array in batch.values() if array.shape), default=0)

@@ -3,8 +3,9 @@
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
-from fastcal.errors import DataError, FastcalError
+from fastcal.errors import DataError, FastcalError, counted
 from fastcal.feed.buffers import Allocator, Buffer
 from fastcal.feed.chunks import Chunk, Order
 from fastcal.feed.image_plan import TRIED, ImagePlan
@@ -28,12 +29,14 @@ class ImagePasses(Passes):
     Attributes:
         unreadable: The errors of the samples to leave out, by sample.
         pipeline: The pipeline, which passes use one after another; None if the next use must start one.
+        images: The inputs that take images.
         suspects: The number of the next samples that must be tried on the CPU before the pipeline gets them.
     """
 
     def __init__(self, plan: ImagePlan) -> None:
         self.unreadable: dict[int, UnreadableError] = {}
         self.pipeline: ImagePipeline | None = None
+        self.images = plan.images
         self.suspects = 0
         self._next_suspects = _FIRST_SUSPECTS
         self._plan = plan
@@ -60,9 +63,11 @@ class ImagePasses(Passes):
 
     def take_over(self, earlier: Passes) -> None:
         """Use the pipeline of the passes over another part of the same feed: starting one on a GPU takes long."""
-        if isinstance(earlier, ImagePasses) and earlier.pipeline is not None:
+        if not isinstance(earlier, ImagePasses) or earlier.pipeline is None:
+            return
+        if all(earlier.images[name].is_fed_like(value) for name, value in self.images.items()):
             self.pipeline, earlier.pipeline = earlier.pipeline, None
-            self.pipeline.inputs = self._plan.images
+            self.pipeline.inputs = self.images
 
     def close(self) -> None:
         """Release the pipeline."""
@@ -75,7 +80,7 @@ class ImagePasses(Passes):
             self._is_tried = True
             self._try_kinds()
         self.pipeline = ImagePipeline(
-            plan.images,
+            self.images,
             most=plan.batch_size if size is None else size.most,
             threads=plan.thread_count,
             gpu=plan.gpu,
@@ -84,6 +89,12 @@ class ImagePasses(Passes):
             decode_on_cpu=plan.gpu is not None and plan.decodes_on_cpu,
         )
         return self.pipeline
+
+    def read_here(self) -> bool:
+        """Have DALI read no files from now on: some may be of other formats than named; return whether it did."""
+        before = self.images
+        self.images = {name: replace(value, source=value.source.read_here()) for name, value in before.items()}
+        return self.images != before
 
     def expect_failures(self) -> None:
         """Have the next samples tried on the CPU if a GPU's pipeline has failed: starting another one takes long."""
@@ -106,7 +117,7 @@ class ImagePasses(Passes):
             bad = len(self.unreadable)
             if bad == every or bad > most / 100 * every:
                 which = "all" if bad == every else f"more than max_unreadable allows ({most:g} %)"
-                raise DataError(f"{bad} of {every} samples cannot be read, {which}; the last was: {error}")
+                raise DataError(f"{bad} of {counted(every, 'sample')} cannot be read, {which}; the last was: {error}")
         return len(self.unreadable) > before
 
     def _try_kinds(self) -> None:
@@ -135,11 +146,11 @@ class ImagePass(Pass):
 
     def __init__(self, plan: ImagePlan, passes: ImagePasses) -> None:
         self._plan = plan
-        self._images = plan.images
         self._arrays = plan.arrays
         self._passes = passes
-        wrap = plan.last_batch == "wrap"
-        self._order = Order(len(plan.sample_names), plan.batch_size, wrap, passes.unreadable, plan.chunk_size)
+        self._order = Order(
+            len(plan.sample_names), plan.batch_size, plan.last_batch, passes.unreadable, plan.chunk_size
+        )
         self.count = passes.length()
 
     def prepare(self, index: int) -> None:
@@ -153,17 +164,22 @@ class ImagePass(Pass):
             while filled < self._plan.batch_size and not ended():
                 pipeline = self._work_ahead(self._passes.length() - index)
                 if pipeline is None:
-                    return False
+                    if self._plan.last_batch != "keep" or not filled:
+                        return False
+                    break
                 chunk = pipeline.under_way[0]
                 upto = filled + len(chunk.numbers)
                 try:
-                    pipeline.collect({name: buffer.arrays[name][filled:upto] for name in self._images}, buffer.stream)
+                    pipeline.collect(
+                        {name: buffer.arrays[name][filled:upto] for name in self._passes.images}, buffer.stream
+                    )
                 except RuntimeError as error:
                     self._recover(error, pipeline.under_way)
                     continue
                 for name, values in chunk.arrays.items():
                     buffer.put(name, slice(filled, upto), values)
                 filled = upto
+        buffer.samples = filled
         return True
 
     def _work_ahead(self, batches: int) -> ImagePipeline | None:
@@ -192,10 +208,12 @@ class ImagePass(Pass):
             if self._passes.suspects > 0:
                 self._passes.suspects -= len(chunk.numbers)
                 threads = self._plan.thread_count
-                if self._passes.leave_out(find_unreadable(self._images.values(), chunk.numbers, threads=threads)):
+                if self._passes.leave_out(
+                    find_unreadable(self._passes.images.values(), chunk.numbers, threads=threads)
+                ):
                     self._order.go_back(chunk)
                     return
-            fetched = {name: value.source.fetch(chunk.numbers) for name, value in self._images.items()}
+            fetched = {name: value.source.fetch(chunk.numbers) for name, value in self._passes.images.items()}
             pipeline.submit(chunk, fetched)
         except UnreadableError as error:
             self._passes.leave_out([error])
@@ -207,10 +225,13 @@ class ImagePass(Pass):
         first, *later = under_way
         others = [number for chunk in later for number in chunk.numbers]
         for numbers, gpu in ((first.numbers, None), (others, None), (first.numbers + others, self._plan.gpu)):
-            if self._passes.leave_out(find_unreadable(self._images.values(), numbers, gpu)):
+            if self._passes.leave_out(find_unreadable(self._passes.images.values(), numbers, gpu)):
                 self._order.go_back(first)
                 self._passes.expect_failures()
                 return
+        if self._passes.read_here():
+            self._order.go_back(first)
+            return
         raise DataError(
             f"DALI cannot prepare the images from {self._plan.sample_names[first.numbers[0]]} on: {_reason(error)}"
         ) from error

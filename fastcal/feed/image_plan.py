@@ -88,6 +88,7 @@ class ImagePlan(Plan):
     sources: Mapping[str, Source]
     preprocesses: Mapping[str, Preprocess]
     constants: Mapping[str, Any]
+    repeated: frozenset[str]
     batch_size: int
     last_batch: str
     seed: int | None
@@ -129,7 +130,7 @@ class ImagePlan(Plan):
     @property
     def filled(self) -> dict[str, Shape]:  # type: ignore[override]
         """The shapes and types of the arrays that samples fill, by input."""
-        images = {name: (value.shape, np.float32) for name, value in self.preprocesses.items()}
+        images = {name: (value.shape, np.dtype(value.dtype)) for name, value in self.preprocesses.items()}
         arrays = {name: (source.shape, source.dtype) for name, source in self.arrays.items()}
         return {name: ((self.batch_size, *shape), dtype) for name, (shape, dtype) in (images | arrays).items()}
 
@@ -168,9 +169,19 @@ class ImagePlan(Plan):
         most = decoding.cores if decoding.gpu is None or self.decodes_on_cpu else _MOST_GPU_THREADS
         return decoding.threads or min(decoding.cores, most)
 
+    @property
+    def is_uneven(self) -> bool:
+        """True if the last batch may have fewer samples than the others, before its fate."""
+        return self.samples % self.batch_size > 0 or self.max_unreadable is not None
+
+    @property
+    def may_end_smaller(self) -> bool:
+        """True if the last batch that is handed out may be smaller than the others."""
+        return self.last_batch == "keep" and self.is_uneven
+
     def count_batches(self, unreadable: int = 0) -> int:
         """Return the number of batches in a pass that leaves out so many samples."""
-        return count_batches(self.samples - unreadable, self.batch_size, self.last_batch == "wrap")
+        return count_batches(self.samples - unreadable, self.batch_size, self.last_batch)
 
     def part(self, batches: range, *, gpu: int | None, threads: int) -> "ImagePlan":
         """Return the plan of some of the batches, with a list of their samples alone."""
@@ -179,7 +190,9 @@ class ImagePlan(Plan):
                 "batches that skip unreadable samples depend on those before, and cannot be divided among workers; "
                 "leave skip_unreadable or workers out"
             )
-        numbers = [n % self.samples for n in range(batches.start * self.batch_size, batches.stop * self.batch_size)]
+        stop = batches.stop * self.batch_size
+        stop = min(stop, self.samples) if self.last_batch == "keep" else stop
+        numbers = [number % self.samples for number in range(batches.start * self.batch_size, stop)]
         gpu = None if self.decoding.stays_on_cpu else gpu
         # The kinds of images are looked for among all samples, of which a part has few.
         on_cpu = self.decoding.on_cpu if gpu is None else self.decodes_on_cpu
@@ -201,7 +214,7 @@ class ImagePlan(Plan):
         return {
             "images": self.samples,
             "batch_size": self.batch_size,
-            "last_batch": self.last_batch,
+            "last_batch": self.last_batch if self.is_uneven else "wrap",
             "seed": self.seed,
             "preprocess": preprocess if len(self.sources) > 1 else str(self.preprocess),
             "skip_unreadable": is_lenient,

@@ -1,34 +1,41 @@
 """The samples and the preprocessing of each input of an `ImageFeed`, checked against the model."""
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from fastcal.batch import UNNAMED, Input, format_shape, shape_fits
+from fastcal.batch import UNNAMED, Input, format_shape, is_repeated, shape_fits
 from fastcal.errors import DataError, quoted
 from fastcal.feed import dataset
 from fastcal.feed.dataset import Data, Listing
+from fastcal.feed.own_preprocess import choose_preprocess, preset_for
 from fastcal.feed.preprocess import Preprocess
 from fastcal.feed.shards import open_shards
 from fastcal.feed.sources import Arrays, ImageFiles, ImageSource, Source
 from fastcal.model import Model
 
+_log = logging.getLogger("fastcal")
+
 # The tar file in a sample's name. Without it, the name is that of the file, unpacked in the tar file's folder.
 _TAR = re.compile(r"[^/]*\.tar:", re.IGNORECASE)
 
 
-def name_inputs(data: Data | Mapping[str, Data], name: str | None, model: Model | None) -> dict[str, Data]:
-    """Return the data by input; `name` is for data of one input."""
+def name_inputs(
+    data: Data | Mapping[str, Data], name: str | None, model: Model | None, constants: Collection[str] = ()
+) -> dict[str, Data]:
+    """Return the data by input; `name` is for data of one input, and `constants` are inputs that take no data."""
     if not isinstance(data, Mapping):
         if model is not None and name is not None:
             _input_of(model, name)
         elif model is not None:
-            if len(model.inputs) != 1:
+            names = [value.name for value in model.inputs if value.name not in constants]
+            if len(names) != 1:
                 raise DataError(
                     f"{model.path} takes the inputs {_names_of(model)}; name the data of each (NAME=DATA,NAME=DATA, in "
                     "Python a dict), or the one that takes the images (input name)"
                 )
-            name = model.inputs[0].name
+            (name,) = names
         return {name or UNNAMED: data}
     if name is not None:
         raise DataError(f"input_name {name!r} is for data of one input; a dict of data names its inputs")
@@ -45,10 +52,11 @@ def open_sources(
     seed: int,
     balance: bool,
     limit: int | None,
+    spread: bool = False,
 ) -> dict[str, Source]:
     """Return the samples of each input, in order: those of one number belong together; see `fastcal.ImageFeed`."""
     keys = _by_input("key", key, data)
-    in_order = None if shuffle or balance else limit
+    in_order = None if shuffle or balance or spread else limit
     sources, found = {}, []
     for name, where in data.items():
         try:
@@ -67,7 +75,7 @@ def open_sources(
     dataset.check_parallel(names, found)
     first = next(iter(names.values()))
     files = [_TAR.sub("", name) for name in first] if balance else first
-    numbers = dataset.order(files, shuffle=shuffle, seed=seed, balance=balance, limit=limit)
+    numbers = dataset.order(files, shuffle=shuffle, seed=seed, balance=balance, limit=limit, spread=spread)
     if numbers != range(len(first)):
         sources = {name: source.take(numbers) for name, source in sources.items()}
     return sources
@@ -82,31 +90,56 @@ def _open_source(listing: Listing, *, limit: int | None, key: str | None) -> Sou
 
 
 def fit_preprocesses(
-    sources: Mapping[str, Source], preprocess: str | Preprocess | Mapping[str, str | Preprocess], model: Model | None
+    sources: Mapping[str, Source],
+    preprocess: str | Preprocess | Mapping[str, str | Preprocess] | None,
+    model: Model | None,
 ) -> dict[str, Preprocess]:
     """Return the preprocessing for each input that takes images, with size and layout of the model's input."""
     images = {name: source for name, source in sources.items() if isinstance(source, ImageSource)}
     preprocesses = {}
-    for name, wanted in _by_input("preprocess", preprocess, images).items():
-        fitted = Preprocess.preset(wanted) if isinstance(wanted, str) else wanted
+    chosen, line = choose_preprocess(model) if preprocess is None else (preprocess, "")
+    for name, wanted in _by_input("preprocess", chosen, images).items():
+        fitted = preset_for(wanted, model) if isinstance(wanted, str) else wanted
         if model is not None:
-            value = _input_of(model, name)
-            if value.dtype.kind != "f":
-                raise DataError(
-                    f"{model.path} takes {value.dtype} for input {value}, images are prepared as float32; feed it "
-                    "arrays instead, .npy files for instance"
-                )
-            try:
-                fitted = fitted.fit(value.shape)
-            except DataError as error:
-                raise DataError(f"{model.path}, input {value}: {error}") from error
+            fitted = _fit(fitted, model, _input_of(model, name))
+        if remark := fitted.remark:
+            _log.warning("%s", remark)
         preprocesses[name] = fitted
+    if line:
+        _log.info("%s", line)
     return preprocesses
+
+
+def _fit(preprocess: Preprocess, model: Model, value: Input) -> Preprocess:
+    """Return the preprocessing with the form of an input that takes images."""
+    if value.dtype.kind != "f" and value.dtype != "uint8":
+        raise DataError(
+            f"{model.path} takes {value.dtype} for input {value}, images are prepared as float32 or uint8; feed it "
+            "arrays instead, .npy files for instance"
+        )
+    try:
+        fitted = preprocess.fit(value.shape, value.dtype)
+    except DataError as error:
+        raise DataError(f"{model.path}, input {value}: {error}") from error
+    if fitted.dtype != preprocess.dtype:
+        _log.info("input %r takes uint8: it gets the pixels as they are, for the network to normalize", value.name)
+    return fitted
 
 
 def fixed_batch_size(model: Model | None, preprocesses: Mapping[str, Preprocess]) -> int | None:
     """Return the batch size of the model's first input that takes images; None if it is dynamic or not known."""
     return None if model is None else _input_of(model, next(iter(preprocesses))).shape[0]
+
+
+def has_dynamic_batch(model: Model | None, sources: Mapping[str, Source]) -> bool:
+    """Return whether all inputs that take samples have a dynamic first dimension in the model."""
+    return model is not None and all(_input_of(model, name).shape[:1] == (None,) for name in sources)
+
+
+def repeated_constants(model: Model | None, constants: Mapping[str, Any]) -> frozenset[str]:
+    """Return the constants that have the values of one sample, to be repeated for every sample of a batch."""
+    inputs = () if model is None else model.inputs
+    return frozenset(value.name for value in inputs if is_repeated(value, constants))
 
 
 def check_inputs(

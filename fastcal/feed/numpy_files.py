@@ -4,23 +4,24 @@ import hashlib
 import math
 import os
 import zipfile
-import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from fastcal.batch import Input, check_values, format_shape, shape_fits
-from fastcal.device import resolve
-from fastcal.errors import DataError, quoted
-from fastcal.feed.array_plan import LAST_BATCHES, ArrayPasses, ArrayPlan
-from fastcal.feed.chunks import count_batches, log_last_batch
-from fastcal.feed.dataset import FOR_ARRAYS, Data, add_files, list_files, shuffled
+from fastcal.batch import Input, check_values, counting, format_shape, is_repeated, shape_fits
+from fastcal.device import add_array, as_array, resolve
+from fastcal.errors import DataError, FastcalError, counted, quoted
+from fastcal.feed.array_plan import ArrayPasses, ArrayPlan
+from fastcal.feed.chunks import LAST_BATCHES, count_batches, log_last_batch
+from fastcal.feed.dataset import FOR_ARRAYS, Data, add_files, list_files, shuffled, spread_over
 from fastcal.feed.plan import PlannedFeed, check_settings, default_batch_size
+from fastcal.feed.signatures import identify
 from fastcal.memory import check_room
 from fastcal.model import Model
 
@@ -31,6 +32,9 @@ class NumpyFeed(PlannedFeed):
     A `.npy` file has one input's array, a `.npz` file the arrays of all inputs by name. The first dimension of an array
     counts samples; but if the model's input has one dimension more than the array, the array is one sample. So a file
     may hold one sample, a batch, or all samples: new batches are made of the samples in their order.
+
+    If the inputs have different numbers of samples, but every array has exactly the shape of the model's input, the
+    arrays of a file are one batch as they are.
 
     The files are read with NumPy, which reads several thousand samples of the size of an image a second.
 
@@ -48,7 +52,10 @@ class NumpyFeed(PlannedFeed):
         shuffle: Whether to shuffle the samples, before `limit`.
         seed: Decides the shuffled order.
         limit: The number of samples to use at most.
-        last_batch: As in `ArrayFeed`.
+        spread: As in `ImageFeed`.
+        constants: Further inputs that are the same in every batch: arrays by input name. If the model's first dimension
+            is dynamic and the array's is 1, it is repeated for every sample.
+        last_batch: As in `ImageFeed`.
         device: As in `ArrayFeed`.
         depth: As in `ArrayFeed`.
 
@@ -72,36 +79,49 @@ class NumpyFeed(PlannedFeed):
         shuffle: bool = False,
         seed: int = 0,
         limit: int | None = None,
-        last_batch: str = "wrap",
+        spread: bool = False,
+        last_batch: str | None = None,
+        constants: Mapping[str, Any] | None = None,
         device: str = "auto",
         depth: int = 2,
     ) -> None:
         check_settings(last_batch, LAST_BATCHES, batch_size=batch_size, limit=limit, depth=depth)
-        if model is not None:
-            model = Model.of(model)
-            batch_size = model.batch_size if batch_size is None else batch_size
-        columns = _columns(data, model, input_name)
+        network = None if model is None else Model.of(model)
+        fixed = {name: as_array(values) for name, values in (constants or {}).items()}
+        columns = _columns(data, network, fixed, input_name)
+        inputs = () if network is None else network.inputs
+        if batch_size is None and _are_batches(columns, counting(inputs)):
+            columns, batch_size = {name: column.by_file() for name, column in columns.items()}, 1
+        if batch_size is None and network is not None:
+            batch_size = network.batch_size
         counts = {name: len(column) for name, column in columns.items()}
         if len(set(counts.values())) > 1:
             each = ", ".join(f"{name!r} {count}" for name, count in counts.items())
             raise DataError(f"the inputs have different numbers of samples, {each}; every sample needs all inputs")
         (total,) = set(counts.values())
-        numbers = (shuffled(total, seed) if shuffle else np.arange(total))[:limit]
+        numbers = shuffled(total, seed) if shuffle else np.arange(total)
+        numbers = numbers[spread_over(total, limit)] if spread else numbers[:limit]
         gpu = resolve(device)
         batch_size = batch_size or default_batch_size(gpu)
+        if last_batch is None:
+            last_batch = "keep" if inputs and all(value.shape[:1] == (None,) for value in inputs) else "wrap"
         largest = batch_size if last_batch == "wrap" else min(batch_size, len(numbers))
-        held = 1 + min(depth, count_batches(len(numbers), batch_size, True))  # one is put together for the buffers
+        held = 1 + min(depth, count_batches(len(numbers), batch_size, "wrap"))  # one is put together for the buffers
         size = held * largest * sum(column.sample_size for column in columns.values())
-        check_room(size, f"{held} batches of {largest} samples", "use a smaller batch size")
-        log_last_batch(len(numbers), batch_size, last_batch, "samples")
+        check_room(size, f"{counted(held, 'batch')} of {counted(largest, 'sample')}", "use a smaller batch size")
+        log_last_batch(len(numbers), batch_size, last_batch, "sample")
         whole = numbers
         if last_batch != "keep":
-            whole = np.resize(numbers, batch_size * count_batches(len(numbers), batch_size, last_batch == "wrap"))
-        batches = _FileBatches(columns, whole, batch_size)
+            whole = np.resize(numbers, batch_size * count_batches(len(numbers), batch_size, last_batch))
+        repeated = frozenset(value.name for value in inputs if is_repeated(value, fixed))
+        batches = _FileBatches(columns, whole, batch_size, fixed, repeated)
         super().__init__(
-            _NumpyPlan(batches, None, "keep", gpu, depth, len(numbers), seed=seed if shuffle else None),
+            _NumpyPlan(
+                batches, None, "keep", gpu, depth, len(numbers), seed=seed if shuffle else None,
+                counting=counting(inputs) if inputs else None,
+            ),
             ArrayPasses,
-        )
+        )  # fmt: skip
 
     @property
     def samples(self) -> int:  # type: ignore[override]
@@ -115,6 +135,11 @@ class _NumpyPlan(ArrayPlan):
 
     seed: int | None = None  # None: not shuffled
 
+    @property
+    def may_end_smaller(self) -> bool:
+        """True if the last batch is smaller than the others."""
+        return len(self.batches.numbers) % self.batches.batch_size > 0 and len(self.batches) > 1
+
     def part(self, batches: range, *, gpu: int | None, threads: int) -> ArrayPlan:
         """Return the plan of some of the batches, in host memory."""
         size = self.batches.batch_size
@@ -127,6 +152,8 @@ class _NumpyPlan(ArrayPlan):
         for name, column in sorted(self.batches.columns.items(), key=lambda item: item[0] or ""):
             digest.update(f"{name}\0".encode())
             add_files(digest, column.paths)
+        for name, values in sorted(self.batches.constants.items()):
+            add_array(digest, name, values)
         return {
             "arrays": self.samples,
             "batches": len(self.batches),
@@ -143,6 +170,8 @@ class _FileBatches:
     columns: Mapping[str | None, "_Column"]  # None names an array without a name
     numbers: Any
     batch_size: int
+    constants: Mapping[str, Any]
+    repeated: frozenset[str]  # the constants that every sample has one of
 
     def __len__(self) -> int:
         return -(-len(self.numbers) // self.batch_size)
@@ -150,7 +179,9 @@ class _FileBatches:
     def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self.numbers), self.batch_size):
             numbers = self.numbers[first : first + self.batch_size]
-            arrays = {name: np.stack([column[number] for number in numbers]) for name, column in self.columns.items()}
+            arrays = {name: column.batch(numbers) for name, column in self.columns.items()}
+            for name, values in self.constants.items():
+                arrays[name] = values.repeat(len(numbers), 0) if name in self.repeated else values
             yield arrays.get(None, arrays)  # an array without a name is a batch by itself
 
 
@@ -190,30 +221,50 @@ class _Column:
                     f"{path} is {other_dtype} {format_shape(other)}, {self.paths[0]} {dtype} {format_shape(shape)}; "
                     "samples must have one shape and type"
                 )
-        self._ends = list(accumulate(1 if self._single else shape[0] for shape, _ in arrays))
+        self.ends = list(accumulate(1 if self._single else shape[0] for shape, _ in arrays))
+        self._is_by_file = False
+        #: Whether each array has exactly the shape of the model's input.
+        self.fits = value is not None and all(
+            shape_fits(value.shape, (1, *other) if self._single else other) for other, _ in arrays
+        )
+
+    def by_file(self) -> "_Column":
+        """Return the column with the array of a file as one sample, and as a batch."""
+        column = copy(self)
+        column._single, column._is_by_file = True, not self._single
+        column.sample_size = self.sample_size * -(-len(self) // len(self._files))
+        column.ends = list(range(1, len(self._files) + 1))
+        return column
+
+    def batch(self, numbers: Sequence[int]) -> Any:
+        """Return a batch of these samples."""
+        samples = [self[number] for number in numbers]
+        return samples[0] if self._is_by_file else np.stack(samples)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self.ends[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": (-1, None)}  # a mapped array would be pickled with its values
 
     def __getitem__(self, number: int) -> Any:
-        index = bisect_right(self._ends, number)
+        index = bisect_right(self.ends, number)
         if self._open[0] != index:
             self._open = index, _load(*self._files[index], mapped=not self._single)
         array = self._open[1]
         if not self._single:
-            array = array[number - (self._ends[index - 1] if index else 0)]
+            array = array[number - (self.ends[index - 1] if index else 0)]
         if self._value is None:
             return array
         check_values(array, self._value, self._label)
         return np.asarray(array, self._value.dtype)
 
 
-def _columns(data: Data | Mapping[str, Data], model: Model | None, input_name: str | None) -> dict[str | None, _Column]:
+def _columns(
+    data: Data | Mapping[str, Data], model: Model | None, constants: Collection[str], input_name: str | None
+) -> dict[str | None, _Column]:
     """Return the samples by input name; None stands for whatever single input a network has."""
-    values = {} if model is None else {value.name: value for value in model.inputs}
+    values = {} if model is None else {value.name: value for value in model.inputs if value.name not in constants}
     label = "" if model is None else str(model.path)
     files: dict[str | None, list[tuple[str, str | None]]]
     if isinstance(data, Mapping):
@@ -251,19 +302,29 @@ def _by_input(
     return {name: [(path, name) for path in paths] for name in inputs or keys}
 
 
+def _are_batches(columns: Mapping[str | None, _Column], counting: Collection[str]) -> bool:
+    """Return whether each file is a batch as it is: not all inputs count samples, and all arrays fit their inputs."""
+    alike = {tuple(column.ends) for name, column in columns.items() if name in counting}
+    are_unlike = len(set(map(len, columns.values()))) > 1
+    return are_unlike and len(alike) == 1 and all(column.fits for column in columns.values())
+
+
 @contextmanager
 def _reading(path: str) -> Iterator[None]:
     """Name the file in errors."""
     try:
         yield
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except FastcalError:
+        raise
+    except Exception as error:  # zipfile, zlib, and the parsers that NumPy calls have errors of their own
         reason = getattr(error, "strerror", None) or "damaged, or no array of numbers"
         raise DataError(f"cannot read {path}: {reason}; replace or remove it") from error
 
 
 def _keys(path: str) -> list[str | None]:
-    """Return the names of the arrays in a `.npz` file; None for the array in a `.npy` file."""
-    if not path.lower().endswith(".npz"):
+    """Return the names of the arrays in a `.npz` file; None for the array in a `.npy` file. The content decides."""
+    content = identify(path)
+    if content == "array" or (content != "array archive" and not path.lower().endswith(".npz")):
         return [None]
     with _reading(path), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]

@@ -4,7 +4,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,14 @@ from fastcal.feed.chunks import Chunk
 from fastcal.feed.codecs import chosen_codecs
 from fastcal.feed.jpeg import has_end_of_image
 from fastcal.feed.preprocess import Preprocess
+from fastcal.feed.signatures import kind_of_content
 from fastcal.feed.sources import ImageSource, UnreadableError
 
 _END_OF_JPEG = (0xFF, 0xD9)
 _END_OF_PNG = (0x60, 0x82)
+
+#: The bytes at the beginning of a file that tell its kind.
+_HEAD = 4096
 
 #: Pushes an exact .5 below .5 for any number of pixels, and changes no other rounding.
 _LITTLE = 1e-5
@@ -38,6 +42,10 @@ class ImageInput:
 
     source: ImageSource
     preprocess: Preprocess
+
+    def is_fed_like(self, other: "ImageInput") -> bool:
+        """Return whether a pipeline for this input takes the samples of the other one too."""
+        return self.source.is_read_by_dali == other.source.is_read_by_dali
 
 
 class ImagePipeline:
@@ -132,9 +140,11 @@ def find_unreadable(
 ) -> Iterator[UnreadableError]:
     """Yield the samples that have an unreadable image: one that cannot be prepared by itself.
 
-    With several threads, all samples are tried at once first, which is faster if most are readable.
+    With several threads, all samples are tried at once first, which is faster if most are readable. All are read here
+    and not by DALI: an image whose name belies its format is readable.
     """
-    for image_input in inputs:
+    for given in inputs:
+        image_input = replace(given, source=given.source.read_here())
         if threads > 1 and _are_readable(image_input, numbers, gpu, threads):
             continue
         pipeline: ImagePipeline | None = None
@@ -142,7 +152,7 @@ def find_unreadable(
             name = image_input.source.names[number]
             pipeline = pipeline or ImagePipeline({"image": image_input}, most=1, gpu=gpu)
             try:
-                if not image_input.source.content(number):
+                if not (head := image_input.source.content(number, _HEAD)):
                     yield UnreadableError(number, f"{name} is empty (0 bytes); replace or remove it")
                     continue
                 _try(pipeline, image_input, [number])
@@ -150,9 +160,9 @@ def find_unreadable(
                 yield error
             except RuntimeError:
                 pipeline = None
-                yield UnreadableError(
-                    number, f"{name} cannot be decoded: damaged, or no image DALI knows; replace or remove it"
-                )
+                kind = kind_of_content(head)
+                fault = "damaged, or no image DALI knows" if kind in ("", "image") else f"it is {kind}"
+                yield UnreadableError(number, f"{name} cannot be decoded: {fault}; replace or remove it")
 
 
 def _are_readable(image_input: ImageInput, numbers: Sequence[int], gpu: int | None, threads: int) -> bool:
@@ -184,14 +194,18 @@ def _prepare(images: Any, shape: Any, preprocess: Preprocess) -> Any:
     interpolation = _INTERPOLATIONS[preprocess.interpolation]
     images = fn.resize(images, size=size, interp_type=interpolation, antialias=preprocess.antialias)
     mean, std = (np.resize(values, preprocess.channel_count).tolist() for values in (preprocess.mean, preprocess.std))
+    fill = preprocess.fill
+    zero = [0.0] * preprocess.channel_count
     return fn.crop_mirror_normalize(
         images,
-        crop=preprocess.size,
+        crop=preprocess.padded,
         crop_pos_y=position[0],
         crop_pos_x=position[1],
         out_of_bounds_policy="pad",
-        fill_values=[(preprocess.fill * preprocess.scale - m) / s for m, s in zip(mean, std, strict=True)],
-        dtype=types.FLOAT,
+        fill_values=zero
+        if isinstance(fill, str)
+        else [(fill * preprocess.scale - m) / s for m, s in zip(mean, std, strict=True)],
+        dtype=types.UINT8 if preprocess.dtype == "uint8" else types.FLOAT,
         output_layout="CHW" if preprocess.layout == "NCHW" else "HWC",
         mean=[m / preprocess.scale for m in mean],
         std=[s / preprocess.scale for s in std],
@@ -229,7 +243,10 @@ def _geometry(shape: Any, preprocess: Preprocess) -> tuple[Any, Any]:
         area = shape[0] * shape[1]
         new = (size * size * _vector([2 * side for side in target[::-1]]) + area) // (2 * area)
         new = dali_math.clamp(new, 1, _vector(target))
-        place = _look_up(_vector(target) - new, [over // 2 / max(over, 1) for over in range(max(target))])
+        if preprocess.padding == "end":
+            return fn.cast(new, dtype=types.FLOAT), (0.0, 0.0)
+        padded = preprocess.padded
+        place = _look_up(_vector(padded) - new, [over // 2 / max(over, 1) for over in range(max(padded))])
     return fn.cast(new, dtype=types.FLOAT), (place[0], place[1])
 
 

@@ -29,9 +29,16 @@ class Plan(ABC):
     batch_size: int | None  # None: a first batch must tell
     preprocess: Preprocess | Mapping[str, Preprocess] | None
     constants: Mapping[str, Any] | None  # the same in all batches, by input
+    repeated: frozenset[str]  # the constants that every sample of a batch has one of
     filled: Mapping[str, Shape] | None  # the other arrays of a batch, by input; None: a first batch must tell
     samples: int | None
     sample_names: Sequence[str] | None
+    counting: frozenset[str] | None = None  # the inputs whose first dimension counts samples; None: of all alike
+
+    @property
+    def may_end_smaller(self) -> bool:
+        """True if the last batch may be smaller than the others."""
+        return False
 
     @abstractmethod
     def part(self, batches: range, *, gpu: int | None, threads: int) -> "Plan":
@@ -148,7 +155,13 @@ class PlannedFeed(Feed):
 
     def samples_of(self, batch: Batch) -> int:
         """Return the number of samples in `batch`."""
-        return self._plan.batch_size or super().samples_of(batch)
+        names = self._plan.counting or self._plan.filled or batch
+        return super().samples_of({name: array for name, array in batch.items() if name in names})
+
+    @property
+    def may_end_smaller(self) -> bool:
+        """True if the last batch may be smaller than the others."""
+        return self._plan.may_end_smaller
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each array of the first batch, by input name; a pass is begun if that is necessary."""
@@ -191,7 +204,9 @@ class PlannedFeed(Feed):
         self._end()
         started = self._passes.begin(self._allocator)
         if not self._buffers:
-            self._buffers = self._allocator.allocate(self._plan.depth, self._plan.filled, self._plan.constants)
+            self._buffers = self._allocator.allocate(
+                self._plan.depth, self._plan.filled, self._plan.constants, self._plan.repeated
+            )
         # Neither the thread nor the iterator refers to this feed: it can be deleted during a pass.
         batches = Batches(Prefetcher(self._buffers, started.fill, started.count, started.prepare))
         self._end_pass = batches.close
@@ -224,9 +239,9 @@ def default_batch_size(gpu: int | None) -> int:
     return _BATCH_SIZE if gpu is None else _BATCH_SIZE_ON_GPU
 
 
-def check_settings(last_batch: str, known: Sequence[str], **numbers: int | None) -> None:
-    """Raise FastcalError if `last_batch` is not among the known values, or a numeric setting is out of range."""
-    if last_batch not in known:
+def check_settings(last_batch: str | None, known: Sequence[str], **numbers: int | None) -> None:
+    """Raise FastcalError if `last_batch` is given and not known, or a numeric setting is out of range."""
+    if last_batch is not None and last_batch not in known:
         choices = f"{', '.join(known[:-1])} or {known[-1]}"
         raise FastcalError(f"there is no last_batch {last_batch!r}; choose {choices}")
     for name, value in numbers.items():

@@ -14,10 +14,15 @@ _CHOICES = {
     "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
     "channels": ("RGB", "BGR", "GRAY"),
     "layout": ("NCHW", "NHWC"),
+    "padding": ("both", "end"),
+    "dtype": ("float32", "uint8"),
 }
 
 # Added to a number of pixels computed from a share, so that rounding down gives the number that the share was made of.
 _SLACK = 1e-6
+
+# The smallest mean or standard deviation of pixels that is likely, as a share of the largest value.
+_UNLIKELY = 128
 
 # The format of numbers: no two numbers of float32 have the same text.
 _DIGITS = ".9g"
@@ -43,10 +48,10 @@ class Preprocess:
     Attributes:
         size: Height and width, in pixels.
         resize: "stretch" both sides to `size`; "crop": resize until the image covers size / crop_fraction, then cut
-            `size` out of the centre; "letterbox": resize until the image fits into `size`, then pad both sides alike.
+            `size` out of the centre; "letterbox": resize until the image fits into `size`, then pad: see `padding`.
         crop_fraction: For "crop", the share of each side that stays. 0.875 resizes the shorter side to 256 for a size
             of 224, as torchvision and timm do.
-        fill: For "letterbox", the padding's pixel value, 0 to 255.
+        fill: For "letterbox", the padding's pixel value, 0 to 255; or "mean": 0 after normalization.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos", PIL's filters of these names.
         antialias: Whether the filter widens for an image that shrinks, as PIL's filters do and OpenCV's do not.
         channels: "RGB", "BGR" or "GRAY" (one channel: ITU-R 601 luma, as PIL's "L").
@@ -54,6 +59,11 @@ class Preprocess:
         mean: Per channel, in the order of `channels`, subtracted after scaling; one value stands for all channels.
         std: Per channel, the divisor after subtracting the mean; one value stands for all channels.
         layout: "NCHW" or "NHWC".
+        padding: For "letterbox", "both": both sides alike; or "end": on the right and below only, as YOLOX, DETR,
+            mmdetection and DeepStream do.
+        divisor: For "letterbox", the number whose multiples height and width are padded to: images are resized to fit
+            `size`, and 32 makes a size of 800x1333 one of 800x1344.
+        dtype: "float32"; or "uint8" for a network that normalizes the pixels itself: scale 1, mean 0 and std 1.
 
     Raises:
         DataError: A value is not one of the above.
@@ -62,7 +72,7 @@ class Preprocess:
     size: tuple[int, int] = (224, 224)
     resize: str = "stretch"
     crop_fraction: float = 0.875
-    fill: int = 114
+    fill: float | str = 114
     interpolation: str = "bilinear"
     antialias: bool = True
     channels: str = "RGB"
@@ -70,6 +80,9 @@ class Preprocess:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     layout: str = "NCHW"
+    padding: str = "both"
+    divisor: int = 1
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -82,8 +95,13 @@ class Preprocess:
             raise DataError(f"size {self.size} is not (height, width) in pixels, e.g. (224, 224)")
         if not 0 < self.crop_fraction <= 1:
             raise DataError(f"crop_fraction {self.crop_fraction} is not in (0, 1]; torchvision's is 0.875")
-        if not 0 <= self.fill <= 255:
-            raise DataError(f"fill {self.fill} is not a pixel value from 0 to 255")
+        if self.fill != "mean" and not (isinstance(self.fill, numbers.Real) and 0 <= self.fill <= 255):
+            raise DataError(f"fill {self.fill!r} is not a pixel value from 0 to 255, nor 'mean'")
+        if not isinstance(self.divisor, int) or isinstance(self.divisor, bool) or self.divisor < 1:
+            raise DataError(f"divisor {self.divisor!r} is not a number of pixels, e.g. 32")
+        self._check_values()
+
+    def _check_values(self) -> None:
         _check_number("scale", self.scale)
         if self.scale == 0:
             raise DataError("scale is 0, which makes all images the same; use 1 to leave pixels as they are")
@@ -91,6 +109,8 @@ class Preprocess:
         self._check_channels("std", self.std)
         if 0 in self.std:
             raise DataError(f"std {self.std} has a 0, which cannot be a divisor")
+        if self.dtype == "uint8" and (self.scale, {*self.mean}, {*self.std}) != (1, {0}, {1}):
+            raise DataError("dtype uint8 holds pixels as they are; leave out scale, mean and std, or use float32")
 
     def _check_channels(self, name: str, values: Any) -> None:
         if isinstance(values, numbers.Real):
@@ -177,13 +197,32 @@ class Preprocess:
 
     def __str__(self) -> str:
         height, width = self.size
-        resize = {"crop": f"crop {self.crop_fraction:{_DIGITS}}", "letterbox": f"letterbox {self.fill}"}.get(
-            self.resize, self.resize
-        )
+        sides = "" if self.padding == "both" else " right and below"
+        divisor = "" if self.divisor == 1 or self.resize != "letterbox" else f", padded to a multiple of {self.divisor}"
+        letterbox = f"letterbox {self.fill}{sides}"
+        resize = {"crop": f"crop {self.crop_fraction:{_DIGITS}}", "letterbox": letterbox}.get(self.resize, self.resize)
         interpolation = "" if self.interpolation == "bilinear" else f"{self.interpolation}, "
         antialias = "" if self.antialias else "not antialiased, "
         values = f"(x * {self.scale:{_DIGITS}} - {_values(self.mean)}) / {_values(self.std)}"
-        return f"{resize} to {height}x{width}, {interpolation}{antialias}{self.channels}, {values}, {self.layout}"
+        values = "uint8" if self.dtype == "uint8" else values
+        return (
+            f"{resize} to {height}x{width}{divisor}, {interpolation}{antialias}{self.channels}, {values}, {self.layout}"
+        )
+
+    @property
+    def remark(self) -> str:
+        """A warning if mean and std are not of the range that pixels have after scaling; else empty."""
+        white = 255 * abs(self.scale)
+        least, most = white / _UNLIKELY, white * (1 + _SLACK)
+        unlikely = [value for value in map(abs, self.mean) if value and not least <= value <= most]
+        unlikely += [value for value in map(abs, self.std) if value != 1 and not least <= value <= most]
+        if not unlikely:
+            return ""
+        right = "1 / 255 if they are for 0 to 1" if max(unlikely) <= 1 else "1 if they are for 0 to 255"
+        return (
+            f"mean {_values(self.mean)} and std {_values(self.std)} are not of the range of the scaled pixels, 0 to "
+            f"{white:.4g}: set scale to {right}"
+        )
 
     @property
     def channel_count(self) -> int:
@@ -194,14 +233,23 @@ class Preprocess:
     def shape(self) -> tuple[int, int, int]:
         """The shape of one prepared image, in the order of `layout`."""
         if self.layout == "NCHW":
-            return (self.channel_count, *self.size)
-        return (*self.size, self.channel_count)
+            return (self.channel_count, *self.padded)
+        return (*self.padded, self.channel_count)
 
-    def fit(self, shape: tuple[int | None, ...]) -> "Preprocess":
-        """Return this preprocessing with the size, layout and number of channels of a network's image input.
+    @property
+    def padded(self) -> tuple[int, int]:
+        """The height and width of a prepared image: `size`, for "letterbox" rounded up to multiples of `divisor`."""
+        divisor = self.divisor if self.resize == "letterbox" else 1
+        height, width = (-(-side // divisor) * divisor for side in self.size)
+        return height, width
+
+    def fit(self, shape: tuple[int | None, ...], dtype: Any = None) -> "Preprocess":
+        """Return this preprocessing with the size, layout, channels and type of a network's image input.
 
         Args:
             shape: The input's shape, batch first; None for a dynamic dimension, which leaves a size unchanged.
+            dtype: The input's type. For uint8, which only pixels as they are fit, scale, mean and std are left out. By
+                default the type stays.
 
         Raises:
             DataError: The input takes no images of 1 or 3 channels, or mean and std are for another number of channels.
@@ -215,8 +263,13 @@ class Preprocess:
         channels = self.channels
         if channel_count != self.channel_count:
             channels = "GRAY" if channel_count == 1 else "RGB"
-        size = (height or self.size[0], width or self.size[1])
-        return replace(self, size=size, layout=layout, channels=channels)
+        wanted = zip((height, width), self.padded, self.size, strict=True)
+        size = tuple(own if theirs in (None, padded) else theirs for theirs, padded, own in wanted)
+        changes: dict[str, Any] = {"size": size, "layout": layout, "channels": channels}
+        if dtype == "uint8" and self.dtype != "uint8":
+            fill = sum(self.mean) / len(self.mean) / self.scale if self.fill == "mean" else self.fill
+            changes |= {"dtype": "uint8", "scale": 1.0, "mean": (0.0,), "std": (1.0,), "fill": round(float(fill))}
+        return replace(self, **changes)
 
 
 def _values(values: tuple[float, ...]) -> str:

@@ -137,7 +137,7 @@ def _list_tfrecord(shard: str) -> Iterator[tuple[str, int, int]]:
             while offset < end:
                 file.seek(offset)
                 header = file.read(_HEADER.size)
-                size = _FRAME + _HEADER.unpack(header)[0] if len(header) == _HEADER.size else end
+                size = _FRAME + (_HEADER.unpack(header)[0] if len(header) == _HEADER.size else 0)
                 if offset + size > end:
                     raise DataError(f"{shard} breaks off in record {number}, or is no TFRecord file; replace it")
                 yield str(number), offset, size

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -57,9 +57,18 @@ class Source(ABC):
 class ImageSource(Source):
     """Encoded images."""
 
+    @property
+    def is_read_by_dali(self) -> bool:
+        """True if `fetch` gives paths, and DALI reads the files."""
+        return False
+
     def read_with_dali(self, fetched: Any) -> Any:
         """Return DALI's node of encoded images, given the node of an external source that is fed by `fetch`."""
         return fetched
+
+    def read_here(self) -> "ImageSource":
+        """Return a source of the same images that `fetch` reads, and makes safe if their content is hazardous."""
+        return self
 
     def fetch(self, numbers: Sequence[int]) -> Any:
         """Return the encoded images."""
@@ -93,23 +102,31 @@ class ImageSource(Source):
 
 @dataclass(frozen=True)
 class ImageFiles(ImageSource):
-    """Image files. DALI reads them, unless some are of a format that it must not decode: see `fastcal.feed.decode`."""
+    """Image files. DALI reads them, unless some are named as formats that `fastcal.feed.decode` is for.
+
+    With `is_read_here` their names do not count, and DALI reads none of them.
+    """
 
     names: list[str]
+    is_read_here: bool = False
 
     @cached_property
-    def are_safe(self) -> bool:
-        """True if DALI may decode all files."""
-        return not any(map(is_hazardous, self.names))
+    def is_read_by_dali(self) -> bool:
+        """True if DALI may read and decode all files."""
+        return not self.is_read_here and not any(map(is_hazardous, self.names))
+
+    def read_here(self) -> "ImageFiles":
+        """Return a source of the same files that DALI does not read."""
+        return replace(self, is_read_here=True)
 
     def read_with_dali(self, fetched: Any) -> Any:
         """Return DALI's node of encoded images."""
         # Reading is twice as fast as mapping files of this size into memory.
-        return fn.io.file.read(fetched, dont_use_mmap=True) if self.are_safe else fetched
+        return fn.io.file.read(fetched, dont_use_mmap=True) if self.is_read_by_dali else fetched
 
     def fetch(self, numbers: Sequence[int]) -> Any:
         """Return the paths as bytes for DALI, or the encoded images."""
-        if not self.are_safe:
+        if not self.is_read_by_dali:
             return super().fetch(numbers)
         # Paths as DALI reads them: a row of bytes each, zeros at the end, which no path holds and the system ignores.
         paths = [os.fsencode(self.names[number]) for number in numbers]
@@ -164,7 +181,7 @@ def _load(number: int, path: str) -> Any:
     try:
         with open(path, "rb") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)  # nothing else, as `numpy.load` would
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy calls parsers that have errors of their own
         reason = getattr(error, "strerror", None) or "damaged, or no array of numbers"
         raise UnreadableError(number, f"cannot read {path}: {reason}; replace or remove it") from error
     return as_array(array)

@@ -111,11 +111,16 @@ class OnnxRuntimeBackend(LocalBackend):
         """Return the observer of a `Model`."""
         if not isinstance(network, Model):
             raise ModelError("backend onnxruntime runs ONNX files, not an INetworkDefinition; use backend tensorrt")
+        on_gpu = self._gpu(gpu)
         try:
-            chosen = self._gpu(gpu)
-            return self._on_cpu(network) if chosen is None else self._on_gpu(network, chosen)
-        except ModuleNotFoundError as error:
+            if on_gpu is None:
+                from fastcal.observe import count  # noqa: F401 - compiled or loaded now, not with the first batch
+                from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver
+            else:
+                from fastcal.observe import with_cuda  # noqa: F401
+        except (Exception, SystemExit) as error:
             raise missing("backend onnxruntime", error) from error
+        return OnnxRuntimeObserver(network, self.threads) if on_gpu is None else self._on_gpu(network, on_gpu)
 
     def observe(self, network: Network, feed: Feed, progress: Report, enough: Enough | None = None) -> Observations:
         """Observe a network: see `Backend.observe`. The CPU runs it in FP32."""
@@ -130,12 +135,6 @@ class OnnxRuntimeBackend(LocalBackend):
         if gpu is not None:
             _log.warning("ONNX Runtime has no CUDA provider here, so the CPU runs the network: run fastcal doctor")
         return None
-
-    def _on_cpu(self, model: Model) -> AbstractContextManager[Observer]:
-        from fastcal.observe import count  # noqa: F401 - compiled or loaded now, not with the first batch
-        from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver
-
-        return OnnxRuntimeObserver(model, self.threads)
 
     @contextmanager
     def _on_gpu(self, model: Model, gpu: int) -> Iterator[Observer]:
@@ -208,7 +207,7 @@ def has_cuda_provider() -> bool:
     """Return whether the installed ONNX Runtime has the CUDA provider, which only onnxruntime-gpu has."""
     try:
         import onnxruntime
-    except ImportError:
+    except (Exception, SystemExit):  # whatever is wrong is reported where a network is to run
         return False
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 

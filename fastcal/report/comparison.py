@@ -86,7 +86,7 @@ def compare(
         raise FastcalError(f"a cache is named {min(named)!r} as an algorithm is; name it otherwise")
     given = {label: load_for(network, cache) for label, cache in (caches or {}).items()}
     counting, comparing = _in_two_passes(progress)
-    with as_feed(feed, network.input_names, "cpu") as batches:
+    with as_feed(feed, network, "cpu") as batches:
         fresh = calibrate(
             network, batches, backend="onnxruntime", threads=threads, progress=counting,
             tensorrt_version=DEFAULT_TENSORRT_VERSION,

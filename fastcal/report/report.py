@@ -10,14 +10,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastcal.cache.cache import CalibrationCache
-from fastcal.errors import CacheError
+from fastcal.errors import CacheError, counted
 from fastcal.files import write_atomically
-from fastcal.observe.histogram import Histogram, Observations
+from fastcal.observe.histogram import MANY_CLIPPED, Histogram, Observations
 from fastcal.report.plots import draw_histogram, draw_over_time
 from fastcal.versions import installed
 
-#: The limits for remarks: the share of clipped values, and the factor between a scale and each of its neighbours'.
-_CLIPPED = 0.0005
+#: The limit for remarks: the factor between a scale and each of its neighbours'.
 _FAR = 16
 
 #: The number of neighbours before and after a tensor, and the most tensors that are listed as worth a look.
@@ -112,7 +111,7 @@ def _remarks(
         yield (0, -sum(left_out.values())), f"{' and '.join(texts)} left out"
     if not histogram.amax:
         yield (1,), "always 0"
-    if clipped >= _CLIPPED:
+    if clipped >= MANY_CLIPPED:
         yield (2, -clipped), f"{100 * clipped:.2f} % clipped"
     factors = [scale / other for other in neighbours if other]
     if scale and factors:
@@ -137,7 +136,7 @@ def _about(cache: CalibrationCache, observed: Observations, more: Mapping[str, s
     facts = {
         "network": observed.network,
         **more,
-        "samples": f"{_samples(cache, observed)} in {observed.progress[-1].batches} batches",
+        "samples": f"{_samples(cache, observed)} in {counted(observed.progress[-1].batches, 'batch')}",
         "prepared": prepared,
         "scales by": f"{algorithm.name}{percentile}",
         "run by": f"{observed.backend}, {observed.precision}",

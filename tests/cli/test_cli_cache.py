@@ -177,7 +177,7 @@ def test_quantize_takes_a_cache_in_any_form(run_fastcal, calibrated, tmp_path):
 
 
 def test_json_lines_tell_the_progress_and_the_outcome(run_fastcal, tmp_path):
-    words = ("calibrate", MODEL, DIGITS / "images", "-o", "x.cache", "--batch-size", 48)
+    words = ("calibrate", MODEL, DIGITS / "images", "-o", "x.cache", "--batch-size", 48, "--last-batch", "wrap")
     done = run_fastcal(*words, "--json", cwd=tmp_path)
     *progress, last = map(json.loads, done.stdout.splitlines())
     assert progress

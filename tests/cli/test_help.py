@@ -7,6 +7,7 @@ import sys
 import pytest
 import typer
 
+from conftest import ROOT
 from fastcal.algorithm import ALGORITHMS, DEFAULT_QUANTILE, VERSIONED
 from fastcal.cli import app
 from fastcal.feed.preprocess import PRESETS
@@ -34,7 +35,7 @@ def test_every_name_is_there(command, option, names):
 
 def test_no_other_algorithm_is_there():
     for command, names in (("calibrate", ALGORITHMS), ("convert", VERSIONED)):
-        listed = OPTIONS[command]["algorithm"].help.partition(": ")[2]
+        listed = OPTIONS[command]["algorithm"].help.partition(": ")[2].partition(".")[0]
         assert tuple(re.findall(r"\w+", listed)) == names
 
 
@@ -50,3 +51,14 @@ def test_help_imports_no_library():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_documentations_page_has_every_option():
+    """The page of the command line names every option of the commands that calibrate, and no other."""
+    page = (ROOT / ".docs" / "pages" / "command-line.md").read_text()
+    named = set(re.findall(r"--[a-z][a-z-]+", page))
+    commands = ("calibrate", "compare", "quantize", "preview")
+    options = {text for command in commands for option in OPTIONS[command].values() for text in option.opts}
+    rare = {"--output", "--tf32", "--tactic-sources", "--cache", "--model"}  # --help has them
+    assert {text for text in options if text.startswith("--")} - rare <= named
+    assert named - options <= {"--help", "--install-completion"}

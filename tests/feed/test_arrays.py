@@ -1,16 +1,19 @@
 """Batches of the caller's in every form they come in. Arrays on a GPU are in test_arrays_gpu.py."""
 
 import gc
+import importlib.util
 import itertools
 import threading
 import time
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from conftest import is_unnamed
 from fastcal import ArrayFeed, FastcalError, Feed, ImageFeed, Preprocess, calibrate
+from fastcal.device import is_on_gpu, with_interface
 from fastcal.feed.feed import length
 
 
@@ -375,8 +378,8 @@ class Unreadable:
         ([{"a": np.ones(3)}, {"b": np.ones(3)}], None, r"batch 1 has the inputs \['b'\], batch 0 has \['a'\]"),
         ([{"a": np.ones(3)}, {"a": np.ones(3, int)}], None, "batch 1 has 'a' of int64, batch 0 of float32; all need"),
         (numbers(2, 3), None, "batch 1 has 3 samples, batch 0 has 2; only the last may have fewer"),
-        (numbers(2, 1, 2), None, "batch 1 has 1 samples, batch 0 has 2; only the last may have fewer"),
-        (numbers(2, 1, 1), None, "batch 1 has 1 samples, batch 0 has 2; only the last may have fewer"),
+        (numbers(2, 1, 2), None, "batch 1 has 1 sample, batch 0 has 2; only the last may have fewer"),
+        (numbers(2, 1, 1), None, "batch 1 has 1 sample, batch 0 has 2; only the last may have fewer"),
         (
             [{"a": np.ones((3, 2))}, {"a": np.ones((1, 4))}],
             None,
@@ -500,3 +503,52 @@ def test_passes_change_nothing_in_what_a_feed_is_made_from():
     for _ in range(3):
         list(feed)
     assert feed.describe() == described
+
+
+class View:
+    """An array of Polygraphy's form: an address, a shape and a type."""
+
+    def __init__(self, ptr, shape, dtype):
+        self.ptr, self.shape, self.dtype = ptr, shape, dtype
+
+
+@pytest.mark.parametrize("dtype", [np.float16, SimpleNamespace(name="float16")])
+def test_an_address_with_a_shape_and_a_type_is_an_array_on_a_gpu(dtype):
+    array = with_interface(View(4096, (2, 3), dtype))
+    assert array.__cuda_array_interface__ == {
+        "data": (4096, False), "shape": (2, 3), "typestr": "<f2", "version": 3, "stream": 1,
+    }  # fmt: skip
+    assert is_on_gpu(array)
+    own = np.ones(3)
+    assert with_interface(own) is own
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy reads it: see test_arrays_gpu.py")
+def test_an_address_needs_cupy():
+    with (
+        ArrayFeed([{"x": View(4096, (2, 3), np.float32)}], device="cpu") as feed,
+        pytest.raises(FastcalError, match="lies on a GPU, and CuPy, which reads it, is not installed"),
+    ):
+        list(feed)
+
+
+@pytest.mark.parametrize("value", [7, 2**47, np.int64(3), np.uint64(2**47)])
+@pytest.mark.parametrize("form", [dict, tuple, list])
+def test_a_plain_integer_is_no_array(value, form):
+    batch = {"x": value, "y": np.ones((1, 2))} if form is dict else form([value, np.ones((1, 2))])
+    with (
+        ArrayFeed([batch], ["x", "y"], device="cpu") as feed,
+        pytest.raises(
+            FastcalError,
+            match=rf"^batch 0, input 'x' is the number {value}; if it is a device address, give an array over",
+        ),
+    ):
+        list(feed)
+
+
+def test_an_array_of_one_integer_is_one(onnx_file):
+    model = onnx_file("f (int64 k, float[N] x) => (float[N] y) { c = Cast<to = 1>(k) y = Mul(x, c) }")
+    batch = {"k": np.array(3), "x": np.array([2.0])}
+    assert calibrate(model, [batch], algorithm="minmax", backend="onnxruntime").scales["y"] == pytest.approx(6 / 127)
+    with pytest.raises(FastcalError, match="input 'k' is the number 3"):
+        calibrate(model, [batch | {"k": 3}], backend="onnxruntime")

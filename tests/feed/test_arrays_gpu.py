@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +48,17 @@ def allocated_anew():
         yield {"x": cupy.full(SHAPE, number, cupy.float32)}
 
 
+def of_polygraphys_form():
+    """An address, a shape and a type, as Polygraphy's DeviceView has them, filled on CUDA's default stream."""
+    import cupy
+
+    array = cupy.empty(SHAPE, cupy.float32)
+    for number in range(BATCHES):
+        with cupy.cuda.Stream.null:
+            array[:] = number
+        yield {"x": SimpleNamespace(ptr=array.data.ptr, shape=array.shape, dtype=np.float32)}
+
+
 def of_torch():
     import torch
 
@@ -80,7 +92,7 @@ def of_dali_on_the_gpu():
 
 
 SOURCES = [
-    on_the_host, of_cupy, of_cupy_on_a_stream, allocated_anew, of_torch, of_torch_on_a_stream,
+    on_the_host, of_cupy, of_cupy_on_a_stream, allocated_anew, of_polygraphys_form, of_torch, of_torch_on_a_stream,
     of_torch_in_pinned_memory, of_dali_on_the_gpu,
 ]  # fmt: skip
 

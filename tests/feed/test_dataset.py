@@ -102,8 +102,8 @@ def test_one_class_is_not_balanced(folder):
     [
         ("missing", r"no such file or folder: .*missing"),
         ("empty", r"empty is empty; name a folder with .bmp, .*"),
-        ("texts", r"texts has 1 files, none of them an image"),
-        ("*.gif", r"pattern .*\*.gif matches nothing; name a folder with .bmp, "),
+        ("texts", r"texts has 1 file, none of them an image \(.*readme.md is a text file\); name a folder with .bmp, "),
+        ("*.heic", r"pattern .*\*.heic matches nothing; name a folder with .bmp, "),
         ("nothing.txt", r"list file .*nothing.txt is empty"),
         ("wrong.txt", r"wrong.txt, entry 2: no such file: .*gone.jpg"),
         ("train.tar.gz", r"train.tar.gz is compressed; shards are read as they are, so decompress it"),
@@ -172,3 +172,11 @@ def test_the_seed_decides_the_shuffled_order():
     )
     again = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert again.stdout.strip() == str([int(path) for path in shuffled])
+
+
+def test_a_spread_limit_takes_samples_from_all():
+    paths = [f"/data/{name}/{number}" for name in ("cat", "dog", "fish") for number in range(4)]
+    options = {"shuffle": False, "seed": 0, "balance": False, "spread": True}
+    assert order(paths, limit=3, **options) == ["/data/cat/0", "/data/dog/0", "/data/fish/0"]
+    assert order(paths, limit=5, **options) == [paths[number] for number in (0, 2, 4, 7, 9)]
+    assert order(paths, limit=None, **options) == order(paths, limit=99, **options) == paths

@@ -124,7 +124,7 @@ def test_the_last_batch_can_be_dropped(photographs, caplog):
         feed = ImageFeed(photographs, preprocess=SMALL, batch_size=4, last_batch="drop")
     assert "the last 2 are dropped" in caplog.text
     assert len(feed) == len(all_of(feed)) == 1
-    with pytest.raises(FastcalError, match="6 images make no batch of 7"):
+    with pytest.raises(FastcalError, match="6 images: no batch of 7 is left"):
         ImageFeed(photographs, preprocess=SMALL, batch_size=7, last_batch="drop")
 
 
@@ -271,7 +271,7 @@ def test_the_image_that_cannot_be_read_is_named(photographs, tmp_path, kind):
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"limit": 0}, "limit is 0"),
         ({"depth": 1}, "depth is 1; it must be at least 2"),
-        ({"last_batch": "pad"}, "no last_batch 'pad'; choose wrap or drop"),
+        ({"last_batch": "pad"}, "no last_batch 'pad'; choose wrap, drop or keep"),
         ({"preprocess": "imagnet"}, "no preset 'imagnet'"),
     ],
 )
@@ -316,3 +316,87 @@ def test_what_a_feed_is_made_from_is_told_apart(photographs, tmp_path, monkeypat
     (elsewhere / "0.jpg").unlink()
     with pytest.raises(FastcalError, match=r"cannot read .*0.jpg: No such file"):
         feed.describe()
+
+
+MODELS = {
+    "dynamic": "f (float[N, 3, 8, 8] x) => (float[N, 3, 8, 8] y) { y = Relu(x) }",
+    "fixed": "f (float[4, 3, 8, 8] x) => (float[4, 3, 8, 8] y) { y = Relu(x) }",
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "sizes"),
+    [
+        ("dynamic", {"batch_size": 4}, [4, 2]),
+        ("dynamic", {"batch_size": 3}, [3, 3]),
+        ("dynamic", {}, [6]),
+        ("dynamic", {"batch_size": 4, "last_batch": "wrap"}, [4, 4]),
+        ("dynamic", {"batch_size": 4, "last_batch": "drop"}, [4]),
+        ("dynamic", {"batch_size": 2, "limit": 5}, [2, 2, 1]),
+        ("fixed", {}, [4, 4]),
+        ("fixed", {"last_batch": "drop"}, [4]),
+        (None, {"batch_size": 4}, [4, 4]),
+        (None, {"batch_size": 4, "last_batch": "keep"}, [4, 2]),
+    ],
+)
+def test_the_last_batch_of_a_dynamic_model_is_smaller(photographs, onnx_file, caplog, model, options, sizes):
+    caplog.set_level(logging.INFO, "fastcal")
+    path = model and onnx_file(MODELS[model])
+    single = ImageFeed(photographs, preprocess=Preprocess(size=(8, 8)), batch_size=1, device="cpu")
+    images = [batch["input"][0].copy() for batch in single]
+    for _ in range(2):
+        with ImageFeed(
+            photographs, preprocess=Preprocess(size=(8, 8)), model=path, device="cpu", threads=1, **options
+        ) as feed:
+            batches = [next(iter(batch.values())).copy() for batch in feed]
+            assert [len(batch) for batch in batches] == sizes == [feed.batch_size] * (len(sizes) - 1) + sizes[-1:]
+            assert (len(feed), feed.batch_size) == (len(sizes), sizes[0])
+            for number, image in enumerate(np.concatenate(batches)):
+                np.testing.assert_array_equal(image, images[number % 6])
+    assert ("completed" in caplog.text) == (sum(sizes) > 6)
+
+
+def test_what_is_unreadable_makes_the_last_batch_smaller(tmp_path):
+    for number in range(7):
+        Image.new("RGB", (8, 8), (number,) * 3).save(tmp_path / f"{number}.png")
+    for bad in (1, 6):
+        (tmp_path / f"{bad}.png").write_bytes(b"no image")
+    feed = ImageFeed(
+        tmp_path, preprocess=Preprocess(size=(8, 8)), batch_size=3, last_batch="keep", skip_unreadable=True,
+        max_unreadable=50, device="cpu",
+    )  # fmt: skip
+    for _ in range(2):
+        assert [batch["input"][:, 0, 0, 0].tolist() for batch in feed] == [[0, 2, 3], [4, 5]]
+    assert (len(feed), feed.samples) == (2, 5)
+    feed.close()
+
+
+def test_parts_of_a_feed_with_a_smaller_last_batch(photographs, onnx_file):
+    feed = ImageFeed(photographs, model=onnx_file(MODELS["dynamic"]), batch_size=4, device="cpu")
+    parts = [feed.part(range(number, number + 1), gpu=None, threads=1) for number in range(2)]
+    whole = [batch["x"].copy() for batch in feed]
+    for part, expected in zip(parts, whole, strict=True):
+        (batch,) = part
+        np.testing.assert_array_equal(batch["x"], expected)
+        part.close()
+    feed.close()
+
+
+def test_a_record_without_a_last_batch_of_its_own_is_that_of_any(photographs, onnx_file):
+    model = onnx_file(MODELS["dynamic"])
+
+    def described(**options):
+        return ImageFeed(photographs, model=model, device="cpu", **options).describe()["last_batch"]
+
+    assert [described(batch_size=3), described(batch_size=3, last_batch="wrap")] == ["wrap", "wrap"]
+    assert [described(batch_size=4), described(batch_size=4, last_batch="wrap")] == ["keep", "wrap"]
+
+
+def test_constants_of_every_sample_are_as_many_as_the_samples(photographs, onnx_file):
+    model = onnx_file(
+        """f (float[N, 3, 8, 8] x, float[N, 1] s, float[4, 1] t) => (float[N, 1] y) { y = Identity(s) }"""
+    )
+    constants = {"s": np.ones((1, 1)), "t": np.ones((4, 1))}
+    with ImageFeed(photographs, model=model, batch_size=4, constants=constants, device="cpu") as feed:
+        shapes = [{name: array.shape[0] for name, array in batch.items()} for batch in feed]
+    assert shapes == [{"x": 4, "s": 4, "t": 4}, {"x": 2, "s": 2, "t": 4}]

@@ -61,10 +61,12 @@ def seen(feed, name="x"):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"batch_size": 2}, [[0, 1], [2, 3], [4, 0]]),
+        ({"batch_size": 2}, [[0, 1], [2, 3], [4]]),
+        ({"batch_size": 2, "last_batch": "wrap"}, [[0, 1], [2, 3], [4, 0]]),
         ({"batch_size": 2, "last_batch": "drop"}, [[0, 1], [2, 3]]),
         ({"batch_size": 2, "last_batch": "keep"}, [[0, 1], [2, 3], [4]]),
-        ({"batch_size": 7}, [[0, 1, 2, 3, 4, 0, 1]]),
+        ({"batch_size": 7}, [[0, 1, 2, 3, 4]]),
+        ({"batch_size": 7, "last_batch": "wrap"}, [[0, 1, 2, 3, 4, 0, 1]]),
         ({"batch_size": 7, "last_batch": "keep"}, [[0, 1, 2, 3, 4]]),
         ({"batch_size": 3, "limit": 3}, [[0, 1, 2]]),
     ],
@@ -236,7 +238,7 @@ def test_a_record_tells_files_and_settings_apart(save):
             r"2 batches of 1000000000000 samples take 44703.5 GiB of memory, and .* are free; use a smaller batch size",
         ),
         ({"a": batch(0)}, {"last_batch": "pad"}, "no last_batch 'pad'"),
-        ({"a": batch(0)}, {"batch_size": 2, "last_batch": "drop"}, "1 samples make no batch of 2"),
+        ({"a": batch(0)}, {"batch_size": 2, "last_batch": "drop"}, "1 sample: no batch of 2 is left"),
         (
             {"a": np.zeros((2, 2, 4), "f4")},
             {"model": ONE},
@@ -272,7 +274,7 @@ def test_different_numbers_of_samples_and_files_of_the_wrong_kind(onnx_file, sav
     folder = save(x__a=np.zeros((3, 2), "f4"), i__a=np.zeros((2, 1), int), z={"x": batch(0)})
     with pytest.raises(FastcalError, match="different numbers of samples, 'x' 3, 'i' 2; every sample needs"):
         NumpyFeed({"x": folder / "x", "i": folder / "i"}, model=onnx_file(TWO))
-    with pytest.raises(FastcalError, match=r"z.npz is no array; name .npy files"):
+    with pytest.raises(FastcalError, match=r"z.npz is an array archive, no array; name .npy files"):
         NumpyFeed({"x": folder / "z.npz"})
     with pytest.raises(FastcalError, match=r"no such file or folder: .*nowhere; name a folder"):
         NumpyFeed(folder / "nowhere")
@@ -294,14 +296,24 @@ def test_as_many_samples_as_there_are_make_a_batch_of_any_size(save):
 def test_a_damaged_file_is_named(save, name):
     folder = save(a=batch(0), b=batch(1)) if name == "b.npy" else save(a={"x": batch(0)}, b={"x": batch(1)})
     whole = (folder / name).read_bytes()
-    other = save(other=batch(0)) / "other.npy" if name == "b.npz" else save(other={"x": batch(0)}) / "other.npz"
-    other = other.rename(folder / "other")
-    for content in (whole[:-1], whole[:60], b"", b"no array", other.read_bytes()):
+    unclosed = whole.replace(b"'shape': (", b"'shape': {", 1)  # which Python's tokenizer rejects
+    encrypted = whole.replace(b"PK\1\2\x2d\3\x2d\0\0\0", b"PK\1\2\x2d\3\x2d\0\1\0")
+    unknown = whole.replace(b"PK\1\2\x2d\3\x2d\0", b"PK\1\2\x2d\3\xff\0")
+    damaged = [unclosed] if name == "b.npy" else [encrypted, unknown]
+    assert whole not in damaged
+    for content in (whole[:-1], whole[:60], b"", b"no array", *damaged):
         (folder / name).write_bytes(content)
         with pytest.raises(FastcalError, match=rf"cannot read .*{name}: damaged, or no array of numbers"):
             list(NumpyFeed(folder, batch_size=1))
         with pytest.raises(FastcalError, match=rf"cannot read .*{name}: damaged, or no array of numbers"):
             NumpyFeed(folder / name, batch_size=1)
+
+
+def test_a_files_content_decides_and_not_its_name(save):
+    folder = save(a=batch(0, 1), b={"x": batch(2, 3)})
+    for name, other, numbers in (("a.npy", "c.npz", [0, 1]), ("b.npz", "d.npy", [2, 3]), ("a.npy", "e.dat", [0, 1])):
+        (folder / other).write_bytes((folder / name).read_bytes())
+        assert seen(NumpyFeed(folder / other, batch_size=2, input_name=None if name == "b.npz" else "x")) == [numbers]
 
 
 def test_a_file_that_is_gone_in_the_middle_of_a_pass_is_named(save):

@@ -3,9 +3,11 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from fastcal import ImageFeed
 from fastcal.errors import DataError
-from fastcal.feed.preprocess import Preprocess
+from fastcal.feed.preprocess import PRESETS, Preprocess
 
 
 @pytest.mark.parametrize(
@@ -300,3 +302,42 @@ def test_it_prints_what_it_does():
 )
 def test_what_gives_other_pixels_prints_otherwise(change):
     assert str(replace(IMAGENET, **change)) != str(IMAGENET)
+
+
+@pytest.mark.parametrize(
+    ("values", "remedy"),
+    [
+        ({"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}, "1 / 255"),
+        ({"mean": (0.5,), "std": (0.5,)}, "1 / 255"),
+        ({"std": (0.25,)}, "1 / 255"),
+        ({"mean": (0.449,)}, "1 / 255"),
+        ({"std": (1 / 255,)}, "1 / 255"),
+        ({"scale": 1 / 255, "mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}, "1 if"),
+        ({"scale": 1 / 255, "mean": (127.5,)}, "1 if"),
+        ({"scale": 1 / 255, "std": (127.5,)}, "1 if"),
+    ],
+)
+def test_mean_and_std_of_another_range_than_the_pixels_are_remarked_on(tmp_path, caplog, values, remedy):
+    Image.new("RGB", (8, 8)).save(tmp_path / "i.png")
+    ImageFeed(tmp_path, preprocess=Preprocess(size=(8, 8), **values), device="cpu")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"not of the range of the scaled pixels, 0 to {255 * values.get('scale', 1):.4g}: set scale to {remedy}" in (
+        record.getMessage()
+    )
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        *map(Preprocess.preset, PRESETS),
+        Preprocess(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)),
+        Preprocess(mean=(127.5,), std=(127.5,)),
+        Preprocess(std=(255.0,)),
+        Preprocess(scale=1 / 255, mean=(0.1307,), std=(0.3081,), channels="GRAY"),
+        Preprocess(scale=2 / 255, mean=(1.0,)),
+        Preprocess(scale=1 / 255, mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 0.1)),
+    ],
+)
+def test_usual_means_and_stds_are_not_remarked_on(preprocess):
+    assert preprocess.remark == ""

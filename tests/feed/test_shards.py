@@ -262,7 +262,9 @@ def test_shards_that_are_none(tmp_path, encoded):
     (tmp_path / "text.tar").write_bytes(b"no archive" * 100)
     with tarfile.open(tmp_path / "zipped.tar", "w:gz") as archive:
         add(archive, "a.jpg", encoded[0])
-    for name in ("cut", "text", "zipped"):
+    with pytest.raises(FastcalError, match=r"zipped.tar is compressed; .* decompress it to a .tar file"):
+        ImageFeed(tmp_path / "zipped.tar")
+    for name in ("cut", "text"):
         with pytest.raises(
             FastcalError, match=rf"cannot read .*{name}.tar: .*; shards are tar files that are not compr"
         ):
@@ -271,6 +273,10 @@ def test_shards_that_are_none(tmp_path, encoded):
     record.write_bytes(record.read_bytes()[:-1])
     with pytest.raises(FastcalError, match=r"a.tfrecord breaks off in record 1, or is no TFRecord file; replace it"):
         ImageFeed(record)
+    for length in (1, 9, 12, 15):
+        (tmp_path / "b.tfrecord").write_bytes(bytes(length))
+        with pytest.raises(FastcalError, match=r"b.tfrecord breaks off in record 0, or is no TFRecord file; replace"):
+            ImageFeed(tmp_path / "b.tfrecord")
     (tmp_path / "b.tfrecord").write_bytes(b"")
     with pytest.raises(FastcalError, match=r"b.tfrecord has no sample with an image; the images' feature is the key"):
         ImageFeed(tmp_path / "b.tfrecord")

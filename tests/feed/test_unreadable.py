@@ -152,9 +152,9 @@ def test_the_first_are_logged_with_their_reasons(tmp_path, caplog):
         list(feed)
         list(feed)
     assert [record.getMessage().replace(str(tmp_path), "") for record in caplog.records] == [
-        "skipped: /01.jpg cannot be decoded: damaged, or no image DALI knows; replace or remove it",
+        "skipped: /01.jpg cannot be decoded: it is a text file; replace or remove it",
         "skipped: /02.jpg is empty (0 bytes); replace or remove it",
-        "skipped: /04.jpg cannot be decoded: damaged, or no image DALI knows; replace or remove it",
+        "skipped: /04.jpg cannot be decoded: it is a text file; replace or remove it",
     ]
     assert len(feed.skipped) == 5
 
