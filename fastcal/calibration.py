@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm
+from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record, read_record, why_no_record
-from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
+from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing, quoted
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
 from fastcal.model import Model, Network, as_network
@@ -169,6 +169,9 @@ class Calibration:
             return None, f"its header is {found.header}, not {self.header}"
         if not found.scales:
             return None, "it holds no scales"
+        broken = [f"{name} is {fault}" for name, fault in found.faults.items() if found.scales[name] != 0]
+        if broken:
+            return None, f"the scale of {first_few(broken)}"
         earlier = read_record(path, data)
         if earlier is None:
             return None, f"nothing tells what it was made from: {why_no_record(path)}"
@@ -201,8 +204,10 @@ class Calibration:
             raise ModelError(
                 f"{network.label} has no float tensor: there is nothing to calibrate; export the network in float"
             )
+        _check_inputs(network, observed.histograms)
         _warn_of_nonfinite(observed.histograms)
         cache = self.cache(self.algorithm.scales(observed))
+        _warn_of_extremes(cache.scales, observed.histograms)
         assert cache.record is not None
         # Workers decide on the backend, and so on the precision, when they run.
         record = Record({**cache.record.entries, "precision": observed.precision})
@@ -251,6 +256,33 @@ def _tensorrt_version(asked: str | None) -> str:
         return check_tensorrt_version(installed)
     _log.info("TensorRT is not installed here: the cache is written for TensorRT %s", DEFAULT_TENSORRT_VERSION)
     return DEFAULT_TENSORRT_VERSION
+
+
+def _check_inputs(network: Network, histograms: Mapping[str, Histogram]) -> None:
+    """Raise DataError if the batches of an input hold no finite value; warn of inputs that are always 0."""
+    seen = {name: histograms[name] for name in network.input_names if name in histograms}
+    empty = [name for name, found in seen.items() if (found.nan or found.inf) and not found.counts.any()]
+    if empty:
+        raise DataError(
+            f"the batches hold nothing but NaN or infinite values for input {quoted(empty)} of {network.label}; check "
+            "what reads and prepares them"
+        )
+    zero = [name for name, found in seen.items() if not found.amax]
+    if zero:
+        _log.warning(
+            "the batches hold nothing but 0 for input %s of %s: its scale is 0; check what reads and prepares them",
+            quoted(zero), network.label,
+        )  # fmt: skip
+
+
+def _warn_of_extremes(scales: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
+    extreme = [name for name, scale in scales.items() if scale > 1 and fault_of_scale(scale)]
+    if extreme:
+        _log.warning(
+            "INT8 keeps nothing but the extreme values of %s: if these are a mask, clamp it in the network, to -10000 "
+            "for instance",
+            first_few([f"{name} ({histograms[name].amax:.3g})" for name in extreme]),
+        )  # fmt: skip
 
 
 def _warn_of_nonfinite(histograms: Mapping[str, Histogram]) -> None:

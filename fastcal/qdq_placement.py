@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
+from fastcal.algorithm import fault_of_scale
 from fastcal.errors import CacheError
 from fastcal.model import node_label
 from fastcal.qdq_graph import Edge, Graph, attribute
@@ -111,7 +112,7 @@ class Placement:
         if name not in self._scales:
             return f"no scale for {name}"
         scale = self._scales[name]
-        return "" if 0 < scale < np.inf else f"the scale of {name} is {scale:g}"
+        return f"the scale of {name} is {scale:g}" if fault_of_scale(scale) else ""
 
     def _ends_in_convolution(self, name: str) -> bool:
         """Return True if a quantized convolution computes a tensor, and TensorRT fuses its only reader with it."""

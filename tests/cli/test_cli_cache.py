@@ -149,7 +149,9 @@ def test_what_is_wrong_is_one_line(run_fastcal, work, arguments, message):
 def test_check(run_fastcal, calibrated, tmp_path):
     for data in ((), (DIGITS / "images",)):
         done = run_fastcal("cache", "check", "digits.cache", MODEL, *data, cwd=calibrated)
-        assert (done.returncode, done.stdout) == (0, "in order: 0 missing, 0 unknown, 0 stale\n"), done.stderr
+        assert (done.returncode, done.stdout) == (0, "in order: 0 missing, 0 unknown, 0 invalid, 0 stale\n"), (
+            done.stderr
+        )
     done = run_fastcal("cache", "check", "digits.cache", MODEL, DIGITS / "images", "--limit", "64", cwd=calibrated)
     assert done.returncode == 1
     assert "stale      images (256 then, 64 now)\n" in done.stdout
