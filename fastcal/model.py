@@ -14,6 +14,7 @@ import onnx
 
 from fastcal.batch import Input, known_sizes
 from fastcal.errors import ModelError
+from fastcal.graph import constants_of, varying_in
 
 #: The element types that count as float.
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -92,8 +93,12 @@ class Model:
 
     @property
     def has_pairs(self) -> bool:
-        """True if the model has QuantizeLinear or DequantizeLinear nodes, and so is quantized already."""
-        return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in self.proto.graph.node)
+        """True if QuantizeLinear or DequantizeLinear nodes round activations: the model is quantized already.
+
+        Such nodes may compute the weights: stored INT8 weights are constants like others.
+        """
+        pairs = (node for node in self.proto.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear"))
+        return any(not self.varying.keys().isdisjoint(node.output) for node in pairs)
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
@@ -102,8 +107,7 @@ class Model:
         Raises:
             ModelError: The model has no inputs, or an input is not a tensor or has an unknown rank.
         """
-        constants = {tensor.name for tensor in self.proto.graph.initializer}
-        constants |= {tensor.values.name for tensor in self.proto.graph.sparse_initializer}
+        constants = constants_of(self.proto.graph)
         values = [value for value in self.proto.graph.input if value.name not in constants]
         if not values:
             raise ModelError(f"{self.label} has no inputs: its outputs are constant and need no calibration")
@@ -120,6 +124,11 @@ class Model:
         return Input(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
 
     @cached_property
+    def varying(self) -> Mapping[str, None]:
+        """The names of the tensors that depend on the inputs, or on chance: all others are constants."""
+        return varying_in(self.proto.graph)
+
+    @cached_property
     def activations(self) -> tuple[str, ...]:
         """The names of the tensors that the nodes compute, in the graph's order, of any type.
 
@@ -132,8 +141,8 @@ class Model:
     def tensors(self) -> frozenset[str]:
         """The names of all tensors of the graph: inputs, constants and the outputs of nodes."""
         graph = self.proto.graph
-        values = [*graph.input, *graph.initializer, *(tensor.values for tensor in graph.sparse_initializer)]
-        return frozenset(value.name for value in values) | {name for node in graph.node for name in node.output if name}
+        names = {value.name for value in graph.input} | constants_of(graph)
+        return frozenset(names) | {name for node in graph.node for name in node.output if name}
 
     @cached_property
     def calibrated(self) -> tuple[str, ...]:
@@ -142,12 +151,7 @@ class Model:
         In the graph's order, inputs first, without tensors whose type ONNX cannot infer; errors as `types`.
         """
         floats = {name for name, kind in self.types.items() if kind in FLOATS}
-        varying = dict.fromkeys(value.name for value in self.inputs)
-        for node in self.proto.graph.node:
-            # A subgraph may read tensors of this graph that are not among the node's inputs.
-            if not varying.keys().isdisjoint(node.input) or any(value.HasField("g") for value in node.attribute):
-                varying |= dict.fromkeys(name for name in node.output if name)
-        return tuple(name for name in varying if name in floats)
+        return tuple(name for name in self.varying if name in floats)
 
     @cached_property
     def types(self) -> Mapping[str, int]:

@@ -46,8 +46,9 @@ def quantize(
     - An average pooling has a pair on its input if its output is quantized too. MaxPool, Concat and the layers that
       only change the shape need no pair: TensorRT moves the next pair through them.
 
-    A layer stays in float if the cache has no scale for the layer's input, or the scale 0, or if the layer's weights
-    are computed or not float32. The log names these layers.
+    Weights may be any constant: an expression that depends on no input, such as a Cast or the DequantizeLinear of
+    stored INT8, is computed and stored. A layer stays in float if the cache has no scale for the layer's input, or the
+    scale 0, or if the layer's weights depend on the inputs or are not float32. The log names these layers.
 
     Args:
         model: The ONNX file.

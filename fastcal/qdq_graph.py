@@ -1,6 +1,6 @@
 """`Graph`: the connections and constants of an ONNX graph, and the insertion of Q/DQ pairs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -8,8 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.ops.op_dequantize_linear import DequantizeLinear_21
 
 from fastcal.errors import ModelError
+from fastcal.graph import reads
 from fastcal.model import Model, node_label
 
 #: One input of one node: the number of the node in the graph's order, and the index of the input.
@@ -37,10 +40,11 @@ class Graph:
                 self.readers.setdefault(name, []).append((number, index))
         self._initializers = {tensor.name: tensor for tensor in self.proto.graph.initializer}
         self._constants: dict[str, npt.NDArray[Any] | None] = {}
+        self._folded: set[str] = set()
         self._check_for_cycles()
 
     def constant(self, name: str) -> npt.NDArray[Any] | None:
-        """Return the value of a weight or another constant, also of a transposed one; None for other tensors."""
+        """Return the value of a weight or another constant, also of a computed one; None for other tensors."""
         if name not in self._constants:
             self._constants[name] = self._read_constant(name)
         return self._constants[name]
@@ -48,21 +52,28 @@ class Graph:
     def _read_constant(self, name: str) -> npt.NDArray[Any] | None:
         if name in self._initializers:
             return numpy_helper.to_array(self._initializers[name])
-        if name not in self.producers:
+        if name in self.model.varying or name not in self.producers:
             return None
-        node = self.nodes[self.producers[name]]
-        if node.op_type == "Constant":
-            tensor = attribute(node, "value", None)
-            return None if tensor is None else numpy_helper.to_array(tensor)
-        if node.op_type not in ("Identity", "Transpose"):
-            return None
-        value = self.constant(node.input[0])
-        if value is None or node.op_type == "Identity":
-            return value
+        needed, unread = {self.producers[name]}, [self.producers[name]]
+        while unread:
+            before = {self.producers[each] for each in reads(self.nodes[unread.pop()]) if each in self.producers}
+            unread += before - needed
+            needed |= before
         try:
-            return np.transpose(value, attribute(node, "perm", None))
-        except ValueError as error:
-            raise self.model.invalid(f"node {node_label(node)!r}: {error}") from error
+            return self._compute(name, [self.nodes[number] for number in sorted(needed)])
+        except Exception:  # an operator is unknown or the graph is invalid: the weights stay as they are
+            return None
+
+    def _compute(self, name: str, nodes: Sequence[onnx.NodeProto]) -> npt.NDArray[Any]:
+        """Return the value of a tensor that these nodes compute from initializers."""
+        leaves = {each for node in nodes for each in reads(node)} & self._initializers.keys()
+        values = {leaf: numpy_helper.to_array(self._initializers[leaf]) for leaf in leaves}
+        inputs, outputs = ([onnx.ValueInfoProto(name=each) for each in names] for names in (leaves, [name]))
+        graph = helper.make_graph(nodes, "constant", inputs, outputs)
+        model = helper.make_model(graph, opset_imports=self.proto.opset_import)
+        with np.errstate(all="ignore"):
+            found: Any = ReferenceEvaluator(model, new_ops=[DequantizeLinear]).run(None, values)
+        return np.asarray(found[0])
 
     def _check_for_cycles(self) -> None:
         read = {
@@ -90,6 +101,8 @@ class Graph:
                 axis = axes[number, index]
                 if (name, axis) not in dequantized:
                     weights = self.constant(name)
+                    if weights is not None:
+                        self._fold(name)
                     scale = np.asarray(scales[name], "f4") if weights is None else _weight_scales(weights, axis)
                     pair, parameters = _pair(name, taken, scale, axis)
                     nodes += pair
@@ -99,7 +112,41 @@ class Graph:
             nodes.append(node)
         self.proto.ir_version = max(self.proto.ir_version, _FIRST_IR)
         self.proto.graph.ClearField("node")
-        self.proto.graph.node.extend(nodes)
+        self.proto.graph.node.extend(node for node in nodes if self._folded.isdisjoint(node.output))
+        if self._folded:
+            self._drop_unread()
+
+    def _fold(self, name: str) -> None:
+        """Store a computed constant as an initializer: TensorRT may not compute what a pair reads."""
+        number = self.producers.get(name)
+        if number is None or self.nodes[number].op_type == "Constant":
+            return
+        for output in filter(None, self.nodes[number].output):
+            if output not in self._folded:
+                self._folded.add(output)
+                self.proto.graph.initializer.append(numpy_helper.from_array(np.asarray(self.constant(output)), output))
+
+    def _drop_unread(self) -> None:
+        """Drop the constants that nothing reads: other constants were computed from them."""
+        graph, varying = self.proto.graph, self.model.varying.keys()
+        read, kept = {*self.outputs, *(value.name for value in graph.input)}, []
+        for node in reversed(graph.node):
+            if not (node.output and read.isdisjoint(node.output) and varying.isdisjoint(node.output)):
+                kept.append(node)
+                read.update(reads(node))
+        initializers = [tensor for tensor in graph.initializer if tensor.name in read]
+        for field, values in (("node", kept[::-1]), ("initializer", initializers)):
+            graph.ClearField(field)
+            getattr(graph, field).extend(values)
+
+
+class DequantizeLinear(DequantizeLinear_21):
+    """The operator of any opset: ONNX's evaluator lacks it before opset 19. The name is ONNX's."""
+
+    op_domain = ""
+
+    def _run(self, *args: Any, axis: int = 1, block_size: int = 0, output_dtype: int | None = None) -> Any:
+        return super()._run(*args, axis=axis, block_size=block_size)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:

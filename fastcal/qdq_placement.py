@@ -48,7 +48,7 @@ class Placement:
 
     def _check_names(self) -> None:
         layers = [node for node in self._graph.nodes if node.op_type in WEIGHTED]
-        read = {name for node in layers for name in node.input[:2] if self._graph.constant(name) is None}
+        read = {name for node in layers for name in node.input[:2] if name in self._graph.model.varying}
         found = len(read & self._scales.keys())
         if 2 * found < len(read):
             raise CacheError(
@@ -68,13 +68,15 @@ class Placement:
                 else:
                     axes[index] = None
                     are_weights = index == 1 and node.op_type in _TAKES_ADD
-                    reason = reason or (f"its weights {name} are computed" if are_weights else self._fault_of(name))
+                    is_constant = name not in self._graph.model.varying
+                    fault = f"its weights {name} are {'of an unknown value' if is_constant else 'computed'}"
+                    reason = reason or (fault if are_weights or is_constant else self._fault_of(name))
             self._add(number, axes, reason)
 
     def _place_on_residuals(self) -> None:
         depths = self._depths()
         for number, node in self._nodes("Add"):
-            if any(self._graph.constant(name) is not None for name in node.input):
+            if any(name not in self._graph.model.varying for name in node.input):
                 continue
             # TensorRT fuses the Add into one convolution. If both inputs come from one, the residual branch is the one
             # with fewer layers.

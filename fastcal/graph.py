@@ -1,0 +1,41 @@
+"""The connections of an ONNX graph, its subgraphs included: the branches of an If, the bodies of a Loop or a Scan."""
+
+from collections.abc import Iterator
+
+import onnx
+
+#: The operators whose outputs differ from run to run.
+_RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graphs of a node, not those within them."""
+    for value in node.attribute:
+        if value.HasField("g"):
+            yield value.g
+        yield from value.graphs
+
+
+def reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield the names of the tensors that a node reads, also in its subgraphs."""
+    yield from filter(None, node.input)
+    for graph in subgraphs(node):
+        for inner in graph.node:
+            yield from reads(inner)
+        yield from (value.name for value in graph.output)
+
+
+def constants_of(graph: onnx.GraphProto) -> set[str]:
+    """Return the names of a graph's initializers."""
+    dense = {tensor.name for tensor in graph.initializer}
+    return dense | {tensor.values.name for tensor in graph.sparse_initializer}
+
+
+def varying_in(graph: onnx.GraphProto) -> dict[str, None]:
+    """Return the names of the tensors that depend on a graph's inputs, or on chance, in order: all but constants."""
+    constants = constants_of(graph)
+    varying = dict.fromkeys(value.name for value in graph.input if value.name not in constants)
+    for node in graph.node:
+        if node.op_type in _RANDOM or not varying.keys().isdisjoint(reads(node)):
+            varying |= dict.fromkeys(filter(None, node.output))
+    return varying
