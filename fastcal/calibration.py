@@ -15,7 +15,7 @@ from fastcal.cache.record import Record, read_record, why_no_record
 from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing, quoted
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
-from fastcal.model import Model, Network, as_network
+from fastcal.model import FLOATS, Model, Network, as_network
 from fastcal.observe.backends import (
     Backend,
     LocalBackend,
@@ -208,6 +208,8 @@ class Calibration:
         _warn_of_nonfinite(observed.histograms)
         cache = self.cache(self.algorithm.scales(observed))
         _warn_of_extremes(cache.scales, observed.histograms)
+        if isinstance(network, Model):
+            _warn_of_missing(network, cache.scales)
         assert cache.record is not None
         # Workers decide on the backend, and so on the precision, when they run.
         record = Record({**cache.record.entries, "precision": observed.precision})
@@ -283,6 +285,15 @@ def _warn_of_extremes(scales: Mapping[str, float], histograms: Mapping[str, Hist
             "for instance",
             first_few([f"{name} ({histograms[name].amax:.3g})" for name in extreme]),
         )  # fmt: skip
+
+
+def _warn_of_missing(network: Model, scales: Mapping[str, float]) -> None:
+    within = [name for name in network.within if network.types.get(name) in FLOATS and name not in scales]
+    if within:
+        _log.warning(
+            "no scale for %s: they lie in an If, a Loop or a Scan, and TensorRT does not run the layers there in INT8",
+            first_few(within),
+        )
 
 
 def _warn_of_nonfinite(histograms: Mapping[str, Histogram]) -> None:

@@ -1,6 +1,6 @@
 """The connections of an ONNX graph, its subgraphs included: the branches of an If, the bodies of a Loop or a Scan."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx
 
@@ -23,6 +23,20 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
         for inner in graph.node:
             yield from reads(inner)
         yield from (value.name for value in graph.output)
+
+
+def graphs_within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    """Yield the subgraphs of nodes, and those within them."""
+    for node in nodes:
+        for inner in subgraphs(node):
+            yield inner
+            yield from graphs_within(inner.node)
+
+
+def nodes_within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of the subgraphs of `nodes`, and of those within them."""
+    for inner in graphs_within(nodes):
+        yield from inner.node
 
 
 def constants_of(graph: onnx.GraphProto) -> set[str]:

@@ -14,7 +14,8 @@ import onnx
 
 from fastcal.batch import Input, known_sizes
 from fastcal.errors import ModelError
-from fastcal.graph import constants_of, varying_in
+from fastcal.functions import inline_functions
+from fastcal.graph import constants_of, graphs_within, nodes_within, varying_in
 
 #: The element types that count as float.
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -31,7 +32,7 @@ class Model:
 
     Attributes:
         path: The file.
-        proto: The content of the file, an `onnx.ModelProto` without external data.
+        proto: The content of the file, an `onnx.ModelProto` without external data; its local functions are inlined.
 
     Raises:
         ModelError: The file is missing or is not an ONNX model, or a node has too few inputs or outputs.
@@ -49,6 +50,10 @@ class Model:
             raise ModelError(f"{path} is not an ONNX model; export the network to ONNX first") from error
         if not self.proto.graph.node:
             raise ModelError(f"{path} is not an ONNX model, or has no nodes; export the network to ONNX first")
+        try:
+            self.proto = inline_functions(self.proto)
+        except Exception as error:  # of ONNX's inliner
+            raise self.invalid(" ".join(str(error).split())) from error
         self._check_nodes()
 
     @classmethod
@@ -139,19 +144,31 @@ class Model:
 
     @cached_property
     def tensors(self) -> frozenset[str]:
-        """The names of all tensors of the graph: inputs, constants and the outputs of nodes."""
+        """The names of all tensors of the graph: inputs, constants and the outputs of nodes, also in subgraphs."""
         graph = self.proto.graph
         names = {value.name for value in graph.input} | constants_of(graph)
-        return frozenset(names) | {name for node in graph.node for name in node.output if name}
+        return frozenset(names) | {
+            name for node in (*graph.node, *nodes_within(graph.node)) for name in node.output if name
+        }
 
     @cached_property
     def calibrated(self) -> tuple[str, ...]:
         """The names of the tensors that a calibration picks scales for: the float tensors that depend on the inputs.
 
-        In the graph's order, inputs first, without tensors whose type ONNX cannot infer; errors as `types`.
+        In the graph's order, inputs first, those of subgraphs last, without tensors whose type ONNX cannot infer;
+        errors as `types`.
         """
-        floats = {name for name, kind in self.types.items() if kind in FLOATS}
-        return tuple(name for name in self.varying if name in floats)
+        return tuple(name for name in (*self.varying, *self.within) if self.types.get(name) in FLOATS)
+
+    @cached_property
+    def within(self) -> tuple[str, ...]:
+        """The names of the tensors that nodes compute in the branches of an If, or in the body of a Loop or a Scan.
+
+        Subgraphs that depend on no input are left out.
+        """
+        varying = (node for node in self.proto.graph.node if not self.varying.keys().isdisjoint(node.output))
+        nodes = (node for node in nodes_within(varying) if node.op_type != "Constant")
+        return tuple(dict.fromkeys(name for node in nodes for name in node.output if name))
 
     @cached_property
     def types(self) -> Mapping[str, int]:
@@ -164,7 +181,8 @@ class Model:
             inferred = self._infer({})
         except onnx.shape_inference.InferenceError as error:
             raise self.invalid(" ".join(str(error).split())) from error
-        known = [*inferred.input, *inferred.value_info, *inferred.output]
+        graphs = (*graphs_within(inferred.node), inferred)
+        known = (value for graph in graphs for value in (*graph.input, *graph.value_info, *graph.output))
         return {value.name: value.type.tensor_type.elem_type for value in known}
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+import onnx
+
 from fastcal.errors import GPU_EXTRAS, FastcalError, ModelError, UnavailableError, quoted
 from fastcal.model import Model
 
@@ -84,7 +86,7 @@ def tactic_bits(sources: int | Iterable[str] | None) -> int | None:
 
 def _describe(error: Any, model: Model) -> str:
     """Return the text of a parser error, with the node that the error is about."""
-    nodes = model.proto.graph.node
+    nodes = onnx.load(model.path, load_external_data=False).graph.node  # without functions inlined
     if not 0 <= error.node() < len(nodes):
         return str(error.desc())
     node = nodes[error.node()]

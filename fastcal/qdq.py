@@ -13,6 +13,7 @@ import onnx
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import record_path
 from fastcal.errors import CacheError, FastcalError, ModelError, first_few
+from fastcal.graph import nodes_within
 from fastcal.model import Model, node_label
 from fastcal.qdq_graph import Graph
 from fastcal.qdq_placement import WEIGHTED, Placement
@@ -48,7 +49,8 @@ def quantize(
 
     Weights may be any constant: an expression that depends on no input, such as a Cast or the DequantizeLinear of
     stored INT8, is computed and stored. A layer stays in float if the cache has no scale for the layer's input, or the
-    scale 0, or if the layer's weights depend on the inputs or are not float32. The log names these layers.
+    scale 0, or if the layer's weights depend on the inputs or are not float32, or if the layer lies in an If, a Loop or a
+    Scan. The log names these layers. Local functions are inlined.
 
     Args:
         model: The ONNX file.
@@ -70,7 +72,7 @@ def quantize(
     scales = load_for(model, cache).scales
     graph = Graph(model)
     placement = Placement(graph, scales, excluded)
-    in_float = first_few([f"{name} ({reason})" for name, reason in placement.in_float.items()])
+    in_float = first_few([f"{name} ({reason})" for name, reason in (placement.in_float | _within(model)).items()])
     if not placement.axes:
         raise ModelError(
             f"{model.label} has no layer to quantize{in_float and ': ' + in_float}; fastcal quantizes a {_LAYERS} with "
@@ -83,9 +85,12 @@ def quantize(
 
 
 def count_quantized(model: onnx.ModelProto) -> tuple[int, int]:
-    """Return the number of layers of the types `WEIGHTED` that are in INT8, and the number of all such layers."""
+    """Return the number of layers of the types `WEIGHTED` that are in INT8, and the number of all such layers.
+
+    Layers in the branches of an If or the body of a Loop or a Scan count too.
+    """
     dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    layers = [node for node in model.graph.node if node.op_type in WEIGHTED]
+    layers = [node for node in (*model.graph.node, *nodes_within(model.graph.node)) if node.op_type in WEIGHTED]
     return sum(set(node.input[:2]) <= dequantized for node in layers), len(layers)
 
 
@@ -104,13 +109,14 @@ def check_quantizable(model: Model, exclude: Iterable[str] = ()) -> set[int]:
         )
     nodes = model.proto.graph.node
     if not any(node.op_type in WEIGHTED for node in nodes):
-        raise ModelError(f"{model.label} has no layer to quantize: no node is a {_LAYERS}")
+        within = first_few([f"{name} ({reason})" for name, reason in _within(model).items()])
+        raise ModelError(f"{model.label} has no layer to quantize: {within or f'no node is a {_LAYERS}'}")
     if isinstance(exclude, str):
         raise FastcalError(f"exclude is {exclude!r}; give a list of names or types")
     numbers: set[int] = set()
     for name in exclude:
         found = {number for number, node in enumerate(nodes) if name in (node_label(node), node.op_type)}
-        if not found:
+        if not found and name not in _within(model):
             raise FastcalError(
                 f"{model.label} has no layer and no layer type {name!r} to exclude; similar: {_similar(name, model)}"
             )
@@ -129,6 +135,12 @@ def load_for(model: Model, cache: CalibrationCache | str | os.PathLike[str]) -> 
     if made_from is not None and made_from != model.digest:
         raise CacheError(f"{label} was calibrated with another model than {model.label}, by its record; {remedy}")
     return loaded
+
+
+def _within(model: Model) -> dict[str, str]:
+    """Return the layers in subgraphs, with the reason why they stay in float."""
+    layers = (node for node in nodes_within(model.proto.graph.node) if node.op_type in WEIGHTED)
+    return {node_label(node): "it lies in an If, a Loop or a Scan" for node in layers}
 
 
 def _similar(name: str, model: Model) -> str:

@@ -18,6 +18,9 @@ from fastcal.model import Model, node_label
 #: One input of one node: the number of the node in the graph's order, and the index of the input.
 Edge = tuple[int, int]
 
+#: The index of an input that a node's subgraphs read.
+IN_SUBGRAPH = -1
+
 #: The first version of ONNX's file format in which constants, here the scales, need not be inputs of the graph.
 _FIRST_IR = 4
 
@@ -38,6 +41,8 @@ class Graph:
         for number, node in enumerate(self.nodes):
             for index, name in enumerate(node.input):
                 self.readers.setdefault(name, []).append((number, index))
+            for name in set(reads(node)) - set(node.input):
+                self.readers.setdefault(name, []).append((number, IN_SUBGRAPH))
         self._initializers = {tensor.name: tensor for tensor in self.proto.graph.initializer}
         self._constants: dict[str, npt.NDArray[Any] | None] = {}
         self._folded: set[str] = set()
@@ -77,7 +82,7 @@ class Graph:
 
     def _check_for_cycles(self) -> None:
         read = {
-            number: [self.producers[name] for name in node.input if name in self.producers]
+            number: [self.producers[name] for name in reads(node) if name in self.producers]
             for number, node in enumerate(self.nodes)
         }
         try:
