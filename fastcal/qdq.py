@@ -48,9 +48,9 @@ def quantize(
       only change the shape need no pair: TensorRT moves the next pair through them.
 
     Weights may be any constant: an expression that depends on no input, such as a Cast or the DequantizeLinear of
-    stored INT8, is computed and stored. A layer stays in float if the cache has no scale for the layer's input, or the
-    scale 0, or if the layer's weights depend on the inputs or are not float32, or if the layer lies in an If, a Loop or a
-    Scan. The log names these layers. Local functions are inlined.
+    stored INT8, is computed and stored. Local functions are inlined. A layer stays in float if the cache has no scale
+    for the layer's input, or the scale 0, if the layer's weights depend on the inputs or are not float32, or if the
+    layer lies in an If, a Loop or a Scan. The log names these layers.
 
     Args:
         model: The ONNX file.
