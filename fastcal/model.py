@@ -175,7 +175,7 @@ class Model:
         """The element types of the tensors by name, as far as ONNX can infer them: `onnx.TensorProto.DataType`.
 
         Raises:
-            ModelError: The graph contradicts itself, or has an operator of an unknown domain.
+            ModelError: The graph contradicts itself.
         """
         try:
             inferred = self._infer({})
@@ -204,6 +204,9 @@ class Model:
         """Return the graph with the types and shapes that ONNX infers, and without large constants' values."""
         proto = onnx.ModelProto(ir_version=self.proto.ir_version, opset_import=self.proto.opset_import)
         proto.functions.extend(self.proto.functions)
+        imported = {entry.domain for entry in proto.opset_import}
+        unknown = {node.domain for node in self.proto.graph.node} - {*_STANDARD, *imported}
+        proto.opset_import.extend(onnx.helper.make_opsetid(domain, 1) for domain in sorted(unknown))
         for field, value in self.proto.graph.ListFields():
             if field.name != "initializer":
                 proto.graph.MergeFrom(onnx.GraphProto(**{field.name: value}))

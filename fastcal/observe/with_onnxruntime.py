@@ -1,5 +1,6 @@
 """A network observed on the CPU: ONNX Runtime runs it with every activation visible, and all cores count."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +15,11 @@ import onnxruntime
 
 from fastcal.batch import match_batch
 from fastcal.device import to_host
-from fastcal.errors import ModelError
+from fastcal.errors import ModelError, first_few
 from fastcal.memory import SHARE, free_memory, groups
 from fastcal.model import Model
 from fastcal.observe.histogram import Histogram, Histograms
+from fastcal.observe.operators import cut_unknown
 
 #: The characters of ONNX Runtime's messages that are shown of the beginning and of the end: the cause comes last.
 _ENDS = 250
@@ -31,9 +33,12 @@ _REMEDIES = {
     "Unsupported model IR version": "update ONNX Runtime, or export the network with an older onnx",
     "NOT_IMPLEMENTED": "update ONNX Runtime, or export the network in float32",
     "No Op registered": "update ONNX Runtime, or export the network with ONNX's own operators",
+    "not a registered function": "use backend tensorrt if TensorRT knows it, or export the network without it",
     "INVALID_GRAPH": "export it again",
     "not acyclic": "export it again",
 }
+
+_log = logging.getLogger("fastcal")
 
 _FLOAT = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
@@ -45,6 +50,12 @@ class OnnxRuntimeObserver(AbstractContextManager["OnnxRuntimeObserver"]):
         self._model = model
         self.shared_scales = model.shared_scales
         self._runner = PartedRunner(model, threads, memory)
+        if self._runner.unknown:
+            _log.warning(
+                "ONNX Runtime does not know %s: there are no scales for what depends on it (%s); backend tensorrt runs "
+                "TensorRT's plugins",
+                ", ".join(self._runner.unknown), first_few(self._runner.gone),
+            )  # fmt: skip
         self._histograms = Histograms(threads)
 
     def begin(self, starts: Mapping[str, float]) -> None:
@@ -72,7 +83,8 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
     """Runs batches through a model, several times if its activations do not fit the memory together.
 
     They may take `memory` bytes: by default 70 % of what is free when the first batch comes, or all of it for a single
-    activation that takes that much. `tensors` are the names of the float inputs and activations, in the graph's order.
+    activation that takes that much. `tensors` are the names of the float inputs and activations, in the graph's order;
+    `outputs`, `unknown` and `gone` are as in `OnnxRuntimeRunner`.
     """
 
     def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
@@ -82,6 +94,7 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
         self._free: int | None = None
         self._runners = [OnnxRuntimeRunner(model, threads)]
         self._activations = self._runners[0].activations
+        self.outputs, self.unknown, self.gone = (getattr(self._runners[0], n) for n in ("outputs", "unknown", "gone"))
         self.tensors = [*self._runners[0].inputs, *self._activations]
         self._shapes: Mapping[str, tuple[int, ...]] = {}  # of the inputs that the runners are for
 
@@ -118,6 +131,8 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
     """Runs batches through a model without graph optimization, so that no activation is fused away.
 
     Shows these `activations`, by default all; or the outputs of a `variant` of the model, with Q/DQ pairs for instance.
+    Operators that are `unknown` to ONNX Runtime are cut off, so the tensors with the names `gone` are not computed;
+    `outputs` are the names of the outputs that are left, or of the tensors at the cut if none are.
     """
 
     def __init__(
@@ -129,11 +144,15 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         activations: Sequence[str] | None = None,
     ) -> None:
         self._model = model
+        shown = None if variant is not None else activations or model.activations
         if variant is None:
             variant = onnx.ModelProto()
             variant.CopyFrom(model.proto)
+        self.unknown, self.gone = cut_unknown(variant.graph)
+        self.outputs = [value.name for value in variant.graph.output]
+        if shown is not None:
             del variant.graph.output[:]  # ONNX Runtime infers the new ones' types
-            variant.graph.output.extend(onnx.ValueInfoProto(name=name) for name in activations or model.activations)
+            variant.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown if name not in self.gone)
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = activations is None  # an arena would keep memory from the other runners
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

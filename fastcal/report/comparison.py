@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import onnx
+
 from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record
@@ -15,6 +17,7 @@ from fastcal.feed.arrays import as_feed
 from fastcal.model import FLOATS, Model
 from fastcal.observe.backends import timed
 from fastcal.observe.histogram import Observations
+from fastcal.observe.operators import cut_unknown
 from fastcal.progress import Progress
 from fastcal.qdq import check_quantizable, load_for
 from fastcal.report.measurement import Measurement
@@ -106,7 +109,9 @@ def compare(
 
 def _check_outputs(network: Model) -> None:
     """Raise ModelError if the network has no float output, or only outputs that do not depend on its inputs."""
-    outputs = {value.name for value in network.proto.graph.output if value.type.tensor_type.elem_type in FLOATS}
+    graph = onnx.GraphProto(node=network.proto.graph.node, output=network.proto.graph.output)
+    cut_unknown(graph)
+    outputs = {value.name for value in graph.output if network.types.get(value.name) in FLOATS}
     if not outputs:
         raise ModelError(f"{network.path} has no float output to compare; export it without its last layer, an ArgMax")
     if outputs.isdisjoint([*network.input_names, *network.activations]):

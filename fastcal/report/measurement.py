@@ -50,7 +50,7 @@ class Measurement(AbstractContextManager["Measurement"]):
             self._pool = stack.enter_context(ThreadPoolExecutor(workers, "fastcal-rounding"))
             self._stack = stack.pop_all()
         self._tensors = {name: _Sums(len(caches)) for name in self._float.tensors}
-        outputs = [value.name for value in network.proto.graph.output if value.name in self._tensors]
+        outputs = [name for name in self._float.outputs if name in self._tensors]
         self._outputs = {name: _Sums(len(caches)) for name in outputs}
         self._decided: dict[str | None, list[npt.NDArray[np.intp]]] = {}  # the classes of the samples, by label
         self._classes = 0
