@@ -103,7 +103,7 @@ class Algorithm:
     @classmethod
     def of_header(cls, line: str) -> "tuple[Algorithm, str | None] | None":
         """Return the algorithm and the TensorRT version in `line`, a cache's header; None if it is not a header."""
-        match = re.fullmatch(r"TRT-(\d{4,6})-(\w+)\s*", line)
+        match = re.fullmatch(r"TRT-(\d{4}|\d{6})-(\w+)\s*", line)
         for name, kind in _HEADERS.items():
             if match and kind == match[2]:
                 return cls(name), version_of_number(match[1])
@@ -111,6 +111,8 @@ class Algorithm:
         if match is None:
             return None
         cutoff, quantile = (from_hex(digits, ">d") for digits in match.groups())
+        if not (math.isfinite(cutoff) and math.isfinite(quantile)):
+            return None
         return cls("percentile", quantile, cutoff), None
 
     def header(self, tensorrt_version: str | None) -> str:

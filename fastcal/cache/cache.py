@@ -1,5 +1,6 @@
 """`CalibrationCache`: the scales of a network's tensors, as TensorRT reads and writes them."""
 
+import codecs
 import json
 import logging
 import math
@@ -87,12 +88,16 @@ class CalibrationCache:
     @classmethod
     def from_bytes(cls, data: bytes, origin: str = "calibration cache") -> "CalibrationCache":
         """Read `data` in TensorRT's own form; raise CacheError, in which `origin` names the file, if it is invalid."""
-        header, *lines = data.decode(errors="surrogateescape").split("\n")
+        header, *lines = _text(data).split("\n")
         pairs = []
         found = Algorithm.of_header(header)
         if found is None:
             raise CacheError(f"{origin} is not a TensorRT calibration cache: its first line is {header[:80]!r}")
         cache = cls({}, *found)
+        try:
+            _ = cache.header
+        except FastcalError as error:
+            raise CacheError(f"{origin}: {error}") from error
         for number, line in enumerate(lines, start=2):
             if line.strip():
                 name, separator, digits = line.rpartition(": ")
@@ -168,7 +173,7 @@ class CalibrationCache:
     @classmethod
     def from_any(cls, data: bytes, origin: str) -> "CalibrationCache":
         """Read `data`, a file in any form that `save` writes; `origin` and errors as for `from_bytes`."""
-        return cls.from_json(data, origin) if data.lstrip()[:1] == b"{" else cls.from_bytes(data, origin)
+        return cls.from_json(data, origin) if _text(data).lstrip()[:1] == "{" else cls.from_bytes(data, origin)
 
     def save(self, path: str | os.PathLike[str], *, form: str = "tensorrt") -> None:
         """Write the cache to `path`, whole or not at all.
@@ -209,6 +214,13 @@ class CalibrationCache:
         if cache.record is None:
             cache.record = read_record(path, data)
         return cache
+
+
+def _text(data: bytes) -> str:
+    """Return a file's text without its byte order mark: editors and shells of Windows write one, and UTF-16 too."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    return data.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
 
 
 def _doubled(pairs: Sequence[tuple[str, Any]]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """`fastcal quantize`: a model with Q/DQ layers from a cache or images."""
 
+import codecs
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +45,7 @@ class QuantizeOptions(CalibrationOptions):
         try:
             CalibrationCache.from_any(content, self.data)
         except FastcalError:
-            if content.startswith((b"TRT-", b"{")):
+            if content.removeprefix(codecs.BOM_UTF8).startswith((b"TRT-", b"{")):
                 raise
             return False
         if option := self.first_given(field.name for field in fields(self)[2:]):
