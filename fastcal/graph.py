@@ -3,9 +3,22 @@
 from collections.abc import Iterable, Iterator
 
 import onnx
+from google.protobuf.message import Message
 
 #: The operators whose outputs differ from run to run.
 _RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+
+
+def damaged_text(message: Message) -> str:
+    """Return the name of a text field whose bytes are no UTF-8, of a message or one within it; "" if there is none."""
+    for field, value in message.ListFields():
+        parts = [value] if isinstance(value, str | bytes | Message) else value
+        if field.type == field.TYPE_STRING and field.name != "doc_string":
+            if any(isinstance(part, bytes) for part in parts):
+                return str(field.name)
+        elif field.type == field.TYPE_MESSAGE and (found := next(filter(None, map(damaged_text, parts)), "")):
+            return found
+    return ""
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

@@ -15,7 +15,7 @@ import onnx
 from fastcal.batch import Input, known_sizes
 from fastcal.errors import ModelError
 from fastcal.functions import inline_functions
-from fastcal.graph import constants_of, graphs_within, nodes_within, varying_in
+from fastcal.graph import constants_of, damaged_text, graphs_within, nodes_within, varying_in
 
 #: The element types that count as float.
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -50,6 +50,8 @@ class Model:
             raise ModelError(f"{path} is not an ONNX model; export the network to ONNX first") from error
         if not self.proto.graph.node:
             raise ModelError(f"{path} is not an ONNX model, or has no nodes; export the network to ONNX first")
+        if field := damaged_text(self.proto):
+            raise ModelError(f"{path} is a damaged ONNX model: a {field} is no text; copy or export it again")
         try:
             self.proto = inline_functions(self.proto)
         except Exception as error:  # of ONNX's inliner
@@ -120,13 +122,16 @@ class Model:
 
     def _input(self, value: onnx.ValueInfoProto) -> Input:
         tensor = value.type.tensor_type
-        if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
-            fault = "has no shape" if value.type.HasField("tensor_type") else "is not a tensor"
+        dtype = _dtype(tensor.elem_type)
+        if not value.type.HasField("tensor_type") or not tensor.HasField("shape") or dtype is None:
+            fault, known = ("has no shape", "rank") if dtype is not None else ("has no type that ONNX knows", "type")
+            if not value.type.HasField("tensor_type"):
+                fault, known = "is not a tensor", "rank"
             raise ModelError(
-                f"{self.label}: input {value.name!r} {fault}; export the network with tensors of known rank"
+                f"{self.label}: input {value.name!r} {fault}; export the network with tensors of known {known}"
             )
         shape = tuple(size.dim_value if size.dim_value > 0 else None for size in tensor.shape.dim)
-        return Input(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        return Input(value.name, shape, dtype)
 
     @cached_property
     def varying(self) -> Mapping[str, None]:
@@ -195,9 +200,9 @@ class Model:
         for value in (*inferred.value_info, *inferred.output):
             tensor = value.type.tensor_type
             is_known = tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
-            if tensor.elem_type and is_known:
-                itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
-                sizes[value.name] = itemsize * math.prod(dim.dim_value for dim in tensor.shape.dim)
+            dtype = _dtype(tensor.elem_type)
+            if dtype is not None and is_known:
+                sizes[value.name] = dtype.itemsize * math.prod(dim.dim_value for dim in tensor.shape.dim)
         return sizes
 
     def _infer(self, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
@@ -274,6 +279,14 @@ class Model:
         """The batch size that the model fixes; None if the batch is dynamic or the inputs disagree."""
         sizes = {value.shape[0] for value in self.inputs if value.shape}
         return sizes.pop() if len(sizes) == 1 else None
+
+
+def _dtype(kind: int) -> np.dtype[Any] | None:
+    """Return the NumPy type of one of `onnx.TensorProto.DataType`; None if there is no such type."""
+    try:
+        return onnx.helper.tensor_dtype_to_np_dtype(kind)
+    except KeyError:
+        return None
 
 
 def node_label(node: onnx.NodeProto) -> str:
