@@ -14,6 +14,7 @@ import onnx
 
 from fastcal.batch import Input, known_sizes
 from fastcal.errors import ModelError
+from fastcal.external import ExternalData
 from fastcal.functions import inline_functions
 from fastcal.graph import constants_of, damaged_text, graphs_within, nodes_within, varying_in
 
@@ -33,9 +34,11 @@ class Model:
     Attributes:
         path: The file.
         proto: The content of the file, an `onnx.ModelProto` without external data; its local functions are inlined.
+        external: The external data.
 
     Raises:
-        ModelError: The file is missing or is not an ONNX model, or a node has too few inputs or outputs.
+        ModelError: The file is missing or is not an ONNX model, a node has too few inputs or outputs, or external data
+            lies outside the model's folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -57,6 +60,7 @@ class Model:
         except Exception as error:  # of ONNX's inliner
             raise self.invalid(" ".join(str(error).split())) from error
         self._check_nodes()
+        self.external = ExternalData(self.proto.graph, self.path.parent, self.label)
 
     @classmethod
     def of(cls, model: "str | os.PathLike[str] | Model") -> "Model":
@@ -249,30 +253,16 @@ class Model:
     @property
     def external_files(self) -> list[Path]:
         """The paths of the files with external data."""
-        return [self.path.parent / name for name in self._external]
-
-    @property
-    def _external(self) -> list[str]:
-        entries = (entry for tensor in self.proto.graph.initializer for entry in tensor.external_data)
-        return sorted({entry.value for entry in entries if entry.key == "location"})
+        return self.external.files
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 of the file and of the name, size and modification time of each file with external data.
+        """The SHA-256 of the contents of the file and of its external data, however large; a copy has the same.
 
         Raises:
             ModelError: A file with external data is missing.
         """
-        digest = hashlib.sha256(self.path.read_bytes())
-        for name in self._external:
-            try:
-                status = (self.path.parent / name).stat()
-            except OSError as error:
-                raise ModelError(
-                    f"cannot load {self.label}: its external data {name}: {error.strerror}; keep it beside the model"
-                ) from error
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        return digest.hexdigest()
+        return hashlib.sha256(self.path.read_bytes() + self.external.digest).hexdigest()
 
     @property
     def batch_size(self) -> int | None:

@@ -18,7 +18,7 @@ from fastcal.model import Model, node_label
 from fastcal.qdq_graph import Graph
 from fastcal.qdq_placement import WEIGHTED, Placement
 
-__all__ = ["WEIGHTED", "check_quantizable", "count_quantized", "load_for", "quantize"]
+__all__ = ["WEIGHTED", "add_pairs", "check_quantizable", "count_quantized", "load_for", "quantize"]
 
 #: `WEIGHTED` for a message.
 _LAYERS = ", ".join(WEIGHTED[:-1]) + f" or {WEIGHTED[-1]}"
@@ -68,6 +68,15 @@ def quantize(
         FastcalError: A layer to exclude is not in the model.
     """
     model = Model.of(model)
+    quantized = add_pairs(model, cache, exclude)
+    model.external.load(quantized.graph)
+    return quantized
+
+
+def add_pairs(
+    model: Model, cache: CalibrationCache | str | os.PathLike[str], exclude: Iterable[str] = ()
+) -> onnx.ModelProto:
+    """Return the model of `quantize`, whose external data stays where the model has it; errors as there."""
     excluded = check_quantizable(model, exclude)
     scales = load_for(model, cache).scales
     graph = Graph(model)

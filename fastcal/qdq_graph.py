@@ -11,7 +11,6 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.ops.op_dequantize_linear import DequantizeLinear_21
 
-from fastcal.errors import ModelError
 from fastcal.graph import reads
 from fastcal.model import Model, node_label
 
@@ -26,14 +25,15 @@ _FIRST_IR = 4
 
 
 class Graph:
-    """A copy of a model with all its weights, and the connections between its nodes.
+    """A copy of a model, and the connections between its nodes. External data is read where it is needed.
 
     By the name of a tensor, `producers` has the number of the node that computes it, `readers` the edges that read it.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.proto = _with_weights(model)
+        self.proto = onnx.ModelProto()
+        self.proto.CopyFrom(model.proto)
         self.nodes = list(self.proto.graph.node)
         self.outputs = {value.name for value in self.proto.graph.output}
         self.producers = {name: number for number, node in enumerate(self.nodes) for name in node.output if name}
@@ -56,9 +56,12 @@ class Graph:
 
     def _read_constant(self, name: str) -> npt.NDArray[Any] | None:
         if name in self._initializers:
-            return numpy_helper.to_array(self._initializers[name])
+            return self.model.external.array(self._initializers[name])
         if name in self.model.varying or name not in self.producers:
             return None
+        tensor = attribute(self.nodes[self.producers[name]], "value", None)
+        if isinstance(tensor, onnx.TensorProto) and self.nodes[self.producers[name]].op_type == "Constant":
+            return self.model.external.array(tensor)
         needed, unread = {self.producers[name]}, [self.producers[name]]
         while unread:
             before = {self.producers[each] for each in reads(self.nodes[unread.pop()]) if each in self.producers}
@@ -72,9 +75,10 @@ class Graph:
     def _compute(self, name: str, nodes: Sequence[onnx.NodeProto]) -> npt.NDArray[Any]:
         """Return the value of a tensor that these nodes compute from initializers."""
         leaves = {each for node in nodes for each in reads(node)} & self._initializers.keys()
-        values = {leaf: numpy_helper.to_array(self._initializers[leaf]) for leaf in leaves}
+        values = {leaf: self.model.external.array(self._initializers[leaf]) for leaf in leaves}
         inputs, outputs = ([onnx.ValueInfoProto(name=each) for each in names] for names in (leaves, [name]))
         graph = helper.make_graph(nodes, "constant", inputs, outputs)
+        self.model.external.load(graph)
         model = helper.make_model(graph, opset_imports=self.proto.opset_import)
         with np.errstate(all="ignore"):
             found: Any = ReferenceEvaluator(model, new_ops=[DequantizeLinear]).run(None, values)
@@ -159,17 +163,6 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(value) for value in node.attribute if value.name == name), default)
 
 
-def _with_weights(model: Model) -> onnx.ModelProto:
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    try:
-        onnx.load_external_data_for_model(proto, str(model.path.parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        text = str(error).splitlines()[0]
-        raise ModelError(f"cannot load {model.label}: {text}; keep its external data beside it") from error
-    return proto
-
-
 def _pair(
     name: str, taken: set[str], scale: npt.NDArray[np.float32], axis: int | None
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
@@ -213,5 +206,6 @@ def _weight_scales(weights: npt.NDArray[np.float32], axis: int | None) -> npt.ND
     A scale must not be 0, so the scale is 1 if all its weights are 0.
     """
     others = None if axis is None else tuple(other for other in range(weights.ndim) if other != axis)
-    scales = np.asarray(np.abs(weights).max(axis=others) / np.float32(127), np.float32)
+    largest = np.maximum(weights.max(axis=others), -weights.min(axis=others))  # without a copy of all weights
+    scales = np.asarray(largest / np.float32(127), np.float32)
     return np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales)

@@ -1,5 +1,3 @@
-import os
-
 import numpy as np
 import onnx
 import pytest
@@ -128,20 +126,6 @@ def test_a_sparse_constant_is_no_input(onnx_file):
     del proto.graph.input[1]
     onnx.save(proto, path)
     assert Model(path).tensors == {"x", "w", "y"}
-
-
-def test_the_digest_tells_other_external_data(onnx_file):
-    path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Mul(x, w) }", {"w": np.ones(2, "f4")})
-    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
-    weights = path.parent / "weights.bin"
-    os.utime(weights, ns=(0, 10**18))
-    before = Model(path).digest
-    assert Model(path).digest == before
-    os.utime(weights, ns=(0, 10**18 + 1))
-    assert Model(path).digest != before
-    weights.write_bytes(weights.read_bytes() + b"more")
-    os.utime(weights, ns=(0, 10**18))
-    assert Model(path).digest != before
 
 
 def test_infinity_fits_every_float():

@@ -34,6 +34,7 @@ _REMEDIES = {
     "NOT_IMPLEMENTED": "update ONNX Runtime, or export the network in float32",
     "No Op registered": "update ONNX Runtime, or export the network with ONNX's own operators",
     "not a registered function": "use backend tensorrt if TensorRT knows it, or export the network without it",
+    "Failed to serialize": "its weights take over 2 GB in one file: store them as external data",
     "INVALID_GRAPH": "export it again",
     "not acyclic": "export it again",
 }
@@ -154,12 +155,13 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
             del variant.graph.output[:]  # ONNX Runtime infers the new ones' types
             variant.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown if name not in self.gone)
         options = onnxruntime.SessionOptions()
-        options.enable_cpu_mem_arena = activations is None  # an arena would keep memory from the other runners
+        # An arena would keep memory from the other runners: as much as large weights take.
+        options.enable_cpu_mem_arena = activations is None and not model.external.files
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 4  # errors come as exceptions
         options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(model.path.parent.resolve())
+            "session.model_external_initializers_file_folder_path", str(model.external.root)
         )
         try:
             self._session = onnxruntime.InferenceSession(

@@ -19,7 +19,7 @@ from fastcal.feed.feed import Feed
 from fastcal.model import Model
 from fastcal.observe.count import rounded
 from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner, PartedRunner
-from fastcal.qdq import quantize
+from fastcal.qdq import add_pairs
 from fastcal.report.quality import Quality, TensorQuality
 
 _log = logging.getLogger("fastcal")
@@ -39,7 +39,7 @@ class Measurement(AbstractContextManager["Measurement"]):
         self.images = 0
         self._network, self._feed = network, feed
         self._scales = {label: cache.scales for label, cache in caches.items()}
-        variants = {label: quantize(network, cache) for label, cache in caches.items()}
+        variants = {label: add_pairs(network, cache) for label, cache in caches.items()}
         with ExitStack() as stack:
             self._float = stack.enter_context(PartedRunner(network, threads))
             self._int8 = {
