@@ -40,8 +40,9 @@ def quantize(
     The pairs are where TensorRT's documentation recommends them ("Explicit Quantization"):
 
     - Every activation that a Conv, ConvTranspose, Gemm or MatMul reads has a pair with the cache's scale, unchanged.
-      The weights have a pair with one scale per output channel, amax / 127. INT8 is symmetric, every zero point is 0.
-      The weights themselves stay float32, which every TensorRT from 8 on reads; biases stay float32 without a pair.
+      The weights have a pair with one scale per output channel, amax / 127; a MatMul's weights of more than two
+      dimensions have one scale. INT8 is symmetric, every zero point is 0. The weights themselves stay float32, which
+      every TensorRT from 8 on reads; biases stay float32 without a pair.
     - There is no pair between layers that TensorRT fuses: convolution, BatchNormalization, Relu, and the Add of a
       residual connection. Such an Add has a pair on its other input, so that the convolution can write INT8.
     - An average pooling has a pair on its input if its output is quantized too. MaxPool, Concat and the layers that

@@ -20,6 +20,10 @@ Edge = tuple[int, int]
 #: The index of an input that a node's subgraphs read.
 IN_SUBGRAPH = -1
 
+#: The first opset whose QuantizeLinear may name its output type. From there on, ONNX Runtime 1.32 cannot optimize a
+#: MatMul and Add that read more than two dimensions through a pair with a zero point of INT8.
+_FIRST_OUTPUT_TYPE = 21
+
 #: The first version of ONNX's file format in which constants, here the scales, need not be inputs of the graph.
 _FIRST_IR = 4
 
@@ -113,7 +117,7 @@ class Graph:
                     if weights is not None:
                         self._fold(name)
                     scale = np.asarray(scales[name], "f4") if weights is None else _weight_scales(weights, axis)
-                    pair, parameters = _pair(name, taken, scale, axis)
+                    pair, parameters = _pair(name, taken, scale, axis, self._names_output_type(name))
                     nodes += pair
                     self.proto.graph.initializer.extend(parameters)
                     dequantized[name, axis] = pair[-1].output[0]
@@ -124,6 +128,12 @@ class Graph:
         self.proto.graph.node.extend(node for node in nodes if self._folded.isdisjoint(node.output))
         if self._folded:
             self._drop_unread()
+
+    def _names_output_type(self, name: str) -> bool:
+        """Return True if the pair of an activation is to name its type in place of a zero point."""
+        if self.model.opset < _FIRST_OUTPUT_TYPE or name not in self.model.varying:
+            return False
+        return any(self.nodes[number].op_type == "MatMul" for number, _ in self.readers[name])
 
     def _fold(self, name: str) -> None:
         """Store a computed constant as an initializer: TensorRT may not compute what a pair reads."""
@@ -164,9 +174,12 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 
 def _pair(
-    name: str, taken: set[str], scale: npt.NDArray[np.float32], axis: int | None
+    name: str, taken: set[str], scale: npt.NDArray[np.float32], axis: int | None, names_output_type: bool
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Return the two nodes of a pair, and its scale and zero point; add their names to `taken`."""
+    """Return the two nodes of a pair, its scale, and its zero point; add their names to `taken`.
+
+    The type of the zero point is INT8. If the node names its output type itself, it needs no zero point.
+    """
     prefix, number = name, 1
     while not taken.isdisjoint(names := _pair_names(prefix)):
         number += 1
@@ -178,8 +191,12 @@ def _pair(
         numpy_helper.from_array(np.zeros(scale.shape, np.int8), parameters[1]),
     ]
     options: dict[str, Any] = {} if axis is None else {"axis": axis}
+    output_type: dict[str, Any] = {}
+    if names_output_type:
+        output_type["output_dtype"] = onnx.TensorProto.INT8
+        del parameters[1], tensors[1]
     return [
-        helper.make_node("QuantizeLinear", [name, *parameters], [quantized], quantize, **options),
+        helper.make_node("QuantizeLinear", [name, *parameters], [quantized], quantize, **options, **output_type),
         helper.make_node("DequantizeLinear", [quantized, *parameters], [dequantized], dequantize, **options),
     ], tensors
 

@@ -145,14 +145,20 @@ class Placement:
 
 
 def _channel_axis(node: onnx.NodeProto, index: int, rank: int) -> int | None:
-    """Return the axis of a constant input along which the output channels lie; None for a vector, which has one."""
+    """Return the axis of a constant input along which the output channels lie; None for one scale.
+
+    A vector has one channel. A MatMul's right side of more than two dimensions has one scale too: from its optimization
+    level "extended" on, ONNX Runtime 1.32 cannot run several.
+    """
     if node.op_type == "Conv":
         return 0
     if node.op_type == "ConvTranspose":
         return 1  # with groups, the channels of one group: all groups share a scale per channel
     if node.op_type == "Gemm":
         return int(attribute(node, "transB", 0) == 0) if index == 1 else int(attribute(node, "transA", 0) != 0)
-    return None if rank < 2 else rank - 1 if index == 1 else rank - 2
+    if index == 1:
+        return 1 if rank == 2 else None
+    return None if rank < 2 else rank - 2
 
 
 def _fault_of_weights(name: str, weights: npt.NDArray[np.generic]) -> str:
