@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx
+import onnx.version_converter
 
 from fastcal.batch import Input, known_sizes
-from fastcal.errors import ModelError
+from fastcal.errors import ModelError, first_few
 from fastcal.external import ExternalData
 from fastcal.functions import inline_functions
 from fastcal.graph import constants_of, damaged_text, graphs_within, nodes_within, varying_in
@@ -60,6 +62,7 @@ class Model:
         except Exception as error:  # of ONNX's inliner
             raise self.invalid(" ".join(str(error).split())) from error
         self._check_nodes()
+        self._converted: dict[int, Model] = {}
         self.external = ExternalData(self.proto.graph, self.path.parent, self.label)
 
     @classmethod
@@ -101,6 +104,27 @@ class Model:
     def opset(self) -> int:
         """The version of ONNX's standard operators; 0 if the model does not name it."""
         return next((entry.version for entry in self.proto.opset_import if entry.domain in _STANDARD), 0)
+
+    def to_opset(self, opset: int) -> "Model":
+        """Return the model with `opset`, a later one, made by ONNX's version converter; the file stays as it is.
+
+        Raises:
+            ModelError: ONNX cannot convert the model, or would give its tensors other names.
+        """
+        if opset not in self._converted:
+            if any(graphs_within(self.proto.graph.node)):
+                raise ModelError("ONNX does not convert what lies in an If, a Loop or a Scan")
+            try:
+                proto = onnx.version_converter.convert_version(self.proto, opset)
+            except Exception as error:  # of many kinds
+                raise ModelError(" ".join(str(error).split())) from error
+            converted = copy(self)
+            converted.__dict__ = {"path": self.path, "external": self.external, "proto": proto, "_converted": {}}
+            gone = {*self.input_names, *self.activations} - converted.tensors
+            if gone:
+                raise ModelError(f"the converter loses the tensors {first_few(sorted(gone))}")
+            self._converted[opset] = converted
+        return self._converted[opset]
 
     @property
     def has_pairs(self) -> bool:

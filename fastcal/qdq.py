@@ -63,8 +63,8 @@ def quantize(
         The new model with all its weights, external ones included.
 
     Raises:
-        ModelError: The model cannot be loaded, has Q/DQ pairs already, has an opset below 13, or has no layer to
-            quantize.
+        ModelError: The model cannot be loaded, has Q/DQ pairs already, has an opset below 13 and cannot be converted,
+            or has no layer to quantize.
         CacheError: The cache cannot be read, or belongs to another model.
         FastcalError: A layer to exclude is not in the model.
     """
@@ -78,8 +78,9 @@ def add_pairs(
     model: Model, cache: CalibrationCache | str | os.PathLike[str], exclude: Iterable[str] = ()
 ) -> onnx.ModelProto:
     """Return the model of `quantize`, whose external data stays where the model has it; errors as there."""
-    excluded = check_quantizable(model, exclude)
     scales = load_for(model, cache).scales
+    model = _modern(model)
+    excluded = check_quantizable(model, exclude)
     graph = Graph(model)
     placement = Placement(graph, scales, excluded)
     in_float = first_few([f"{name} ({reason})" for name, reason in (placement.in_float | _within(model)).items()])
@@ -106,16 +107,11 @@ def count_quantized(model: onnx.ModelProto) -> tuple[int, int]:
 
 def check_quantizable(model: Model, exclude: Iterable[str] = ()) -> set[int]:
     """Return the numbers of the nodes to exclude, in the graph's order, if `quantize` accepts the model."""
+    model = _modern(model)
     if model.has_pairs:
         raise ModelError(
             f"{model.label} has QuantizeLinear or DequantizeLinear already; quantize the float model that it was made "
             "from"
-        )
-    if model.opset < _FIRST_OPSET:
-        raise ModelError(
-            f"{model.label} has opset {model.opset}, and a scale per channel needs opset {_FIRST_OPSET}; export the "
-            "network with opset 17, or convert the model with onnx.version_converter.convert_version and calibrate "
-            "again"
         )
     nodes = model.proto.graph.node
     if not any(node.op_type in WEIGHTED for node in nodes):
@@ -132,6 +128,19 @@ def check_quantizable(model: Model, exclude: Iterable[str] = ()) -> set[int]:
             )
         numbers |= found
     return numbers
+
+
+def _modern(model: Model) -> Model:
+    """Return a model of an opset that has a scale per channel: the model, or what ONNX's converter makes of it."""
+    if model.opset >= _FIRST_OPSET:
+        return model
+    try:
+        return model.to_opset(_FIRST_OPSET)
+    except ModelError as error:
+        raise ModelError(
+            f"{model.label} has opset {model.opset}, and a scale per channel needs opset {_FIRST_OPSET}; export the "
+            f"network with opset 17 and calibrate again, since it cannot be converted: {error}"
+        ) from error
 
 
 def load_for(model: Model, cache: CalibrationCache | str | os.PathLike[str]) -> CalibrationCache:

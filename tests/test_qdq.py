@@ -348,11 +348,23 @@ def test_models_that_cannot_be_quantized(residual, onnx_file, tmp_path):
     onnx.save(fastcal.quantize(residual, cache), tmp_path / "twice.onnx")
     old = onnx.load(residual)
     old.opset_import[0].version = 12
+    old.graph.node.append(onnx.helper.make_node("EfficientNMS_TRT", ["y"], ["boxes"]))
     onnx.save(old, tmp_path / "old.onnx")
+    del old.graph.node[-1]
+    old.graph.node.append(onnx.helper.make_node("If", ["yes"], ["z"], then_branch=old.graph, else_branch=old.graph))
+    onnx.save(old, tmp_path / "branches.onnx")
     lone = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
     for path, message in (
         (tmp_path / "twice.onnx", r"twice.onnx has QuantizeLinear or DequantizeLinear already; quantize the float"),
-        (tmp_path / "old.onnx", r"old.onnx has opset 12, and a scale per channel needs opset 13; export the network"),
+        (
+            tmp_path / "old.onnx",
+            r"old.onnx has opset 12, and a scale per channel needs opset 13; export the network with opset 17 and "
+            r"calibrate again, since it cannot be converted: .*",
+        ),
+        (
+            tmp_path / "branches.onnx",
+            r"cannot be converted: ONNX does not convert what lies in an If, a Loop or a Scan",
+        ),
         (lone, r"model.onnx has no layer to quantize: no node is a Conv, ConvTranspose, Gemm or MatMul$"),
     ):
         with pytest.raises(ModelError, match=message):
