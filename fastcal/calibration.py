@@ -12,7 +12,7 @@ from typing import Any
 from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record, read_record, why_no_record
-from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing, quoted
+from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
 from fastcal.model import FLOATS, Model, Network, as_network
@@ -204,7 +204,7 @@ class Calibration:
             raise ModelError(
                 f"{network.label} has no float tensor: there is nothing to calibrate; export the network in float"
             )
-        _check_inputs(network, observed.histograms)
+        _warn_of_inputs(network, observed.histograms)
         _warn_of_nonfinite(observed.histograms)
         cache = self.cache(self.algorithm.scales(observed))
         _warn_of_extremes(cache.scales, observed.histograms)
@@ -260,20 +260,13 @@ def _tensorrt_version(asked: str | None) -> str:
     return DEFAULT_TENSORRT_VERSION
 
 
-def _check_inputs(network: Network, histograms: Mapping[str, Histogram]) -> None:
-    """Raise DataError if the batches of an input hold no finite value; warn of inputs that are always 0."""
-    seen = {name: histograms[name] for name in network.input_names if name in histograms}
-    empty = [name for name, found in seen.items() if (found.nan or found.inf) and not found.counts.any()]
-    if empty:
-        raise DataError(
-            f"the batches hold nothing but NaN or infinite values for input {quoted(empty)} of {network.label}; check "
-            "what reads and prepares them"
-        )
-    zero = [name for name, found in seen.items() if not found.amax]
-    if zero:
+def _warn_of_inputs(network: Network, histograms: Mapping[str, Histogram]) -> None:
+    """Warn of inputs whose values are all 0, or all NaN or infinite."""
+    empty = {name: histograms[name] for name in network.input_names if name in histograms and not histograms[name].amax}
+    for name, found in empty.items():
         _log.warning(
-            "the batches hold nothing but 0 for input %s of %s: its scale is 0; check what reads and prepares them",
-            quoted(zero), network.label,
+            "the batches hold nothing but %s for input %r of %s, so its scale is 0: check what reads and prepares them",
+            "0" if found.counts.any() else "NaN or infinite values", name, network.label,
         )  # fmt: skip
 
 

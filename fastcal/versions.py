@@ -41,6 +41,8 @@ def version_number(version: str) -> int:
     major, minor, patch = (int(part or 0) for part in match.groups())
     if not 5 <= major <= 10:
         raise FastcalError(f"TensorRT {version} takes no calibration cache; only 5.x to 10.x do")
+    if major < 10 <= minor:  # the number in a header would be that of no version
+        raise FastcalError(f"there is no TensorRT {version}; write the version like 8.6.1")
     return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
 
 

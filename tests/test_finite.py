@@ -10,7 +10,7 @@ import pytest
 
 import fastcal
 from fastcal.algorithm import ALGORITHMS, Algorithm, fault_of_scale
-from fastcal.errors import CacheError, DataError, ModelError
+from fastcal.errors import CacheError, ModelError
 from fastcal.observe.histogram import Histogram
 from fastcal.report.plots import draw_histogram
 
@@ -104,14 +104,18 @@ def test_differences_beyond_float32_are_compared(onnx_file):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_batch_without_a_finite_value_is_refused_by_name(onnx_file, value):
+def test_an_input_without_a_finite_value_is_named(onnx_file, caplog, value):
     path = onnx_file("f (float[N, 2] a, float[N, 2] b) => (float[N, 2] y) { y = Add(a, b) }")
     batch = {"a": np.ones((2, 2), "f4"), "b": np.full((2, 2), value, "f4")}
-    with pytest.raises(
-        DataError, match=r"nothing but NaN or infinite values for input 'b' of .*model.onnx; check what"
-    ):
-        calibrate(path, [batch] * 2)
+    assert calibrate(path, [batch] * 2, algorithm="minmax").scales == {"a": 1 / np.float32(127), "b": 0, "y": 0}
+    assert caplog.messages[0] == (
+        f"the batches hold nothing but NaN or infinite values for input 'b' of {path}, so its scale is 0: check what "
+        "reads and prepares them"
+    )
+    assert caplog.messages[1].startswith("left NaN and Inf out of the histograms of b (")
+    caplog.clear()
     calibrate(path, [batch, batch | {"b": np.ones((2, 2), "f4")}])
+    assert len(caplog.messages) == 1
 
 
 def test_an_input_that_is_always_0_is_named(onnx_file, caplog):

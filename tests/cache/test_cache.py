@@ -56,7 +56,7 @@ def test_a_post_release_of_tensorrt_is_its_release():
     assert check_tensorrt_version("10.14.1.48.post1") == "10.14.1"
 
 
-@pytest.mark.parametrize("version", ["11.0.0", "4.0.1", "ten", "10", "", "10.x.1"])
+@pytest.mark.parametrize("version", ["11.0.0", "4.0.1", "8.61", "ten", "10", "", "10.x.1"])
 def test_versions_without_calibration(version):
     with pytest.raises(FastcalError, match="TensorRT"):
         check_tensorrt_version(version)
