@@ -4,6 +4,7 @@ The rules were measured on TensorRT 8.6.0: known inputs in, scales out of the ca
 those scales to the last bit.
 """
 
+import math
 import os
 import re
 import struct
@@ -43,6 +44,12 @@ DEFAULT_QUANTILE = 0.9999
 
 #: The regression cutoff at which TensorRT's Legacy calibration is a plain percentile.
 _NO_REGRESSION = 1.0
+
+#: Scales outside these bounds belong to no tensor of a network: they come from a damaged cache, or from a mask of
+#: float32's lowest number.
+_BOUNDS = 1e-30, 1e30
+
+_LARGEST = np.finfo(np.float32).max
 
 # Divergences closer than this are equal: prefix sums leave rounding noise of about 1e-13, and a rule decides among
 # equal candidates, not the noise.
@@ -96,7 +103,7 @@ class Algorithm:
     @classmethod
     def of_header(cls, line: str) -> "tuple[Algorithm, str | None] | None":
         """Return the algorithm and the TensorRT version in `line`, a cache's header; None if it is not a header."""
-        match = re.fullmatch(r"TRT-(\d{4,6})-(\w+)\s*", line)
+        match = re.fullmatch(r"TRT-(\d{4}|\d{6})-(\w+)\s*", line)
         for name, kind in _HEADERS.items():
             if match and kind == match[2]:
                 return cls(name), version_of_number(match[1])
@@ -104,6 +111,8 @@ class Algorithm:
         if match is None:
             return None
         cutoff, quantile = (from_hex(digits, ">d") for digits in match.groups())
+        if not (math.isfinite(cutoff) and math.isfinite(quantile)):
+            return None
         return cls("percentile", quantile, cutoff), None
 
     def header(self, tensorrt_version: str | None) -> str:
@@ -171,7 +180,7 @@ def percentile_scales(counts: Any, widths: Any, quantile: float) -> Any:
     cumulative = np.cumsum(counts, axis=1)
     total = cumulative[:, -1:]
     bins = 1 + np.argmax((cumulative > quantile * total) | (cumulative == total), axis=1)
-    return (bins.astype(np.float32) * widths) / INT8_MAX
+    return _scales(bins, widths)
 
 
 def entropy_scales(counts: Any, widths: Any) -> Any:
@@ -184,7 +193,25 @@ def entropy_scales(counts: Any, widths: Any) -> Any:
     divergence = divergences(counts)
     equal = divergence <= divergence.min(axis=1, keepdims=True) + _TIE
     best = BINS - np.argmax(equal[:, ::-1], axis=1)
-    return ((best + 0.5).astype(np.float32) * widths) / INT8_MAX
+    return _scales(best + 0.5, widths)
+
+
+def _scales(bins: Any, widths: Any) -> Any:
+    """Return the scales of thresholds given as numbers of bins, none beyond what float32 holds."""
+    with np.errstate(over="ignore"):
+        return np.minimum(bins.astype(np.float32) * widths, _LARGEST) / INT8_MAX
+
+
+def fault_of_scale(scale: float) -> str:
+    """Return the reason why a scale is of no use for INT8, e.g. "infinite"; an empty text if it is of use."""
+    if math.isnan(scale):
+        return "NaN"
+    if math.isinf(scale):
+        return "infinite"
+    if scale <= 0:
+        return "negative" if scale < 0 else "0"
+    least, most = _BOUNDS
+    return "" if least <= scale <= most else f"{scale:g}, absurdly {'small' if scale < least else 'large'}"
 
 
 def divergences(counts: Any) -> Any:

@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm
+from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record, read_record, why_no_record
 from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
-from fastcal.model import Definition, Network, as_network
+from fastcal.model import FLOATS, Definition, Model, Network, as_network
 from fastcal.observe.backends import (
     Backend,
     LocalBackend,
@@ -23,6 +23,7 @@ from fastcal.observe.backends import (
     OnnxRuntimeBackend,
     TensorRTBackend,
     choose_backend,
+    unknown_to_onnxruntime,
 )
 from fastcal.observe.histogram import Histogram
 from fastcal.progress import Progress
@@ -174,6 +175,9 @@ class Calibration:
             return None, f"its header is {found.header}, not {self.header}"
         if not found.scales:
             return None, "it holds no scales"
+        broken = [f"{name} is {fault}" for name, fault in found.faults.items() if found.scales[name] != 0]
+        if broken:
+            return None, f"the scale of {first_few(broken)}"
         earlier = read_record(path, data)
         if earlier is None:
             return None, f"nothing tells what it was made from: {why_no_record(path)}"
@@ -206,8 +210,12 @@ class Calibration:
             raise ModelError(
                 f"{network.label} has no float tensor: there is nothing to calibrate; export the network in float"
             )
+        _warn_of_inputs(network, observed.histograms)
         _warn_of_nonfinite(observed.histograms)
         cache = self.cache(self.algorithm.scales(observed))
+        _warn_of_extremes(cache.scales, observed.histograms)
+        if isinstance(network, Model):
+            _warn_of_missing(network, cache.scales)
         assert cache.record is not None
         # Workers decide on the backend, and so on the precision, when they run.
         record = Record({**cache.record.entries, "precision": observed.precision})
@@ -251,7 +259,7 @@ def _percent_moved(before: float, now: float) -> float:
 def _choose_backend(asked: str, network: Network) -> str:
     if isinstance(network, Definition):
         return choose_backend("tensorrt" if asked == "auto" else asked, True)
-    foreign = network.foreign_operators
+    foreign = unknown_to_onnxruntime(network)
     chosen = choose_backend(asked, bool(foreign))
     if asked == "auto" and chosen == "tensorrt":
         reason = f"cannot run {', '.join(foreign)}" if foreign else "has no CUDA provider here"
@@ -268,6 +276,35 @@ def _tensorrt_version(asked: str | None) -> str:
     here = "TensorRT is not installed here" if installed is None else f"TensorRT {installed} reads no caches"
     _log.info("%s: the cache is written for TensorRT %s", here, DEFAULT_TENSORRT_VERSION)
     return DEFAULT_TENSORRT_VERSION
+
+
+def _warn_of_inputs(network: Network, histograms: Mapping[str, Histogram]) -> None:
+    """Warn of inputs whose values are all 0, or all NaN or infinite."""
+    empty = {name: histograms[name] for name in network.input_names if name in histograms and not histograms[name].amax}
+    for name, found in empty.items():
+        _log.warning(
+            "the batches hold nothing but %s for input %r of %s, so its scale is 0: check what reads and prepares them",
+            "0" if found.counts.any() else "NaN or infinite values", name, network.label,
+        )  # fmt: skip
+
+
+def _warn_of_extremes(scales: Mapping[str, float], histograms: Mapping[str, Histogram]) -> None:
+    extreme = [name for name, scale in scales.items() if scale > 1 and fault_of_scale(scale)]
+    if extreme:
+        _log.warning(
+            "INT8 keeps nothing but the extreme values of %s: if these are a mask, clamp it in the network, to -10000 "
+            "for instance",
+            first_few([f"{name} ({histograms[name].amax:.3g})" for name in extreme]),
+        )  # fmt: skip
+
+
+def _warn_of_missing(network: Model, scales: Mapping[str, float]) -> None:
+    within = [name for name in network.within if network.types.get(name) in FLOATS and name not in scales]
+    if within:
+        _log.warning(
+            "no scale for %s: they lie in an If, a Loop or a Scan, and TensorRT does not run the layers there in INT8",
+            first_few(within),
+        )
 
 
 def _warn_of_nonfinite(histograms: Mapping[str, Histogram]) -> None:

@@ -39,6 +39,9 @@ class FastcalError(Exception):
     The text is one line that names the problem and the remedy.
     """
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # the name of a tensor or a file may have line ends
+
 
 class ModelError(FastcalError):
     """The ONNX model or the network is invalid, not supported, or does not fit the request."""

@@ -20,10 +20,13 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     write_together({path: data})
 
 
-def write_together(files: Mapping[str | os.PathLike[str], bytes]) -> None:
-    """Write several files as `write_atomically` does, contents by path; none is replaced before all are on the disk."""
+def write_together(files: Mapping[str | os.PathLike[str], bytes | Callable[[BinaryIO], object]]) -> None:
+    """Write several files as `write_atomically` does; none is replaced before all are on the disk.
+
+    `files` has the contents by path, or functions that write them to an open file; these are called in order.
+    """
     with ExitStack() as stack:
-        fillers = {path: partial(_write, data=data) for path, data in files.items()}
+        fillers = {path: partial(_write, content=content) for path, content in files.items()}
         written = {path: stack.enter_context(_temporary_for(path, fill)) for path, fill in fillers.items()}
         for path, (temporary, target) in written.items():
             temporary.replace(target)
@@ -64,7 +67,10 @@ def _temporary_for(path: str | os.PathLike[str], fill: Callable[[BinaryIO], None
         raise FastcalError(f"cannot write {path}: {error.strerror}; make room or choose another place") from error
 
 
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
+def _write(file: BinaryIO, content: bytes | Callable[[BinaryIO], object]) -> None:
+    if isinstance(content, bytes):
+        file.write(content)
+    else:
+        content(file)
     file.flush()
     os.fsync(file.fileno())

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx
+import onnx.version_converter
 
 from fastcal.batch import Input, known_sizes
-from fastcal.errors import ModelError
+from fastcal.errors import ModelError, first_few
+from fastcal.external import ExternalData
+from fastcal.functions import inline_functions
+from fastcal.graph import constants_of, damaged_text, graphs_within, nodes_within, varying_in
 
 #: The element types that count as float.
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -30,10 +35,12 @@ class Model:
 
     Attributes:
         path: The file.
-        proto: The content of the file, an `onnx.ModelProto` without external data.
+        proto: The content of the file, an `onnx.ModelProto` without external data; its local functions are inlined.
+        external: The external data.
 
     Raises:
-        ModelError: The file is missing or is not an ONNX model, or a node has too few inputs or outputs.
+        ModelError: The file is missing or is not an ONNX model, a node has too few inputs or outputs, or external data
+            lies outside the model's folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -48,12 +55,20 @@ class Model:
             raise ModelError(f"{path} is not an ONNX model; export the network to ONNX first") from error
         if not self.proto.graph.node:
             raise ModelError(f"{path} is not an ONNX model, or has no nodes; export the network to ONNX first")
+        if field := damaged_text(self.proto):
+            raise ModelError(f"{path} is a damaged ONNX model: a {field} is no text; copy or export it again")
+        try:
+            self.proto = inline_functions(self.proto)
+        except Exception as error:  # of ONNX's inliner
+            raise self.invalid(" ".join(str(error).split())) from error
         self._check_nodes()
         graph = self.proto.graph
         for value in (*graph.input, *graph.value_info, *graph.output):
             for dim in value.type.tensor_type.shape.dim:
                 if dim.dim_value < 1 and dim.HasField("dim_value"):  # dynamic; ONNX would use the number as a size
                     dim.Clear()
+        self._converted: dict[int, Model] = {}
+        self.external = ExternalData(self.proto.graph, self.path.parent, self.label)
 
     @classmethod
     def of(cls, model: "str | os.PathLike[str] | Model") -> "Model":
@@ -95,23 +110,35 @@ class Model:
         """The version of ONNX's standard operators; 0 if the model does not name it."""
         return next((entry.version for entry in self.proto.opset_import if entry.domain in _STANDARD), 0)
 
-    @property
-    def has_pairs(self) -> bool:
-        """True if the model has QuantizeLinear or DequantizeLinear nodes, and so is quantized already."""
-        return any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in self.proto.graph.node)
+    def to_opset(self, opset: int) -> "Model":
+        """Return the model with `opset`, a later one, made by ONNX's version converter; the file stays as it is.
+
+        Raises:
+            ModelError: ONNX cannot convert the model, or would give its tensors other names.
+        """
+        if opset not in self._converted:
+            if any(graphs_within(self.proto.graph.node)):
+                raise ModelError("ONNX does not convert what lies in an If, a Loop or a Scan")
+            try:
+                proto = onnx.version_converter.convert_version(self.proto, opset)
+            except Exception as error:  # of many kinds
+                raise ModelError(" ".join(str(error).split())) from error
+            converted = copy(self)
+            converted.__dict__ = {"path": self.path, "external": self.external, "proto": proto, "_converted": {}}
+            gone = {*self.input_names, *self.activations} - converted.tensors
+            if gone:
+                raise ModelError(f"the converter loses the tensors {first_few(sorted(gone))}")
+            self._converted[opset] = converted
+        return self._converted[opset]
 
     @property
-    def foreign_operators(self) -> list[str]:
-        """The operators that are neither ONNX's nor of ONNX Runtime's domain, TensorRT's plugins for instance."""
-        own = {function.name for function in self.proto.functions}
-        operators = {(node.domain, node.op_type) for node in self.proto.graph.node}
-        return sorted(
-            name
-            for domain, name in operators
-            if name not in own
-            and not domain.startswith(("com.microsoft", "ai.onnx"))
-            and not _is_standard(domain, name)
-        )
+    def has_pairs(self) -> bool:
+        """True if QuantizeLinear or DequantizeLinear nodes round activations: the model is quantized already.
+
+        Such nodes may compute the weights: stored INT8 weights are constants like others.
+        """
+        pairs = (node for node in self.proto.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear"))
+        return any(not self.varying.keys().isdisjoint(node.output) for node in pairs)
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
@@ -120,8 +147,7 @@ class Model:
         Raises:
             ModelError: The model has no inputs, or an input is not a tensor or has an unknown rank.
         """
-        constants = {tensor.name for tensor in self.proto.graph.initializer}
-        constants |= {tensor.values.name for tensor in self.proto.graph.sparse_initializer}
+        constants = constants_of(self.proto.graph)
         values = [value for value in self.proto.graph.input if value.name not in constants]
         if not values:
             raise ModelError(f"{self.label} has no inputs: its outputs are constant and need no calibration")
@@ -129,14 +155,21 @@ class Model:
 
     def _input(self, value: onnx.ValueInfoProto) -> Input:
         tensor = value.type.tensor_type
-        if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
-            fault = "has no shape" if value.type.HasField("tensor_type") else "is not a tensor"
+        dtype = _dtype(tensor.elem_type)
+        if not value.type.HasField("tensor_type") or not tensor.HasField("shape") or dtype is None:
+            fault, known = ("has no shape", "rank") if dtype is not None else ("has no type that ONNX knows", "type")
+            if not value.type.HasField("tensor_type"):
+                fault, known = "is not a tensor", "rank"
             raise ModelError(
-                f"{self.label}: input {value.name!r} {fault}; export the network with tensors of known rank"
+                f"{self.label}: input {value.name!r} {fault}; export the network with tensors of known {known}"
             )
         dims = tensor.shape.dim
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         return Input(value.name, known_sizes(dim.dim_value for dim in dims), dtype, dims[0].dim_param if dims else "")
+
+    @cached_property
+    def varying(self) -> Mapping[str, None]:
+        """The names of the tensors that depend on the inputs, or on chance: all others are constants."""
+        return varying_in(self.proto.graph)
 
     @cached_property
     def activations(self) -> tuple[str, ...]:
@@ -149,37 +182,45 @@ class Model:
 
     @cached_property
     def tensors(self) -> frozenset[str]:
-        """The names of all tensors of the graph: inputs, constants and the outputs of nodes."""
+        """The names of all tensors of the graph: inputs, constants and the outputs of nodes, also in subgraphs."""
         graph = self.proto.graph
-        values = [*graph.input, *graph.initializer, *(tensor.values for tensor in graph.sparse_initializer)]
-        return frozenset(value.name for value in values) | {name for node in graph.node for name in node.output if name}
+        names = {value.name for value in graph.input} | constants_of(graph)
+        return frozenset(names) | {
+            name for node in (*graph.node, *nodes_within(graph.node)) for name in node.output if name
+        }
 
     @cached_property
     def calibrated(self) -> tuple[str, ...]:
         """The names of the tensors that a calibration picks scales for: the float tensors that depend on the inputs.
 
-        In the graph's order, inputs first, without tensors whose type ONNX cannot infer; errors as `types`.
+        In the graph's order, inputs first, those of subgraphs last, without tensors whose type ONNX cannot infer;
+        errors as `types`.
         """
-        floats = {name for name, kind in self.types.items() if kind in FLOATS}
-        varying = dict.fromkeys(value.name for value in self.inputs)
-        for node in self.proto.graph.node:
-            # A subgraph may read tensors of this graph that are not among the node's inputs.
-            if not varying.keys().isdisjoint(node.input) or any(value.HasField("g") for value in node.attribute):
-                varying |= dict.fromkeys(name for name in node.output if name)
-        return tuple(name for name in varying if name in floats)
+        return tuple(name for name in (*self.varying, *self.within) if self.types.get(name) in FLOATS)
+
+    @cached_property
+    def within(self) -> tuple[str, ...]:
+        """The names of the tensors that nodes compute in the branches of an If, or in the body of a Loop or a Scan.
+
+        Subgraphs that depend on no input are left out.
+        """
+        varying = (node for node in self.proto.graph.node if not self.varying.keys().isdisjoint(node.output))
+        nodes = (node for node in nodes_within(varying) if node.op_type != "Constant")
+        return tuple(dict.fromkeys(name for node in nodes for name in node.output if name))
 
     @cached_property
     def types(self) -> Mapping[str, int]:
         """The element types of the tensors by name, as far as ONNX can infer them: `onnx.TensorProto.DataType`.
 
         Raises:
-            ModelError: The graph contradicts itself, or has an operator of an unknown domain.
+            ModelError: The graph contradicts itself.
         """
         try:
             inferred = self._infer({})
         except onnx.shape_inference.InferenceError as error:
             raise self.invalid(" ".join(str(error).split())) from error
-        known = [*inferred.input, *inferred.value_info, *inferred.output]
+        graphs = (*graphs_within(inferred.node), inferred)
+        known = (value for graph in graphs for value in (*graph.input, *graph.value_info, *graph.output))
         return {value.name: value.type.tensor_type.elem_type for value in known}
 
     def shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -200,15 +241,18 @@ class Model:
         for value in (*inferred.value_info, *inferred.output):
             tensor = value.type.tensor_type
             is_known = tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim)
-            if tensor.elem_type and is_known:
-                itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
-                outputs[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim), itemsize
+            dtype = _dtype(tensor.elem_type)
+            if dtype is not None and is_known:
+                outputs[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim), dtype.itemsize
         return outputs
 
     def _infer(self, shapes: Mapping[str, tuple[int, ...]]) -> onnx.GraphProto:
         """Return the graph with the types and shapes that ONNX infers, and without large constants' values."""
         proto = onnx.ModelProto(ir_version=self.proto.ir_version, opset_import=self.proto.opset_import)
         proto.functions.extend(self.proto.functions)
+        imported = {entry.domain for entry in proto.opset_import}
+        unknown = {node.domain for node in self.proto.graph.node} - {*_STANDARD, *imported}
+        proto.opset_import.extend(onnx.helper.make_opsetid(domain, 1) for domain in sorted(unknown))
         for field, value in self.proto.graph.ListFields():
             if field.name != "initializer":
                 proto.graph.MergeFrom(onnx.GraphProto(**{field.name: value}))
@@ -245,30 +289,16 @@ class Model:
     @property
     def external_files(self) -> list[Path]:
         """The paths of the files with external data."""
-        return [self.path.parent / name for name in self._external]
-
-    @property
-    def _external(self) -> list[str]:
-        entries = (entry for tensor in self.proto.graph.initializer for entry in tensor.external_data)
-        return sorted({entry.value for entry in entries if entry.key == "location"})
+        return self.external.files
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 of the file and of the name, size and modification time of each file with external data.
+        """The SHA-256 of the contents of the file and of its external data, however large; a copy has the same.
 
         Raises:
             ModelError: A file with external data is missing.
         """
-        digest = hashlib.sha256(self.path.read_bytes())
-        for name in self._external:
-            try:
-                status = (self.path.parent / name).stat()
-            except OSError as error:
-                raise ModelError(
-                    f"cannot load {self.label}: its external data {name}: {error.strerror}; keep it beside the model"
-                ) from error
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        return digest.hexdigest()
+        return hashlib.sha256(self.path.read_bytes() + self.external.digest).hexdigest()
 
     @property
     def batch_size(self) -> int | None:
@@ -277,8 +307,12 @@ class Model:
         return sizes.pop() if len(sizes) == 1 else None
 
 
-def _is_standard(domain: str, operator: str) -> bool:
-    return domain == "" and onnx.defs.has(operator)
+def _dtype(kind: int) -> np.dtype[Any] | None:
+    """Return the NumPy type of one of `onnx.TensorProto.DataType`; None if there is no such type."""
+    try:
+        return onnx.helper.tensor_dtype_to_np_dtype(kind)
+    except KeyError:
+        return None
 
 
 def node_label(node: onnx.NodeProto) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import onnx
 
 from fastcal.errors import TENSORRT_EXTRA, FastcalError, ModelError, UnavailableError, quoted
 from fastcal.model import Model
@@ -145,7 +146,7 @@ def pooled_tensors(network: Any) -> dict[str, str]:
 
 def _describe(error: Any, model: Model) -> str:
     """Return the text of a parser error, with the node that the error is about."""
-    nodes = model.proto.graph.node
+    nodes = onnx.load(model.path, load_external_data=False).graph.node  # without functions inlined
     if not 0 <= error.node() < len(nodes):
         return str(error.desc())
     node = nodes[error.node()]

@@ -15,11 +15,12 @@ import onnx
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import record_path
 from fastcal.errors import CacheError, FastcalError, ModelError, first_few
+from fastcal.graph import nodes_within
 from fastcal.model import Model, node_label
 from fastcal.qdq_graph import Graph
 from fastcal.qdq_placement import PAIRED, WEIGHTED, Placement
 
-__all__ = ["WEIGHTED", "check_quantizable", "count_quantized", "load_for", "quantize"]
+__all__ = ["WEIGHTED", "add_pairs", "check_quantizable", "count_quantized", "load_for", "quantize"]
 
 #: `WEIGHTED` for a message.
 _LAYERS = ", ".join(WEIGHTED[:-1]) + f" or {WEIGHTED[-1]}"
@@ -41,15 +42,18 @@ def quantize(
     The pairs are where TensorRT's documentation recommends them ("Explicit Quantization"):
 
     - Every activation that a Conv, ConvTranspose, Gemm or MatMul reads has a pair with the cache's scale, unchanged.
-      The weights have a pair with one scale per output channel, amax / 127. INT8 is symmetric, every zero point is 0.
-      The weights themselves stay float32, which every TensorRT from 8 on reads; biases stay float32 without a pair.
+      The weights have a pair with one scale per output channel, amax / 127; a MatMul's weights of more than two
+      dimensions have one scale. INT8 is symmetric, every zero point is 0. The weights themselves stay float32, which
+      every TensorRT from 8 on reads; biases stay float32 without a pair.
     - There is no pair between layers that TensorRT fuses: convolution, BatchNormalization, Relu, and the Add of a
       residual connection. Such an Add has a pair on its other input, so that the convolution can write INT8.
     - An average pooling has a pair on its input if its output is quantized too. MaxPool, Concat and the layers that
       only change the shape need no pair: TensorRT moves the next pair through them.
 
-    A layer stays in float if the cache has no scale for the layer's input, or the scale 0, or if the layer's weights
-    are computed or not float32. The log names these layers.
+    Weights may be any constant: an expression that depends on no input, such as a Cast or the DequantizeLinear of
+    stored INT8, is computed and stored. Local functions are inlined. A layer stays in float if the cache has no scale
+    for the layer's input, or the scale 0, if the layer's weights depend on the inputs or are not float32, or if the
+    layer lies in an If, a Loop or a Scan. The log names these layers.
 
     Args:
         model: The ONNX file.
@@ -61,17 +65,27 @@ def quantize(
         The new model with all its weights, external ones included.
 
     Raises:
-        ModelError: The model cannot be loaded, has Q/DQ pairs already, has an opset below 13, or has no layer to
-            quantize.
+        ModelError: The model cannot be loaded, has Q/DQ pairs already, has an opset below 13 and cannot be converted,
+            or has no layer to quantize.
         CacheError: The cache cannot be read, or belongs to another model.
         FastcalError: A layer to exclude is not in the model.
     """
     model = Model.of(model)
-    excluded = check_quantizable(model, exclude)
+    quantized = add_pairs(model, cache, exclude)
+    model.external.load(quantized.graph)
+    return quantized
+
+
+def add_pairs(
+    model: Model, cache: CalibrationCache | str | os.PathLike[str], exclude: Iterable[str] = ()
+) -> onnx.ModelProto:
+    """Return the model of `quantize`, whose external data stays where the model has it; errors as there."""
     scales = load_for(model, cache).scales
+    model = _modern(model)
+    excluded = check_quantizable(model, exclude)
     graph = Graph(model)
     placement = Placement(graph, scales, excluded)
-    in_float = first_few([f"{name} ({reason})" for name, reason in placement.in_float.items()])
+    in_float = first_few([f"{name} ({reason})" for name, reason in (placement.in_float | _within(model)).items()])
     if not placement.axes:
         raise ModelError(
             f"{model.label} has no layer to quantize{in_float and ': ' + in_float}; fastcal quantizes a {_LAYERS} with "
@@ -84,34 +98,33 @@ def quantize(
 
 
 def count_quantized(model: onnx.ModelProto) -> tuple[int, int]:
-    """Return the number of layers of the types `WEIGHTED` that are in INT8, and the number of all such layers."""
+    """Return the number of layers of the types `WEIGHTED` that are in INT8, and the number of all such layers.
+
+    Layers in the branches of an If or the body of a Loop or a Scan count too.
+    """
     dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    layers = [node for node in model.graph.node if node.op_type in WEIGHTED]
+    layers = [node for node in (*model.graph.node, *nodes_within(model.graph.node)) if node.op_type in WEIGHTED]
     return sum(set(node.input[:2]) <= dequantized for node in layers), len(layers)
 
 
 def check_quantizable(model: Model, exclude: Iterable[str] = ()) -> set[int]:
     """Return the numbers of the nodes to exclude, in the graph's order, if `quantize` accepts the model."""
+    model = _modern(model)
     if model.has_pairs:
         raise ModelError(
             f"{model.label} has QuantizeLinear or DequantizeLinear already; quantize the float model that it was made "
             "from"
         )
-    if model.opset < _FIRST_OPSET:
-        raise ModelError(
-            f"{model.label} has opset {model.opset}, and a scale per channel needs opset {_FIRST_OPSET}; export the "
-            "network with opset 17, or convert the model with onnx.version_converter.convert_version and calibrate "
-            "again"
-        )
     nodes = model.proto.graph.node
     if not any(node.op_type in WEIGHTED for node in nodes):
-        raise ModelError(f"{model.label} has no layer to quantize: no node is a {_LAYERS}")
+        within = first_few([f"{name} ({reason})" for name, reason in _within(model).items()])
+        raise ModelError(f"{model.label} has no layer to quantize: {within or f'no node is a {_LAYERS}'}")
     if isinstance(exclude, str):
         raise FastcalError(f"exclude is {exclude!r}; give a list of names or types")
     numbers: set[int] = set()
     for name in exclude:
         found = _named(name, nodes)
-        if not found:
+        if not found and name not in _within(model):
             raise FastcalError(
                 f"{model.label} has no layer, type or tensor {name!r} to exclude; similar: {_similar(name, model)}"
             )
@@ -141,6 +154,19 @@ def _named(name: str, nodes: Sequence[onnx.NodeProto]) -> set[int]:
     return set()
 
 
+def _modern(model: Model) -> Model:
+    """Return a model of an opset that has a scale per channel: the model, or what ONNX's converter makes of it."""
+    if model.opset >= _FIRST_OPSET:
+        return model
+    try:
+        return model.to_opset(_FIRST_OPSET)
+    except ModelError as error:
+        raise ModelError(
+            f"{model.label} has opset {model.opset}, and a scale per channel needs opset {_FIRST_OPSET}; export the "
+            f"network with opset 17 and calibrate again, since it cannot be converted: {error}"
+        ) from error
+
+
 def load_for(model: Model, cache: CalibrationCache | str | os.PathLike[str]) -> CalibrationCache:
     """Return a cache, or load it from its file, after checking that its record is not of another model."""
     if isinstance(cache, CalibrationCache):
@@ -152,6 +178,12 @@ def load_for(model: Model, cache: CalibrationCache | str | os.PathLike[str]) -> 
     if made_from is not None and made_from != model.digest:
         raise CacheError(f"{label} was calibrated with another model than {model.label}, by its record; {remedy}")
     return loaded
+
+
+def _within(model: Model) -> dict[str, str]:
+    """Return the layers in subgraphs, with the reason why they stay in float."""
+    layers = (node for node in nodes_within(model.proto.graph.node) if node.op_type in WEIGHTED)
+    return {node_label(node): "it lies in an If, a Loop or a Scan" for node in layers}
 
 
 def _similar(name: str, model: Model) -> str:

@@ -1,6 +1,6 @@
 """`Graph`: the connections and constants of an ONNX graph, and the insertion of Q/DQ pairs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -8,26 +8,36 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.ops.op_dequantize_linear import DequantizeLinear_21
 
-from fastcal.errors import ModelError
+from fastcal.graph import reads
 from fastcal.model import Model, node_label
 
 #: One input of one node: the number of the node in the graph's order, and the index of the input.
 Edge = tuple[int, int]
+
+#: The index of an input that a node's subgraphs read.
+IN_SUBGRAPH = -1
+
+#: The first opset whose QuantizeLinear may name its output type. From there on, ONNX Runtime 1.32 cannot optimize a
+#: MatMul and Add that read more than two dimensions through a pair with a zero point of INT8.
+_FIRST_OUTPUT_TYPE = 21
 
 #: The first version of ONNX's file format in which constants, here the scales, need not be inputs of the graph.
 _FIRST_IR = 4
 
 
 class Graph:
-    """A copy of a model with all its weights, and the connections between its nodes.
+    """A copy of a model, and the connections between its nodes. External data is read where it is needed.
 
     By the name of a tensor, `producers` has the number of the node that computes it, `readers` the edges that read it.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.proto = _with_weights(model)
+        self.proto = onnx.ModelProto()
+        self.proto.CopyFrom(model.proto)
         self.nodes = list(self.proto.graph.node)
         self.outputs = {value.name for value in self.proto.graph.output}
         self.producers = {name: number for number, node in enumerate(self.nodes) for name in node.output if name}
@@ -35,38 +45,52 @@ class Graph:
         for number, node in enumerate(self.nodes):
             for index, name in enumerate(node.input):
                 self.readers.setdefault(name, []).append((number, index))
+            for name in set(reads(node)) - set(node.input):
+                self.readers.setdefault(name, []).append((number, IN_SUBGRAPH))
         self._initializers = {tensor.name: tensor for tensor in self.proto.graph.initializer}
         self._constants: dict[str, npt.NDArray[Any] | None] = {}
+        self._folded: set[str] = set()
         self._check_for_cycles()
 
     def constant(self, name: str) -> npt.NDArray[Any] | None:
-        """Return the value of a weight or another constant, also of a transposed one; None for other tensors."""
+        """Return the value of a weight or another constant, also of a computed one; None for other tensors."""
         if name not in self._constants:
             self._constants[name] = self._read_constant(name)
         return self._constants[name]
 
     def _read_constant(self, name: str) -> npt.NDArray[Any] | None:
         if name in self._initializers:
-            return numpy_helper.to_array(self._initializers[name])
-        if name not in self.producers:
+            return self.model.external.array(self._initializers[name])
+        if name in self.model.varying or name not in self.producers:
             return None
-        node = self.nodes[self.producers[name]]
-        if node.op_type == "Constant":
-            tensor = attribute(node, "value", None)
-            return None if tensor is None else numpy_helper.to_array(tensor)
-        if node.op_type not in ("Identity", "Transpose"):
-            return None
-        value = self.constant(node.input[0])
-        if value is None or node.op_type == "Identity":
-            return value
+        tensor = attribute(self.nodes[self.producers[name]], "value", None)
+        if isinstance(tensor, onnx.TensorProto) and self.nodes[self.producers[name]].op_type == "Constant":
+            return self.model.external.array(tensor)
+        needed, unread = {self.producers[name]}, [self.producers[name]]
+        while unread:
+            before = {self.producers[each] for each in reads(self.nodes[unread.pop()]) if each in self.producers}
+            unread += before - needed
+            needed |= before
         try:
-            return np.transpose(value, attribute(node, "perm", None))
-        except ValueError as error:
-            raise self.model.invalid(f"node {node_label(node)!r}: {error}") from error
+            return self._compute(name, [self.nodes[number] for number in sorted(needed)])
+        except Exception:  # an operator is unknown or the graph is invalid: the weights stay as they are
+            return None
+
+    def _compute(self, name: str, nodes: Sequence[onnx.NodeProto]) -> npt.NDArray[Any]:
+        """Return the value of a tensor that these nodes compute from initializers."""
+        leaves = {each for node in nodes for each in reads(node)} & self._initializers.keys()
+        values = {leaf: self.model.external.array(self._initializers[leaf]) for leaf in leaves}
+        inputs, outputs = ([onnx.ValueInfoProto(name=each) for each in names] for names in (leaves, [name]))
+        graph = helper.make_graph(nodes, "constant", inputs, outputs)
+        self.model.external.load(graph)
+        model = helper.make_model(graph, opset_imports=self.proto.opset_import)
+        with np.errstate(all="ignore"):
+            found: Any = ReferenceEvaluator(model, new_ops=[DequantizeLinear]).run(None, values)
+        return np.asarray(found[0])
 
     def _check_for_cycles(self) -> None:
         read = {
-            number: [self.producers[name] for name in node.input if name in self.producers]
+            number: [self.producers[name] for name in reads(node) if name in self.producers]
             for number, node in enumerate(self.nodes)
         }
         try:
@@ -90,8 +114,10 @@ class Graph:
                 axis = axes[number, index]
                 if (name, axis) not in dequantized:
                     weights = self.constant(name)
+                    if weights is not None:
+                        self._fold(name)
                     scale = np.asarray(scales[name], "f4") if weights is None else _weight_scales(weights, axis)
-                    pair, parameters = _pair(name, taken, scale, axis)
+                    pair, parameters = _pair(name, taken, scale, axis, self._names_output_type(name))
                     nodes += pair
                     self.proto.graph.initializer.extend(parameters)
                     dequantized[name, axis] = pair[-1].output[0]
@@ -99,7 +125,47 @@ class Graph:
             nodes.append(node)
         self.proto.ir_version = max(self.proto.ir_version, _FIRST_IR)
         self.proto.graph.ClearField("node")
-        self.proto.graph.node.extend(nodes)
+        self.proto.graph.node.extend(node for node in nodes if self._folded.isdisjoint(node.output))
+        if self._folded:
+            self._drop_unread()
+
+    def _names_output_type(self, name: str) -> bool:
+        """Return True if the pair of an activation is to name its type in place of a zero point."""
+        if self.model.opset < _FIRST_OUTPUT_TYPE or name not in self.model.varying:
+            return False
+        return any(self.nodes[number].op_type == "MatMul" for number, _ in self.readers[name])
+
+    def _fold(self, name: str) -> None:
+        """Store a computed constant as an initializer: TensorRT may not compute what a pair reads."""
+        number = self.producers.get(name)
+        if number is None or self.nodes[number].op_type == "Constant":
+            return
+        for output in filter(None, self.nodes[number].output):
+            if output not in self._folded:
+                self._folded.add(output)
+                self.proto.graph.initializer.append(numpy_helper.from_array(np.asarray(self.constant(output)), output))
+
+    def _drop_unread(self) -> None:
+        """Drop the constants that nothing reads: other constants were computed from them."""
+        graph, varying = self.proto.graph, self.model.varying.keys()
+        read, kept = {*self.outputs, *(value.name for value in graph.input)}, []
+        for node in reversed(graph.node):
+            if not (node.output and read.isdisjoint(node.output) and varying.isdisjoint(node.output)):
+                kept.append(node)
+                read.update(reads(node))
+        initializers = [tensor for tensor in graph.initializer if tensor.name in read]
+        for field, values in (("node", kept[::-1]), ("initializer", initializers)):
+            graph.ClearField(field)
+            getattr(graph, field).extend(values)
+
+
+class DequantizeLinear(DequantizeLinear_21):
+    """The operator of any opset: ONNX's evaluator lacks it before opset 19. The name is ONNX's."""
+
+    op_domain = ""
+
+    def _run(self, *args: Any, axis: int = 1, block_size: int = 0, output_dtype: int | None = None) -> Any:
+        return super()._run(*args, axis=axis, block_size=block_size)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
@@ -107,21 +173,13 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(value) for value in node.attribute if value.name == name), default)
 
 
-def _with_weights(model: Model) -> onnx.ModelProto:
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    try:
-        onnx.load_external_data_for_model(proto, str(model.path.parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        text = str(error).splitlines()[0]
-        raise ModelError(f"cannot load {model.label}: {text}; keep its external data beside it") from error
-    return proto
-
-
 def _pair(
-    name: str, taken: set[str], scale: npt.NDArray[np.float32], axis: int | None
+    name: str, taken: set[str], scale: npt.NDArray[np.float32], axis: int | None, names_output_type: bool
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Return the two nodes of a pair, and its scale and zero point; add their names to `taken`."""
+    """Return the two nodes of a pair, its scale, and its zero point; add their names to `taken`.
+
+    The type of the zero point is INT8. If the node names its output type itself, it needs no zero point.
+    """
     prefix, number = name, 1
     while not taken.isdisjoint(names := _pair_names(prefix)):
         number += 1
@@ -133,8 +191,12 @@ def _pair(
         numpy_helper.from_array(np.zeros(scale.shape, np.int8), parameters[1]),
     ]
     options: dict[str, Any] = {} if axis is None else {"axis": axis}
+    output_type: dict[str, Any] = {}
+    if names_output_type:
+        output_type["output_dtype"] = onnx.TensorProto.INT8
+        del parameters[1], tensors[1]
     return [
-        helper.make_node("QuantizeLinear", [name, *parameters], [quantized], quantize, **options),
+        helper.make_node("QuantizeLinear", [name, *parameters], [quantized], quantize, **options, **output_type),
         helper.make_node("DequantizeLinear", [quantized, *parameters], [dequantized], dequantize, **options),
     ], tensors
 
@@ -161,5 +223,6 @@ def _weight_scales(weights: npt.NDArray[np.float32], axis: int | None) -> npt.ND
     A scale must not be 0, so the scale is 1 if all its weights are 0.
     """
     others = None if axis is None else tuple(other for other in range(weights.ndim) if other != axis)
-    scales = np.asarray(np.abs(weights).max(axis=others) / np.float32(127), np.float32)
+    largest = np.maximum(weights.max(axis=others), -weights.min(axis=others))  # without a copy of all weights
+    scales = np.asarray(largest / np.float32(127), np.float32)
     return np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales)

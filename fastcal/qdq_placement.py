@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
+from fastcal.algorithm import fault_of_scale
 from fastcal.errors import CacheError
 from fastcal.model import node_label
 from fastcal.qdq_graph import Edge, Graph, attribute
@@ -50,7 +51,7 @@ class Placement:
 
     def _check_names(self) -> None:
         layers = [node for node in self._graph.nodes if node.op_type in WEIGHTED]
-        read = {name for node in layers for name in node.input[:2] if self._graph.constant(name) is None}
+        read = {name for node in layers for name in node.input[:2] if name in self._graph.model.varying}
         found = len(read & self._scales.keys())
         if 2 * found < len(read):
             raise CacheError(
@@ -70,13 +71,15 @@ class Placement:
                 else:
                     axes[index] = None
                     are_weights = index == 1 and node.op_type in _TAKES_ADD
-                    reason = reason or (f"its weights {name} are computed" if are_weights else self._fault_of(name))
+                    is_constant = name not in self._graph.model.varying
+                    fault = f"its weights {name} are {'of an unknown value' if is_constant else 'computed'}"
+                    reason = reason or (fault if are_weights or is_constant else self._fault_of(name))
             self._add(number, axes, reason)
 
     def _place_on_residuals(self) -> None:
         depths = self._depths()
         for number, node in self._nodes("Add"):
-            if any(self._graph.constant(name) is not None for name in node.input):
+            if any(name not in self._graph.model.varying for name in node.input):
                 continue
             # TensorRT fuses the Add into one convolution. If both inputs come from one, the residual branch is the one
             # with fewer layers.
@@ -114,7 +117,7 @@ class Placement:
         if name not in self._scales:
             return f"no scale for {name}"
         scale = self._scales[name]
-        return "" if 0 < scale < np.inf else f"the scale of {name} is {scale:g}"
+        return f"the scale of {name} is {scale:g}" if fault_of_scale(scale) else ""
 
     def _ends_in_convolution(self, name: str) -> bool:
         """Return True if a quantized convolution computes a tensor, and TensorRT fuses its only reader with it."""
@@ -145,14 +148,20 @@ class Placement:
 
 
 def _channel_axis(node: onnx.NodeProto, index: int, rank: int) -> int | None:
-    """Return the axis of a constant input along which the output channels lie; None for a vector, which has one."""
+    """Return the axis of a constant input along which the output channels lie; None for one scale.
+
+    A vector has one channel. A MatMul's right side of more than two dimensions has one scale too: from its optimization
+    level "extended" on, ONNX Runtime 1.32 cannot run several.
+    """
     if node.op_type == "Conv":
         return 0
     if node.op_type == "ConvTranspose":
         return 1  # with groups, the channels of one group: all groups share a scale per channel
     if node.op_type == "Gemm":
         return int(attribute(node, "transB", 0) == 0) if index == 1 else int(attribute(node, "transA", 0) != 0)
-    return None if rank < 2 else rank - 1 if index == 1 else rank - 2
+    if index == 1:
+        return 1 if rank == 2 else None
+    return None if rank < 2 else rank - 2
 
 
 def _fault_of_weights(name: str, weights: npt.NDArray[np.generic]) -> str:

@@ -27,7 +27,7 @@ def has_calibrators() -> bool:
 
 
 def check_tensorrt_version(version: str) -> str:
-    """Return `version` as "major.minor.patch"; FastcalError if it reads no calibration caches (8.x to 10.x do)."""
+    """Return `version` as "major.minor.patch"; FastcalError if it reads no calibration caches (5.x to 10.x do)."""
     version_number(version)
     return ".".join([*version.split("."), "0"][:3])
 
@@ -39,8 +39,10 @@ def version_number(version: str) -> int:
     if match is None:
         raise FastcalError(f"{version!r} is not a TensorRT version; write it like 10.16.1")
     major, minor, patch = (int(part or 0) for part in match.groups())
-    if not 8 <= major <= 10:
-        raise FastcalError(f"TensorRT {version} takes no calibration cache; only 8.x to 10.x do")
+    if not 5 <= major <= 10:
+        raise FastcalError(f"TensorRT {version} takes no calibration cache; only 5.x to 10.x do")
+    if major < 10 <= minor:  # the number in a header would be that of no version
+        raise FastcalError(f"there is no TensorRT {version}; write the version like 8.6.1")
     return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
 
 

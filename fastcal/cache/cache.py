@@ -1,17 +1,21 @@
 """`CalibrationCache`: the scales of a network's tensors, as TensorRT reads and writes them."""
 
+import codecs
 import json
+import logging
 import math
 import os
 import re
 import struct
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastcal.algorithm import Algorithm, from_hex, packed, to_hex
+from fastcal.algorithm import Algorithm, fault_of_scale, from_hex, packed, to_hex
 from fastcal.cache.record import Record, read_record
-from fastcal.errors import CacheError, FastcalError
+from fastcal.errors import CacheError, FastcalError, first_few
 from fastcal.files import write_atomically
 from fastcal.observe.histogram import Observations
 from fastcal.versions import DEFAULT_TENSORRT_VERSION
@@ -21,6 +25,8 @@ FORMS = ("tensorrt", "json")
 
 #: The keys of a cache's settings in JSON.
 _SETTINGS = ("algorithm", "tensorrt_version", "quantile", "cutoff")
+
+_log = logging.getLogger("fastcal")
 
 
 @dataclass
@@ -33,6 +39,7 @@ class CalibrationCache:
         algorithm: The algorithm that picked the scales; a name is taken too.
         tensorrt_version: "major.minor.patch" in the header. TensorRT 8.6.0 takes a cache of 8.6.1 and calibrates again
             if it is given one of 10.16. The header of Legacy calibration ("percentile") has no version: None.
+        doubled: The tensors that the file gives more than one scale; `scales` has the last one.
         record: The record of what the cache was made from; None if it is not known.
         observed: The histograms and more, if the cache is a calibration's result; not written to the file.
     """
@@ -40,6 +47,7 @@ class CalibrationCache:
     scales: dict[str, float] = field(default_factory=dict)
     algorithm: Algorithm = field(default_factory=Algorithm)
     tensorrt_version: str | None = DEFAULT_TENSORRT_VERSION
+    doubled: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
     record: Record | None = field(default=None, compare=False)
     observed: Observations | None = field(default=None, compare=False, repr=False)
 
@@ -56,35 +64,53 @@ class CalibrationCache:
         """
         return self.algorithm.header(self.tensorrt_version)
 
+    @property
+    def faults(self) -> dict[str, str]:
+        """The tensors whose scales are of no use for INT8, with the reason: "NaN", "0", "given twice"..."""
+        faults = {name: fault_of_scale(scale) for name, scale in self.scales.items()}
+        faults |= dict.fromkeys(self.doubled, "given twice")
+        return {name: fault for name, fault in faults.items() if fault}
+
     def to_bytes(self) -> bytes:
         """Return the file's contents.
 
         Raises:
-            CacheError: A tensor's name has a line end, which TensorRT's form cannot hold, or its scale is not a number
-                that a float32 holds.
+            CacheError: A tensor's name has a line end, which TensorRT's form cannot hold, or its scale is not a finite
+                float32 from 0 on.
             FastcalError: As `header`.
         """
         for name in self.scales:
             if "\n" in name:
                 raise CacheError(f"tensor {name!r} has a line end in its name: rename it, or save the cache as JSON")
-        scales = (f"{name}: {to_hex(scale, '>f', f'the scale of {name!r}')}" for name, scale in self.scales.items())
+        scales = (f"{name}: {to_hex(scale, '>f', name)}" for name, scale in self._checked().items())
         return ("\n".join([self.header, *scales]) + "\n").encode(errors="surrogateescape")
 
     @classmethod
     def from_bytes(cls, data: bytes, origin: str = "calibration cache") -> "CalibrationCache":
         """Read `data` in TensorRT's own form; raise CacheError, in which `origin` names the file, if it is invalid."""
-        header, *lines = data.decode(errors="surrogateescape").split("\n")
+        header, *lines = _text(data).split("\n")
+        pairs = []
         found = Algorithm.of_header(header)
         if found is None:
             raise CacheError(f"{origin} is not a TensorRT calibration cache: its first line is {header[:80]!r}")
         cache = cls({}, *found)
+        try:
+            _ = cache.header
+        except FastcalError as error:
+            raise CacheError(f"{origin}: {error}") from error
         for number, line in enumerate(lines, start=2):
             if line.strip():
                 name, separator, digits = line.rpartition(": ")
                 if not separator or not re.fullmatch(r"[0-9a-fA-F]{1,8}\s*", digits):
                     raise CacheError(f"{origin}, line {number}: {line[:80]!r} is not 'tensor name: hex scale'")
-                cache.scales[name] = from_hex(digits, ">f")
+                pairs.append((name, from_hex(digits, ">f")))
+        cache.scales = dict(pairs)
+        cache.doubled = _doubled(pairs)
         return cache
+
+    def _checked(self) -> dict[str, float]:
+        """Return the scales as float32; raise CacheError if one is not finite or negative."""
+        return {name: _float32(scale, f"the scale of {name!r}") for name, scale in self.scales.items()}
 
     def to_json(self) -> bytes:
         """Return the cache as a JSON object: algorithm, TensorRT version, scales by tensor, and the record's entries.
@@ -100,7 +126,7 @@ class CalibrationCache:
         content: dict[str, Any] = {
             key: value for key, value in zip(_SETTINGS, settings, strict=True) if value is not None
         }
-        content["scales"] = {name: _float32(scale, f"the scale of {name!r}") for name, scale in self.scales.items()}
+        content["scales"] = self._checked()
         if self.record is not None:
             content["made_from"] = dict(self.record.entries)
         return json.dumps(content, indent=1).encode() + b"\n"
@@ -111,8 +137,14 @@ class CalibrationCache:
 
         Scales become float32.
         """
+        doubled: list[str] = []
+
+        def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            doubled.extend(_doubled(pairs))
+            return dict(pairs)
+
         try:
-            content = json.loads(data)
+            content = json.loads(data, object_pairs_hook=as_object)
         except (ValueError, RecursionError) as error:
             raise CacheError(f"{origin} is neither a calibration cache nor JSON: {error}") from error
         scales = content.get("scales")
@@ -135,12 +167,13 @@ class CalibrationCache:
         except FastcalError as error:
             raise CacheError(f"{origin}: {error}") from error
         cache.scales = {name: _float32(value, f"{origin}, scale of {name!r}") for name, value in scales.items()}
+        cache.doubled = tuple(name for name in doubled if name in scales)
         return cache
 
     @classmethod
     def from_any(cls, data: bytes, origin: str) -> "CalibrationCache":
         """Read `data`, a file in any form that `save` writes; `origin` and errors as for `from_bytes`."""
-        return cls.from_json(data, origin) if data.lstrip()[:1] == b"{" else cls.from_bytes(data, origin)
+        return cls.from_json(data, origin) if _text(data).lstrip()[:1] == "{" else cls.from_bytes(data, origin)
 
     def save(self, path: str | os.PathLike[str], *, form: str = "tensorrt") -> None:
         """Write the cache to `path`, whole or not at all.
@@ -176,9 +209,24 @@ class CalibrationCache:
         except OSError as error:
             raise CacheError(f"cannot read calibration cache {path}: {error.strerror}; check the path") from error
         cache = cls.from_any(data, str(path))
+        if cache.doubled:
+            _log.warning("%s gives %s more than one scale: the last one counts here", path, first_few(cache.doubled))
         if cache.record is None:
             cache.record = read_record(path, data)
         return cache
+
+
+def _text(data: bytes) -> str:
+    """Return a file's text without its byte order mark: editors and shells of Windows write one, and UTF-16 too."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    return data.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
+
+
+def _doubled(pairs: Sequence[tuple[str, Any]]) -> tuple[str, ...]:
+    """Return the names that come more than once."""
+    counts = Counter(name for name, _ in pairs)
+    return tuple(name for name, count in counts.items() if count > 1)
 
 
 def _float32(value: Any, label: str) -> float:

@@ -19,17 +19,20 @@ class CacheCheck:
             all the same and runs the layers that touch these tensors in higher precision.
         unknown: The cache's tensors that the model does not have, in the cache's order. TensorRT ignores them; if
             there are many, the cache belongs to another model.
+        invalid: Tensors of the model whose scale in the cache is NaN, infinite, negative, 0, absurdly small or large,
+            or given twice; each with the reason. Constants may have scale 0.
         stale: The entries of the cache's record that differ now.
         recorded: Whether the cache has a record. Without one, `stale` is empty and means nothing.
     """
 
     missing: tuple[str, ...]
     unknown: tuple[str, ...]
+    invalid: tuple[str, ...]
     stale: tuple[str, ...]
     recorded: bool
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unknown or self.stale)
+        return bool(self.missing or self.unknown or self.invalid or self.stale)
 
 
 def check_cache(cache: CalibrationCache, model: str | os.PathLike[str] | Model, feed: Any = None) -> CacheCheck:
@@ -47,9 +50,11 @@ def check_cache(cache: CalibrationCache, model: str | os.PathLike[str] | Model, 
     """
     network = Model.of(model)
     known = network.tensors | {name for name in cache.scales if name.startswith("(Unnamed Layer*")}
+    invalid = {name: fault for name, fault in cache.faults.items() if fault != "0" or name in network.calibrated}
     return CacheCheck(
         missing=tuple(name for name in network.calibrated if name not in cache.scales),
         unknown=tuple(name for name in cache.scales if name not in known),
+        invalid=tuple(f"{name} ({fault})" for name, fault in invalid.items()),
         stale=() if cache.record is None else tuple(_record(feed, network).differences(cache.record)),
         recorded=cache.record is not None,
     )

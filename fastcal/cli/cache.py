@@ -110,7 +110,7 @@ class CheckOptions(FeedOptions):
 
 
 def check(*, cache: CacheArgument, options: CheckOptions) -> None:
-    """Check a cache against a model: missing and unknown tensors, and stale entries. Exit status 1 if there are any.
+    """Check a cache: missing and unknown tensors, invalid scales, stale entries. Exit status 1 if there are any.
 
     A cache is stale if its record names another model or, if DATA is given, other images or other preprocessing.
     """
@@ -121,7 +121,8 @@ def check(*, cache: CacheArgument, options: CheckOptions) -> None:
         network = Model(options.model)
         loaded = fastcal.CalibrationCache.load(cache)
         found = fastcal.check_cache(loaded, network, options.feed(network) if options.data else None)
-        faults = {"missing": found.missing, "unknown": found.unknown, "stale": found.stale}
+        kinds = ("missing", "unknown", "invalid", "stale")
+        faults = {kind: getattr(found, kind) for kind in kinds}
         for kind, entries in faults.items():
             for entry in entries:
                 say(f"{kind:<11}{entry}")

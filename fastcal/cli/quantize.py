@@ -1,5 +1,6 @@
 """`fastcal quantize`: a model with Q/DQ layers from a cache or images."""
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +13,16 @@ from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption,
 from fastcal.cli.summary import outcome, print_summary
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.errors import CacheError, FastcalError
-from fastcal.files import check_writable, write_atomically
+from fastcal.files import check_writable, write_atomically, write_together
 from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from collections.abc import Sequence
+
+    from fastcal.model import Model
+
+#: The most bytes of a model in one file: Protocol Buffers hold less than 2 GiB.
+_MOST_IN_A_FILE = 2_000_000_000
 
 
 @dataclass
@@ -77,14 +83,16 @@ def quantize(
         check_quantizable(network, excluded)
         has_cache = options.has_cache()
         outputs = {"quantized model": output, "report": options.report}
+        size = network.path.stat().st_size + network.external.size(network.proto.graph)
+        if size > _MOST_IN_A_FILE:
+            outputs["external data"] = f"{output}.data"
         check_outputs(network, outputs, options, "the calibration cache" if has_cache else "the data")
         for path in filter(None, outputs.values() if has_cache else ()):
             check_is_no_record(path, options.data)
-        check_writable(output, network.path.stat().st_size)
+        check_writable(output, size)
         check_report(options.report)
         if has_cache:
-            quantized = fastcal.quantize(network, options.data, exclude=excluded)
-            made, rows = _write_model(quantized, output)
+            made, rows = _write_model(network, options.data, excluded, output)
             print_rows(scales=options.data, **rows)
             finish(**made)
         else:
@@ -94,23 +102,31 @@ def quantize(
                     console, network, feed, options, backend=options.backend, until_stable=options.until_stable,
                     tensorrt_version=DEFAULT_TENSORRT_VERSION,
                 )  # fmt: skip
-            quantized = fastcal.quantize(network, cache, exclude=excluded)
-            made, rows = _write_model(quantized, output)
+            made, rows = _write_model(network, cache, excluded, output)
             print_summary(cache, feed, progress, **rows, **save_report(options.report, cache, options))
             finish(**made, report=options.report, **outcome(cache, feed, progress))
 
 
-def _write_model(model: "ModelProto", output: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Write the model; return the summary of it as JSON entries and as rows."""
-    from google.protobuf.message import EncodeError
+def _write_model(
+    network: "Model", cache: "str | fastcal.CalibrationCache", exclude: "Sequence[str]", output: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write the quantized model; return the summary of it as JSON entries and as rows.
 
-    from fastcal.qdq import WEIGHTED, count_quantized
+    Its weights are in the same file, or in one beside it if they are too large.
+    """
+    from fastcal.qdq import WEIGHTED, add_pairs, count_quantized
 
-    try:
-        data = model.SerializeToString()
-    except (EncodeError, ValueError) as error:
-        raise FastcalError(f"cannot write {output}: it is over 2 GB; fastcal.quantize in Python returns it") from error
-    write_atomically(output, data)
+    model = add_pairs(network, cache, exclude)
     quantized, layers = count_quantized(model)
     rows = {"INT8": f"{quantized} of {layers} {', '.join(WEIGHTED)}", "model": output}
-    return {"model": output, "quantized": quantized, "layers": layers}, rows
+    entries = {"model": output, "quantized": quantized, "layers": layers}
+    if network.external.size(model.graph) <= _MOST_IN_A_FILE:
+        network.external.load(model.graph)
+        write_atomically(output, model.SerializeToString())
+        return entries, rows
+    data = f"{output}.data"
+    write_together({
+        data: lambda file: network.external.move(model.graph, os.path.basename(data), file),
+        output: lambda file: file.write(model.SerializeToString()),
+    })  # fmt: skip
+    return entries | {"external_data": data}, rows | {"weights": data}

@@ -1,6 +1,7 @@
 """The files that samples come from, their identity, and the order of the samples."""
 
 import glob
+import hashlib
 import logging
 import os
 import re
@@ -30,6 +31,12 @@ EXTENSIONS = {
     "array archive": (".npz",),
 }  # fmt: skip
 _KINDS = {extension: kind for kind, extensions in EXTENSIONS.items() for extension in extensions}
+
+#: The most bytes of files that are hashed: it takes about half a second.
+_MOST_HASHED = 1 << 28
+
+#: What counts when files are compared with those of a record: `add_files` returns one of these.
+BY_CONTENT, BY_SIZE = "names and contents", "names and sizes"
 
 #: The kinds of files that an `ImageFeed` takes, and those that a `NumpyFeed` takes.
 FOR_IMAGES = ("image", "tar shard", "TFRecord", "array")
@@ -174,12 +181,30 @@ def common_folder(paths: Iterable[str]) -> str:
     return os.path.commonpath({os.path.abspath(folder) for folder in {os.path.dirname(path) for path in paths}})
 
 
-def add_files(digest: Any, paths: Sequence[str], *, lenient: bool = False) -> None:
-    """Add the paths of files below their common folder, in order, and the size and time of each file.
+def add_files(digest: Any, paths: Sequence[str], *, lenient: bool = False) -> str:
+    """Add the paths of files below their common folder, in order, and the size and the contents of each file.
+
+    The contents count if all files together take no more than 256 MiB. Return what counts: `BY_CONTENT` or `BY_SIZE`.
 
     If `lenient`, files may be missing or unreadable, and the hash includes which are. A pipe, for instance, may be none
     of the files: it cannot be read twice.
     """
+    sizes = _add_sizes(digest, paths, lenient)
+    if sum(sizes.values()) > _MOST_HASHED:
+        return BY_SIZE
+    for path in sizes:
+        try:
+            with open(path, "rb") as file:
+                digest.update(hashlib.sha256(file.read()).digest())
+        except OSError as error:
+            if not lenient:
+                raise DataError(f"cannot read {path}: {error.strerror}; replace or remove it") from error
+    return BY_CONTENT
+
+
+def _add_sizes(digest: Any, paths: Sequence[str], lenient: bool) -> dict[str, int]:
+    """Add paths and sizes for `add_files`; return the sizes of the files that are there, by absolute path."""
+    sizes = {}
     root = common_folder(map(os.path.abspath, paths))
     for path in map(os.path.abspath, paths):
         name = os.fsencode(os.path.relpath(path, root))
@@ -192,9 +217,11 @@ def add_files(digest: Any, paths: Sequence[str], *, lenient: bool = False) -> No
             continue
         if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{path} is no regular file; replace or remove it")
-        digest.update(b"%s\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns))
+        sizes[path] = status.st_size
+        digest.update(b"%s\0%d\0" % (name, status.st_size))
         if lenient:
             digest.update(b"%d\0" % os.access(path, os.R_OK))
+    return sizes
 
 
 @dataclass(frozen=True)

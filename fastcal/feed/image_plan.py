@@ -201,13 +201,13 @@ class ImagePlan(Plan):
         return replace(self, sources=sources, decoding=decoding)
 
     def describe(self) -> dict[str, Any]:
-        """Return the samples in order, by path below their common folder, size and time, and the settings."""
+        """Return the samples in order, by path below their common folder and contents or size, and the settings."""
         is_lenient = self.max_unreadable is not None
-        digest = hashlib.sha256()
+        digest, counted = hashlib.sha256(), set[str]()
         for name, source in self.sources.items():
             if len(self.sources) > 1:
                 digest.update(f"{name}\0".encode())
-            source.add_to_digest(digest, lenient=is_lenient)
+            counted.add(source.add_to_digest(digest, lenient=is_lenient))
         for key, values in sorted(self.constants.items()):
             add_array(digest, key, values)
         preprocess = {name: str(value) for name, value in self.preprocesses.items()}
@@ -219,6 +219,7 @@ class ImagePlan(Plan):
             "preprocess": preprocess if len(self.sources) > 1 else str(self.preprocess),
             "skip_unreadable": is_lenient,
             "samples": digest.hexdigest(),
+            "samples_by": " and ".join(sorted(counted)),
         }
 
 

@@ -147,11 +147,11 @@ class _NumpyPlan(ArrayPlan):
         return replace(self, batches=replace(self.batches, numbers=numbers), gpu=None, samples=None)
 
     def describe(self) -> dict[str, Any]:
-        """Return the files in order, by path below their common folder, size and time, and the settings."""
-        digest = hashlib.sha256(np.asarray(self.batches.numbers, "<i8").tobytes())
+        """Return the files in order, by path below their common folder and contents or size, and the settings."""
+        digest, counted = hashlib.sha256(np.asarray(self.batches.numbers, "<i8").tobytes()), set[str]()
         for name, column in sorted(self.batches.columns.items(), key=lambda item: item[0] or ""):
             digest.update(f"{name}\0".encode())
-            add_files(digest, column.paths)
+            counted.add(add_files(digest, column.paths))
         for name, values in sorted(self.batches.constants.items()):
             add_array(digest, name, values)
         return {
@@ -160,6 +160,7 @@ class _NumpyPlan(ArrayPlan):
             "batch_size": self.batches.batch_size,
             "seed": self.seed,
             "samples": digest.hexdigest(),
+            "samples_by": " and ".join(sorted(counted)),
         }
 
 

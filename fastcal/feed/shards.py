@@ -67,14 +67,15 @@ class Shards(ImageSource):
         """Return the size of an encoded image in bytes, with the rest of its record."""
         return self.places[number].size
 
-    def add_to_digest(self, digest: Any, *, lenient: bool) -> None:
-        """Add the shards and the places of the samples to a hash."""
+    def add_to_digest(self, digest: Any, *, lenient: bool) -> str:
+        """Add the shards and the places of the samples to a hash; return what counts of the shards."""
         numbers = {shard: number for number, shard in enumerate(dict.fromkeys(place.shard for place in self.places))}
-        add_files(digest, list(numbers), lenient=lenient)
+        counted = add_files(digest, list(numbers), lenient=lenient)
         key = "" if self.key in (None, TFRECORD_KEY) else f"{self.key}\0"
         digest.update(f"{len(self.names)}\0{key}".encode())
         for shard, offset, _ in self.places:
             digest.update(b"%d\0%d\0" % (numbers[shard], offset))
+        return counted
 
 
 def open_shards(shards: list[str], limit: int | None, key: str | None, *, are_tar: bool) -> Shards:

@@ -49,9 +49,9 @@ class Source(ABC):
     def fetch(self, numbers: Sequence[int]) -> Any:
         """Return the data that these samples are prepared from; raise UnreadableError if one cannot be read."""
 
-    def add_to_digest(self, digest: Any, *, lenient: bool) -> None:
-        """Add the identity of the samples to a hash: see `fastcal.feed.dataset.add_files`."""
-        add_files(digest, self.names, lenient=lenient)
+    def add_to_digest(self, digest: Any, *, lenient: bool) -> str:
+        """Add the identity of the samples to a hash; return what counts: see `fastcal.feed.dataset.add_files`."""
+        return add_files(digest, self.names, lenient=lenient)
 
 
 class ImageSource(Source):

@@ -194,7 +194,7 @@ def start_early(network: Model, backend: str, *, tf32: bool, batch_size: int | N
 
     `backend` is a name, as `fastcal.calibrate` takes it, which takes over what has been started.
     """
-    if choose_backend(backend, bool(network.foreign_operators)) != "onnxruntime" or not has_cuda_provider():
+    if choose_backend(backend, bool(unknown_to_onnxruntime(network))) != "onnxruntime" or not has_cuda_provider():
         return
     gpu = resolve("auto")
     if gpu is not None:
@@ -210,6 +210,18 @@ def has_cuda_provider() -> bool:
     except (Exception, SystemExit):  # whatever is wrong is reported where a network is to run
         return False
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def unknown_to_onnxruntime(model: Model) -> list[str]:
+    """Return the types of the operators that the installed ONNX Runtime does not know, TensorRT's plugins for instance.
+
+    The list is empty if there is no ONNX Runtime.
+    """
+    if not is_installed("onnxruntime"):
+        return []
+    from fastcal.observe.operators import unknown_operators
+
+    return unknown_operators(model.proto.graph)
 
 
 def choose_backend(name: str, needs_tensorrt: bool) -> str:

@@ -45,8 +45,9 @@ def _rounded(values, scale):  # type: ignore[no-untyped-def]
     clipped = 0
     for i in range(values.size):
         step = np.rint(values[i] / scale)  # half to even
-        lost = values[i] - min(max(step, np.float32(-128)), np.float32(127)) * scale
-        noise += np.float64(lost) * np.float64(lost)
+        kept = min(max(step, np.float32(-128)), np.float32(127))
+        lost = np.float64(values[i]) - np.float64(kept) * np.float64(scale)  # float32 may not hold 128 scales
+        noise += lost * lost
         clipped += abs(values[i]) > np.float32(127) * scale
     return noise, clipped
 

@@ -82,7 +82,8 @@ class Histogram:
         """Count one batch of `values` of any shape; other types are converted to float32."""
         from fastcal.observe import count  # needs numba, which may be missing if a GPU counts
 
-        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+        with np.errstate(over="ignore"):  # a float64 that float32 cannot hold counts as infinite
+            flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if not flat.size:
             return
         batch_amax = max(float(flat.max()), -float(flat.min()))  # NaN if an element is NaN

@@ -9,13 +9,22 @@ from typing import Any
 
 import cupy
 import numpy as np
+import onnx
 import onnxruntime
 
 from fastcal.errors import UnavailableError
 from fastcal.memory import groups
 from fastcal.model import Model
 from fastcal.observe.device_observer import DeviceObserver, Runner, aligned, as_float32, free_on_device, place, taken
-from fastcal.observe.with_onnxruntime import cannot_run, float_outputs, run_options, start_session, with_outputs
+from fastcal.observe.operators import cut_unknown
+from fastcal.observe.with_onnxruntime import (
+    cannot_run,
+    float_outputs,
+    run_options,
+    start_session,
+    warn_of_unknown,
+    with_outputs,
+)
 
 _PROVIDER = "CUDAExecutionProvider"
 
@@ -49,10 +58,15 @@ class CudaObserver(DeviceObserver):
             "arena_extend_strategy": "kSameAsRequested",
         }
         self._options = {name: str(value) for name, value in options.items()}
-        self._all = _Runner(model, model.activations, self._options)
+        self._proto, unknown, gone = cut_unknown(model.proto)
+        warn_of_unknown(unknown, gone)
+        self._all = self._runner([name for name in model.activations if name not in gone])
         self.shared_scales = model.shared_scales
         floats = [value.name for value in model.inputs if value.dtype.kind == "f"]
         super().__init__(model.inputs, model.label, [*floats, *self._all.dtypes], stream)
+
+    def _runner(self, names: Sequence[str]) -> "_Runner":
+        return _Runner(self._model, self._proto, names, self._options)
 
     def _make_runners(self, shapes: Mapping[str, Shape]) -> list[Runner]:
         known = self._model.shapes(shapes)
@@ -60,7 +74,7 @@ class CudaObserver(DeviceObserver):
         shown = groups(sizes, self._memory or free_on_device(), "the GPU's memory")
         runners = [self._all]
         if len(shown) > 1:
-            runners = [_Runner(self._model, group, self._options) for group in shown]
+            runners = [self._runner(group) for group in shown]
         for runner in runners:
             runner.expect(known)
         return list(runners)
@@ -72,10 +86,12 @@ class _Runner:
     Those of known shapes take `bytes` of a block. ONNX Runtime allocates the others anew for every batch.
     """
 
-    def __init__(self, model: Model, names: Sequence[str], provider_options: Mapping[str, str]) -> None:
+    def __init__(
+        self, model: Model, proto: onnx.ModelProto, names: Sequence[str], provider_options: Mapping[str, str]
+    ) -> None:
         self._model = model
         self._gpu = int(provider_options["device_id"])
-        self._session, self._outputs = _start(model, names, provider_options)
+        self._session, self._outputs = _start(model, proto, names, provider_options)
         shown = float_outputs(self._session, self._outputs.values())
         self.dtypes = {name: np.dtype(shown[output]) for name, output in self._outputs.items() if output in shown}
         self._binding = self._session.io_binding()
@@ -143,8 +159,10 @@ class _Runner:
         return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
-def _start(model: Model, names: Sequence[str], provider_options: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
-    """Return a session, and the name of the output that shows each tensor.
+def _start(
+    model: Model, proto: onnx.ModelProto, names: Sequence[str], provider_options: Mapping[str, str]
+) -> tuple[Any, dict[str, str]]:
+    """Return a session of `proto`, a variant of a model, and the name of the output that shows each tensor.
 
     If an operator without a CUDA kernel computes or reads a tensor, its output lies in host memory. ONNX Runtime
     copies it to the GPU before it is complete (seen with 1.31), so a copy of it that is computed on the GPU is shown.
@@ -155,7 +173,7 @@ def _start(model: Model, names: Sequence[str], provider_options: Mapping[str, st
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         providers = [(_PROVIDER, dict(provider_options)), "CPUExecutionProvider"]
         with _quiet():
-            return start_session(model, with_outputs(model, names, copies), options, providers)
+            return start_session(model, with_outputs(proto, names, copies), options, providers)
 
     session = start({})
     if _PROVIDER not in session.get_providers():

@@ -1,5 +1,6 @@
 """A network observed on the CPU: ONNX Runtime runs it with every activation visible, and all cores count."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,10 +15,11 @@ import onnxruntime
 
 from fastcal.batch import match_batch
 from fastcal.device import to_host
-from fastcal.errors import ModelError
+from fastcal.errors import ModelError, first_few
 from fastcal.memory import SHARE, free_memory, groups
 from fastcal.model import Model
 from fastcal.observe.histogram import Histogram, Histograms
+from fastcal.observe.operators import cut_unknown
 
 #: The characters of ONNX Runtime's messages that are shown of the beginning and of the end: the cause comes last.
 _ENDS = 250
@@ -31,9 +33,13 @@ _REMEDIES = {
     "Unsupported model IR version": "update ONNX Runtime, or export the network with an older onnx",
     "NOT_IMPLEMENTED": "update ONNX Runtime, or export the network in float32",
     "No Op registered": "update ONNX Runtime, or export the network with ONNX's own operators",
+    "not a registered function": "use backend tensorrt if TensorRT knows it, or export the network without it",
+    "Failed to serialize": "its weights take over 2 GB in one file: store them as external data",
     "INVALID_GRAPH": "export it again",
     "not acyclic": "export it again",
 }
+
+_log = logging.getLogger("fastcal")
 
 #: ONNX Runtime's names of the types of tensors that are counted, with NumPy's names.
 FLOAT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
@@ -46,6 +52,7 @@ class OnnxRuntimeObserver(AbstractContextManager["OnnxRuntimeObserver"]):
         self._model = model
         self.shared_scales = model.shared_scales
         self._runner = PartedRunner(model, threads, memory)
+        warn_of_unknown(self._runner.unknown, self._runner.gone)
         self._histograms = Histograms(threads)
 
     def begin(self, starts: Mapping[str, float]) -> None:
@@ -73,7 +80,8 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
     """Runs batches through a model, several times if its activations do not fit the memory together.
 
     They may take `memory` bytes: by default 70 % of what is free when the first batch comes, or all of it for a single
-    activation that takes that much. `tensors` are the names of the float inputs and activations, in the graph's order.
+    activation that takes that much. `tensors` are the names of the float inputs and activations, in the graph's order;
+    `outputs`, `unknown` and `gone` are as in `OnnxRuntimeRunner`.
     """
 
     def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
@@ -83,6 +91,7 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
         self._free: int | None = None
         self._runners = [OnnxRuntimeRunner(model, threads)]
         self._activations = self._runners[0].activations
+        self.outputs, self.unknown, self.gone = (getattr(self._runners[0], n) for n in ("outputs", "unknown", "gone"))
         self.tensors = [*self._runners[0].inputs, *self._activations]
         self._shapes: Mapping[str, tuple[int, ...]] = {}  # of the inputs that the runners are for
 
@@ -119,6 +128,8 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
     """Runs batches through a model without graph optimization, so that no activation is fused away.
 
     Shows these `activations`, by default all; or the outputs of a `variant` of the model, with Q/DQ pairs for instance.
+    Operators that are `unknown` to ONNX Runtime are cut off, so the tensors with the names `gone` are not computed;
+    `outputs` are the names of the outputs that are left, or of the tensors at the cut if none are.
     """
 
     def __init__(
@@ -130,14 +141,19 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         activations: Sequence[str] | None = None,
     ) -> None:
         self._model = model
+        proto, self.unknown, self.gone = cut_unknown(model.proto if variant is None else variant)
+        self.outputs = [value.name for value in proto.graph.output]
+        shown = None
+        if variant is None:
+            shown = [name for name in activations or model.activations if name not in self.gone]
         options = onnxruntime.SessionOptions()
-        options.enable_cpu_mem_arena = activations is None  # an arena would keep memory from the other runners
+        # An arena would keep memory from the other runners: as much as large weights take.
+        options.enable_cpu_mem_arena = activations is None and not model.external.files
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        shown = activations or model.activations
-        data = with_outputs(model, shown) if variant is None else variant.SerializeToString()
+        data = proto.SerializeToString() if shown is None else with_outputs(proto, shown)
         self._session = start_session(model, data, options)
         self.inputs = [value.name for value in self._session.get_inputs() if value.type in FLOAT_TYPES]
-        self.activations = list(float_outputs(self._session, shown if variant is None else None))
+        self.activations = list(float_outputs(self._session, shown))
         # A thread of its own runs the session, so that the calling thread stays open to Ctrl-C.
         self._thread = ThreadPoolExecutor(1, "fastcal-runner")
 
@@ -162,7 +178,17 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         self._thread.shutdown()
 
 
-def with_outputs(model: Model, names: Iterable[str], copies: Mapping[str, str] | None = None) -> bytes:
+def warn_of_unknown(operators: Sequence[str], gone: Sequence[str]) -> None:
+    """Name the operators that ONNX Runtime does not know, if there are any, and the tensors that are gone with them."""
+    if operators:
+        _log.warning(
+            "ONNX Runtime does not know %s: there are no scales for what depends on it (%s); backend tensorrt runs "
+            "TensorRT's plugins",
+            ", ".join(operators), first_few(gone),
+        )  # fmt: skip
+
+
+def with_outputs(proto: onnx.ModelProto, names: Iterable[str], copies: Mapping[str, str] | None = None) -> bytes:
     """Return a serialized model that has these tensors among its outputs; ONNX Runtime infers their types.
 
     `copies` are outputs in place of some of the tensors, each a copy of the tensor: by the tensor's name.
@@ -170,20 +196,18 @@ def with_outputs(model: Model, names: Iterable[str], copies: Mapping[str, str] |
     more = onnx.ModelProto()  # protobuf merges what is concatenated
     for name, copy in (copies or {}).items():
         more.graph.node.add(op_type="Identity", input=[name], output=[copy])
-    there = {value.name for value in model.proto.graph.output}
+    there = {value.name for value in proto.graph.output}
     shown = [(copies or {}).get(name, name) for name in names]
     outputs = [name for name in shown if name not in there]
     more.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-    return bytes(model.proto.SerializeToString() + more.SerializeToString())
+    return bytes(proto.SerializeToString() + more.SerializeToString())
 
 
 def start_session(model: Model, data: bytes, options: Any, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> Any:
     """Return an `onnxruntime.InferenceSession` of a serialized variant of a model, without graph optimization."""
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4  # errors come as exceptions
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(model.path.parent.resolve())
-    )
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.external.root))
     try:
         return onnxruntime.InferenceSession(data, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's exceptions have no common base

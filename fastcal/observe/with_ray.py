@@ -26,6 +26,7 @@ from fastcal.observe.backends import (
     Report,
     choose_backend,
     has_cuda_provider,
+    unknown_to_onnxruntime,
 )
 from fastcal.observe.histogram import Histogram, Observations
 from fastcal.observe.ray_worker import Counted, Worker
@@ -78,7 +79,7 @@ class RayBackend(Backend):
         with _connected(self.address, self.workers):
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-            name, has_provider = _survey(self.asked, bool(network.foreign_operators), gpus)
+            name, has_provider = _survey(self.asked, bool(unknown_to_onnxruntime(network)), gpus)
             backend = self.backends[name]
             on_gpus = gpus > 0 and (name == "tensorrt" or has_provider or feed.gpu is not None)
             threads = self.threads or cpus_each(nodes, self.workers, on_gpus)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm
+from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record
 from fastcal.calibration import calibrate
@@ -15,6 +15,7 @@ from fastcal.feed.arrays import as_feed
 from fastcal.model import FLOATS, Model
 from fastcal.observe.backends import timed
 from fastcal.observe.histogram import Observations
+from fastcal.observe.operators import cut_unknown
 from fastcal.progress import Progress
 from fastcal.qdq import check_quantizable, load_for
 from fastcal.report.measurement import Measurement
@@ -106,7 +107,8 @@ def compare(
 
 def _check_outputs(network: Model) -> None:
     """Raise ModelError if the network has no float output, or only outputs that do not depend on its inputs."""
-    outputs = {value.name for value in network.proto.graph.output if value.type.tensor_type.elem_type in FLOATS}
+    proto, _, _ = cut_unknown(network.proto)
+    outputs = {value.name for value in proto.graph.output if network.types.get(value.name) in FLOATS}
     if not outputs:
         raise ModelError(f"{network.path} has no float output to compare; export it without its last layer, an ArgMax")
     if outputs.isdisjoint([*network.input_names, *network.activations]):
@@ -143,6 +145,8 @@ def _doubt(inputs: Sequence[str], cache: CalibrationCache, record: Record | None
     needed = cache.algorithm.scales(observed)
     for name in inputs:
         if needed.get(name) and name in cache.scales:
+            if fault := fault_of_scale(cache.scales[name]):
+                return f"its scale of input {name!r} is {fault}"
             factor = cache.scales[name] / needed[name]
             if not 1 / _OTHER_INPUT < factor < _OTHER_INPUT:
                 return f"its scale of input {name!r} is {factor:.3g} times what these images need"
@@ -162,13 +166,18 @@ def _verdict(qualities: Mapping[str, Quality], doubts: Mapping[str, str], float_
     is_exact = most == math.inf
     for label, reason in sorted(doubts.items(), key=lambda item: not item[1]):
         kept = qualities[label].sqnr
-        if _alike(kept, most):
+        if kept == -math.inf:
+            text = f"{label} keeps nothing of the output"
+        elif _alike(kept, most):
             text = f"{label} keeps as much as {first}"
         elif is_exact:
             text = f"{label} keeps {kept:.1f} dB where {first} keeps the exact output"
         else:
             text = f"{label} loses {most - kept:.1f} dB against {first}"
         parts.append(text + (f", and {reason}" if reason else ""))
+    if most == -math.inf:
+        reason = "in INT8 the output is NaN or infinite, or 0 is all that it is in FP32"
+        return "; ".join([*parts, f"no scales keep anything: {reason}"])
     agreement = qualities[first].agreement
     classes = "" if agreement is None else f" and FP32's class for {agreement:.1%} of the images"
     others = [name for name in COMPARED if name != first and _alike(qualities[name].sqnr, most)]

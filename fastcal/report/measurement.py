@@ -1,5 +1,6 @@
 """`Measurement`: a network in float and in INT8 on the same batches, and the noise that INT8 adds."""
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,15 @@ import numpy.typing as npt
 
 from fastcal.batch import format_shape, match_batch
 from fastcal.cache.cache import CalibrationCache
-from fastcal.errors import ModelError
+from fastcal.errors import ModelError, first_few, quoted
 from fastcal.feed.feed import Feed
 from fastcal.model import Model
 from fastcal.observe.count import rounded
 from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner, PartedRunner
-from fastcal.qdq import quantize
+from fastcal.qdq import add_pairs
 from fastcal.report.quality import Quality, TensorQuality
+
+_log = logging.getLogger("fastcal")
 
 #: The label of the float network among those of the caches.
 _FLOAT = None
@@ -36,7 +39,7 @@ class Measurement(AbstractContextManager["Measurement"]):
         self.images = 0
         self._network, self._feed = network, feed
         self._scales = {label: cache.scales for label, cache in caches.items()}
-        variants = {label: quantize(network, cache) for label, cache in caches.items()}
+        variants = {label: add_pairs(network, cache) for label, cache in caches.items()}
         with ExitStack() as stack:
             self._float = stack.enter_context(PartedRunner(network, threads))
             self._int8 = {
@@ -47,7 +50,7 @@ class Measurement(AbstractContextManager["Measurement"]):
             self._pool = stack.enter_context(ThreadPoolExecutor(workers, "fastcal-rounding"))
             self._stack = stack.pop_all()
         self._tensors = {name: _Sums(len(caches)) for name in self._float.tensors}
-        outputs = [value.name for value in network.proto.graph.output if value.name in self._tensors]
+        outputs = [name for name in self._float.outputs if name in self._tensors]
         self._outputs = {name: _Sums(len(caches)) for name in outputs}
         self._decided: dict[str | None, list[npt.NDArray[np.intp]]] = {}  # the classes of the samples, by label
         self._classes = 0
@@ -63,7 +66,7 @@ class Measurement(AbstractContextManager["Measurement"]):
         for name, sums in self._outputs.items():
             for outputs in int8.values():
                 self._check_shapes(name, exact[name], outputs[name])
-            sums.add(exact[name], [exact[name] - outputs[name] for outputs in int8.values()])
+            sums.add(exact[name], [outputs[name] for outputs in int8.values()])
         samples = self._feed.samples_of(batch)
         known = self._feed.samples
         new = samples if known is None else min(samples, known - self.images)
@@ -75,10 +78,14 @@ class Measurement(AbstractContextManager["Measurement"]):
                     self._decide(label, outputs[name][:new])
 
     def _decide(self, label: str | None, output: npt.NDArray[Any]) -> None:
-        """Keep the class of each sample if the output is a classifier's: of shape (N, classes, 1, ...)."""
+        """Keep the class of each sample if the output is a classifier's: of shape (N, classes, 1, ...).
+
+        The class of a sample is -1 if its output is not a number.
+        """
         if output.ndim >= 2 and output.shape[1] > 1 and math.prod(output.shape[2:]) == 1:
             self._classes = output.shape[1]
-            classes = output.reshape(-1, self._classes).argmax(axis=1)
+            rows = output.reshape(-1, self._classes)
+            classes = np.where(np.isnan(rows).any(axis=1), -1, rows.argmax(axis=1))
             self._decided.setdefault(label, []).append(classes)
 
     def _run_float(self, arrays: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
@@ -97,6 +104,20 @@ class Measurement(AbstractContextManager["Measurement"]):
             del tensors, rounding  # frees the memory before the next tensors are computed
         return exact
 
+    def _measured_outputs(self) -> dict[str, "_Sums"]:
+        """Return the outputs that have finite values in float; warn of NaN and infinite ones."""
+        bad = {name: sums for name, sums in self._outputs.items() if sums.left_out}
+        if bad:
+            counts = [f"{name} ({sums.left_out} of {sums.elements} values)" for name, sums in bad.items()]
+            _log.warning("NaN and infinite values of FP32's outputs are not compared: %s", first_few(counts))
+        measured = {name: sums for name, sums in self._outputs.items() if not 0 < sums.elements == sums.left_out}
+        if not measured:
+            raise ModelError(
+                f"{self._network.label} gives nothing but NaN or infinite values in FP32 (output {quoted(bad)}), so "
+                "INT8 cannot be compared; check the images and the network in float"
+            )
+        return measured
+
     def _check_shapes(self, name: str, exact: npt.NDArray[Any], int8: npt.NDArray[Any]) -> None:
         if exact.shape != int8.shape:
             raise ModelError(
@@ -106,7 +127,12 @@ class Measurement(AbstractContextManager["Measurement"]):
             )
 
     def results(self) -> tuple[dict[str, Quality], float | None]:
-        """Return the quality with each set of scales, and the share that float classifies right (None: not known)."""
+        """Return the quality with each set of scales, and the share that float classifies right (None: not known).
+
+        Raises:
+            ModelError: The float network's outputs have no finite value.
+        """
+        measured = self._measured_outputs()
         decided = {label: np.concatenate(classes) for label, classes in self._decided.items()}
         exact = decided.get(_FLOAT)
         folders = None if exact is None else _folders((self._feed.sample_names or [])[: exact.size], self._classes)
@@ -115,14 +141,16 @@ class Measurement(AbstractContextManager["Measurement"]):
             tensors = {
                 name: sums.quality(index, scales[name]) for name, sums in self._tensors.items() if name in scales
             }
-            outputs = {name: sums.sqnr(index) for name, sums in self._outputs.items()}
+            outputs = {name: sums.sqnr(index) for name, sums in measured.items()}
             classes = decided.get(label)
             qualities[label] = Quality(outputs, tensors, _share(classes, exact), _share(classes, folders))
         return qualities, _share(exact, folders)
 
 
 def _share(decided: npt.NDArray[np.intp] | None, right: npt.NDArray[np.intp] | None) -> float | None:
-    return None if decided is None or right is None else float(np.mean(decided == right))
+    if decided is None or right is None or not (right >= 0).any():
+        return None
+    return float(np.mean((decided == right)[right >= 0]))
 
 
 def _folders(paths: Sequence[str], classes: int) -> npt.NDArray[np.intp] | None:
@@ -137,27 +165,41 @@ def _folders(paths: Sequence[str], classes: int) -> npt.NDArray[np.intp] | None:
 
 
 class _Sums:
-    """Sums over a tensor's finite values: their squares, and the squares of the noise of several ways to round them."""
+    """Sums over a tensor's finite values: their squares, and the squares of the noise of several ways to round them.
+
+    Values that float32 cannot hold count as infinite.
+
+    Attributes:
+        elements: The number of values.
+        left_out: The number of those that are NaN or infinite.
+    """
 
     def __init__(self, ways: int) -> None:
-        self._elements = 0
+        self.elements = 0
+        self.left_out = 0
         self._signal = 0.0
         self._noise = [0.0] * ways
         self._clipped = [0] * ways
 
-    def add(self, values: npt.NDArray[Any], noises: Sequence[npt.NDArray[Any]]) -> None:
-        """Add values of any shape, and the noise of each way to round them, of the same shape."""
-        self._elements += values.size
-        self._signal += _power(values)
-        for way, noise in enumerate(noises):
-            self._noise[way] += _power(noise)
+    def add(self, values: npt.NDArray[Any], rounded: Sequence[npt.NDArray[Any]]) -> None:
+        """Add values of any shape, and the values that each way to round makes of them, of the same shape."""
+        exact = np.asarray(values, np.float64).reshape(-1)
+        finite = np.abs(exact) <= np.finfo(np.float32).max
+        exact = exact[finite]
+        self.elements += finite.size
+        self.left_out += finite.size - exact.size
+        self._signal += _power(exact)
+        for way, others in enumerate(rounded):
+            noise = _power(exact - np.asarray(others, np.float64).reshape(-1)[finite])
+            self._noise[way] += math.inf if math.isnan(noise) else noise
 
     def add_rounded(self, values: npt.NDArray[Any], scales: Sequence[float]) -> None:
         """Add values of any shape, rounded with the scale of each way; a scale of 0 does not round."""
-        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+        with np.errstate(over="ignore"):
+            flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+        self.add(flat, [])
         if not np.isfinite(flat).all():
             flat = flat[np.isfinite(flat)]
-        self.add(flat, [])
         for way, scale in enumerate(scales):
             if scale > 0:
                 noise, clipped = rounded(flat, np.float32(scale))
@@ -168,15 +210,14 @@ class _Sums:
         """Return the signal-to-quantization-noise ratio of one way to round, in dB."""
         if self._noise[way] == 0:
             return math.inf
-        return 10 * math.log10(self._signal / self._noise[way]) if self._signal else -math.inf
+        ratio = self._signal / self._noise[way]
+        return 10 * math.log10(ratio) if ratio else -math.inf
 
     def quality(self, way: int, scale: float) -> TensorQuality:
         """Return the quality of the tensor rounded one way, with this scale."""
-        sqnr = self.sqnr(way) if scale > 0 and self._signal > 0 else None
-        return TensorQuality(scale, sqnr, self._clipped[way] / max(self._elements, 1))
+        sqnr = self.sqnr(way) if 0 < scale < math.inf and self._signal > 0 else None
+        return TensorQuality(scale, sqnr, self._clipped[way] / max(self.elements, 1))
 
 
-def _power(values: npt.NDArray[Any]) -> float:
-    flat = np.asarray(values, np.float64).reshape(-1)
-    flat = flat[np.isfinite(flat)]
-    return float(np.einsum("i,i->", flat, flat))
+def _power(values: npt.NDArray[np.float64]) -> float:
+    return float(np.einsum("i,i->", values, values))

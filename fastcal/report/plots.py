@@ -135,13 +135,15 @@ def draw_histogram(histogram: Histogram, threshold: float) -> str:
     figure = Figure((1.6, 0.4))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    end = max(histogram.amax, threshold)
-    axes.set_xlim(0, end or 1)
-    kept = np.linspace(0, threshold, max(round(_BARS * threshold / end), 1) + 1) if threshold else np.zeros(1)
-    clipped = np.linspace(threshold, end, max(_BARS - kept.size, 1) + 1) if threshold < end else np.zeros(1)
+    end = max(histogram.amax, threshold) or 1.0
+    threshold /= end  # Matplotlib cannot draw up to float32's largest number, nor its smallest
+    kept = np.linspace(0, threshold, max(round(_BARS * threshold), 1) + 1) if threshold else np.zeros(1)
+    has_clipped = threshold < 1 and histogram.amax > 0
+    clipped = np.linspace(threshold, 1, max(_BARS - kept.size, 1) + 1) if has_clipped else np.zeros(1)
+    axes.set_xlim(0, 1)
     for edges, color in ((kept, _COLORS["counts"]), (clipped, _COLORS["clipped"])):
         if edges.size > 1:
-            bars = np.log1p(np.diff(histogram.below(edges)))
+            bars = np.log1p(np.diff(histogram.below(edges * end)))
             axes.stairs(bars, edges, fill=True, color=color, linewidth=0, clip_on=False)
     axes.set_ylim(0)
     axes.axvline(threshold, color=_COLORS["threshold"], linewidth=1, clip_on=False)

@@ -14,7 +14,8 @@ class TensorQuality:
     Attributes:
         scale: The tensor's scale.
         sqnr: Signal-to-quantization-noise ratio in dB: 10 log10(sum of x^2 / sum of (x - rounded x)^2). Infinite if
-            rounding changes nothing; None for a tensor of scale 0, which stays in float, or that is always 0.
+            rounding changes nothing; None for a tensor that is always 0, or that stays in float since its scale is 0,
+            NaN, infinite or negative.
         clipped: The share of the tensor's values beyond 127 scales.
     """
 
@@ -28,7 +29,8 @@ class Quality:
     """The quality of a network in INT8 with one set of scales.
 
     Attributes:
-        outputs: The SQNR of each float output, in dB, if all INT8 layers round.
+        outputs: The SQNR of each float output, in dB, if all INT8 layers round; -infinity if that makes a finite
+            output NaN or infinite. Outputs without finite values are left out.
         tensors: The quality of each tensor, in the order of the scales.
         agreement: For a classifier, the share of images to which the INT8 network gives the class that the float
             network gives; else None.

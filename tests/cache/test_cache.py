@@ -35,7 +35,16 @@ def test_small_scales_lose_their_leading_zeros():
 
 @pytest.mark.parametrize(
     ("version", "number"),
-    [("8.6.0", "8600"), ("8.6.1", "8601"), ("10.3.0", "100300"), ("10.16.1", "101601"), ("10.3", "100300")],
+    [
+        ("5.1.5", "5105"),
+        ("6.0.1", "6001"),
+        ("7.2.3", "7203"),
+        ("8.6.0", "8600"),
+        ("8.6.1", "8601"),
+        ("10.3.0", "100300"),
+        ("10.16.1", "101601"),
+        ("10.3", "100300"),
+    ],
 )
 def test_version_numbers(version, number):
     cache = CalibrationCache({"x": 1.0}, "entropy", version)
@@ -47,7 +56,7 @@ def test_a_post_release_of_tensorrt_is_its_release():
     assert check_tensorrt_version("10.14.1.48.post1") == "10.14.1"
 
 
-@pytest.mark.parametrize("version", ["11.0.0", "7.2.3", "ten", "10", "", "10.x.1"])
+@pytest.mark.parametrize("version", ["11.0.0", "4.0.1", "8.61", "ten", "10", "", "10.x.1"])
 def test_versions_without_calibration(version):
     with pytest.raises(FastcalError, match="TensorRT"):
         check_tensorrt_version(version)
@@ -70,6 +79,11 @@ def test_names_with_colons_spaces_and_brackets():
         (b"", "its first line is ''"),
         (b"hello\nx: 0\n", "its first line is 'hello'"),
         (b"TRT-8600-NoSuchCalibration\n", "its first line is"),
+        (b"TRT-10300-EntropyCalibration2\n", "its first line is"),
+        (b"0 7ff8000000000000 3fefff2e48e8a71e\n", "its first line is"),
+        (b"0 3ff0000000000000 fff0000000000000\n", "its first line is"),
+        (b"TRT-4001-EntropyCalibration2\nx: 0\n", "TensorRT 4.0.1 takes no calibration cache; only 5.x to 10.x do"),
+        (b"TRT-110000-EntropyCalibration2\n", "TensorRT 11.0.0 takes no calibration cache"),
         (b"\x80\x00\xff", "is not a TensorRT calibration cache: its first line is"),
         (b"TRT-8600-EntropyCalibration2\nx: 3c010a14\ny 3c010a14\n", "line 3: 'y 3c010a14'"),
         (b"TRT-8600-EntropyCalibration2\nx: 3c010a14f\n", "line 2"),
@@ -105,3 +119,24 @@ def test_a_name_that_the_form_cannot_hold(tmp_path):
     assert not list(tmp_path.iterdir())
     cache.save(tmp_path / "x.json", form="json")
     assert CalibrationCache.load(tmp_path / "x.json").scales == cache.scales
+
+
+@pytest.mark.parametrize("encode", [
+    lambda text: text.encode("utf-8-sig"),
+    lambda text: text.replace("\n", "\r\n").encode(),
+    lambda text: text.replace("\n", "\r\n").encode("utf-8-sig"),
+    lambda text: text.encode("utf-16"),
+    lambda text: b"\xfe\xff" + text.replace("\n", "\r\n").encode("utf-16-be"),
+    lambda text: (text + "\n\n").encode(),
+])  # fmt: skip
+@pytest.mark.parametrize("form", ["tensorrt", "json"])
+@pytest.mark.parametrize("algorithm", ["minmax", "percentile"])
+def test_files_that_an_editor_or_a_shell_has_written_anew(tmp_path, encode, form, algorithm):
+    version = "7.1.3" if algorithm == "minmax" else None
+    cache = CalibrationCache({"data": 0.0078125, "a: \u00e9": 0.5}, algorithm, version)
+    cache.save(tmp_path / "c", form=form)
+    (tmp_path / "c").write_bytes(encode((tmp_path / "c").read_text()))
+    read = CalibrationCache.load(tmp_path / "c")
+    assert read == cache
+    read.save(tmp_path / "again", form="tensorrt")
+    assert (tmp_path / "again").read_bytes() == cache.to_bytes()

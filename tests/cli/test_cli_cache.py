@@ -149,7 +149,9 @@ def test_what_is_wrong_is_one_line(run_fastcal, work, arguments, message):
 def test_check(run_fastcal, calibrated, tmp_path):
     for data in ((), (DIGITS / "images",)):
         done = run_fastcal("cache", "check", "digits.cache", MODEL, *data, cwd=calibrated)
-        assert (done.returncode, done.stdout) == (0, "in order: 0 missing, 0 unknown, 0 stale\n"), done.stderr
+        assert (done.returncode, done.stdout) == (0, "in order: 0 missing, 0 unknown, 0 invalid, 0 stale\n"), (
+            done.stderr
+        )
     done = run_fastcal("cache", "check", "digits.cache", MODEL, DIGITS / "images", "--limit", "64", cwd=calibrated)
     assert done.returncode == 1
     assert "stale      images (256 then, 64 now)\n" in done.stdout
@@ -251,7 +253,7 @@ def test_a_version_that_reads_no_cache_replaces_nothing(run_fastcal, work):
     (work / "keep.json").write_text("precious")
     done = run_fastcal("cache", "convert", "a.cache", "-o", "keep.json", "--tensorrt", "11.0", cwd=work)
     assert (done.returncode, done.stderr) == (
-        2, "error: TensorRT 11.0 takes no calibration cache; only 8.x to 10.x do\n",
+        2, "error: TensorRT 11.0 takes no calibration cache; only 5.x to 10.x do\n",
     )  # fmt: skip
     assert (work / "keep.json").read_text() == "precious"
 
@@ -293,3 +295,25 @@ def test_where_nobody_reads_on_that_is_no_answer(work, options):
     with os.fdopen(writer) as gone:
         done = subprocess.run(command, cwd=work, stdout=gone, stderr=subprocess.PIPE, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("header", "version"), [("TRT-5105-EntropyCalibration2", "5.1.5"), ("TRT-7000-MinMaxCalibration", "7.0.0")]
+)
+def test_caches_of_older_versions(run_fastcal, tmp_path, header, version):
+    (tmp_path / "calib.table").write_bytes(f"{header}\r\ndata: 3c010a14\r\nconv1: 3d008912\r\n".encode("utf-8-sig"))
+    (tmp_path / "other.table").write_text("TRT-101601-EntropyCalibration2\ndata: 3c010a14\nconv1: 3d008913\n")
+    done = run_fastcal("cache", "show", "calib.table", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["header"] == header
+    done = run_fastcal("cache", "diff", "calib.table", "other.table", cwd=tmp_path)
+    assert (done.returncode, f"headers: {header} and TRT-101601-EntropyCalibration2\n" in done.stdout) == (1, True)
+    assert run_fastcal("cache", "convert", "calib.table", "-o", "c.json", cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "c.json").read_text())["tensorrt_version"] == version
+    done = run_fastcal("cache", "convert", "c.json", "-o", "new.cache", "--tensorrt", "10.3.0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "new.cache").read_text().split("\n", 1) == [
+        header.replace(header[4:8], "100300"), "data: 3c010a14\nconv1: 3d008912\n",
+    ]  # fmt: skip
+    done = run_fastcal("cache", "convert", "new.cache", "-o", "old.cache", "--tensorrt", version, cwd=tmp_path)
+    assert (tmp_path / "old.cache").read_text().splitlines()[0] == header

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import is_unnamed
+from conftest import alter, is_unnamed
 from fastcal import FastcalError, ImageFeed, Preprocess
 from fastcal.feed.buffers import Allocator
 from fastcal.feed.pipeline import ImagePipeline
@@ -301,7 +301,7 @@ def test_what_a_feed_is_made_from_is_told_apart(photographs, tmp_path, monkeypat
 
     plain = described()
     assert plain == described()
-    elsewhere = shutil.copytree(photographs, tmp_path / "elsewhere")  # keeps sizes and times
+    elsewhere = shutil.copytree(photographs, tmp_path / "elsewhere")  # keeps all but the folder
     assert plain == described(elsewhere)
     monkeypatch.chdir(elsewhere)
     assert plain == described(
@@ -311,6 +311,9 @@ def test_what_a_feed_is_made_from_is_told_apart(photographs, tmp_path, monkeypat
     assert plain["samples"] != described(shuffle=True)["samples"]
     assert plain["preprocess"] != described(preprocess=Preprocess(size=(16, 17)))["preprocess"]
     (elsewhere / "0.jpg").touch()
+    assert plain == described(elsewhere)
+    assert plain["samples_by"] == "names and contents"
+    alter(elsewhere / "0.jpg")
     assert plain["samples"] != described(elsewhere)["samples"]
     feed = ImageFeed(elsewhere, preprocess=SMALL)
     (elsewhere / "0.jpg").unlink()

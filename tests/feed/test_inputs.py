@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import fastcal
-from conftest import is_unnamed
+from conftest import alter, is_unnamed
 from fastcal import FastcalError, ImageFeed, Preprocess
 from fastcal.feed.image_plan import Decoding
 
@@ -132,6 +132,8 @@ def test_inputs_have_preprocessings_of_their_own(scenes):
     other = ImageFeed(data, preprocess={**preprocess, "left": "raw"}, batch_size=7).describe()
     assert {key for key in described if described[key] != other[key]} == {"preprocess"}
     (scenes / "right" / "4.png").touch()
+    assert ImageFeed(data, preprocess=preprocess, batch_size=7).describe()["samples"] == described["samples"]
+    alter(scenes / "right" / "4.png")
     assert ImageFeed(data, preprocess=preprocess, batch_size=7).describe()["samples"] != described["samples"]
     with pytest.raises(FastcalError, match="preprocess is given for 'left', images for 'left', 'right'; name the same"):
         ImageFeed(data, preprocess={"left": "unit"})

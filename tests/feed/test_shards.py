@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import alter
 from fastcal import FastcalError, ImageFeed, Preprocess
 
 SMALL = Preprocess(size=(16, 16))
@@ -161,7 +162,10 @@ def test_what_a_feed_of_shards_is_made_from(shards):
     assert plain["samples"] != ImageFeed(folder, preprocess=SMALL, limit=9).describe()["samples"]
     if name(0).endswith("jpg"):
         assert plain["samples"] != ImageFeed(folder, preprocess=SMALL, key="jpg").describe()["samples"]
-    next(folder.iterdir()).touch()
+    shard = next(folder.iterdir())
+    shard.touch()
+    assert plain == ImageFeed(folder, preprocess=SMALL).describe()
+    alter(shard)
     assert plain["samples"] != ImageFeed(folder, preprocess=SMALL).describe()["samples"]
 
 
