@@ -29,8 +29,8 @@ from fastcal.observe.histogram import Histogram
 from fastcal.progress import Progress
 from fastcal.versions import (
     DEFAULT_TENSORRT_VERSION,
+    LAST_MAJOR,
     check_tensorrt_version,
-    has_calibrators,
     installed_tensorrt_version,
 )
 
@@ -271,7 +271,7 @@ def _tensorrt_version(asked: str | None) -> str:
     if asked is not None:
         return check_tensorrt_version(asked)
     installed = installed_tensorrt_version()
-    if installed is not None and has_calibrators():
+    if installed is not None and int(installed.partition(".")[0]) <= LAST_MAJOR:
         return check_tensorrt_version(installed)
     here = "TensorRT is not installed here" if installed is None else f"TensorRT {installed} reads no caches"
     _log.info("%s: the cache is written for TensorRT %s", here, DEFAULT_TENSORRT_VERSION)

@@ -14,15 +14,23 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastcal.algorithm import Algorithm
+from fastcal.cache.cache import CalibrationCache
 from fastcal.calibration import Calibration
-from fastcal.errors import ModelError, UnavailableError
+from fastcal.errors import ModelError, UnavailableError, first_few
 from fastcal.feed.arrays import ArrayFeed
 from fastcal.feed.feed import Feed
 from fastcal.handout import CalibratorStats, Handout
 from fastcal.kept_cache import keep_cache
-from fastcal.model import Definition, Model, as_network
-from fastcal.network import trt
-from fastcal.observe.backends import TensorRTBackend
+from fastcal.model import Definition, Model, Network, as_network
+from fastcal.network import float_names, trt
+from fastcal.observe.backends import (
+    LocalBackend,
+    OnnxRuntimeBackend,
+    TensorRTBackend,
+    has_cuda_provider,
+    unknown_to_onnxruntime,
+)
+from fastcal.observe.parsed import Parsed, ParsedBackend
 from fastcal.progress import Progress
 from fastcal.versions import check_tensorrt_version
 
@@ -167,11 +175,13 @@ class FeedCalibrator:
         """Calibrate now as `fastcal.calibrate` does, so that TensorRT is given a finished cache and asks for no batch.
 
         Belongs inside `with calibrator:`, before the build. Does nothing if the cache on the disk is up to date, or if
-        only TensorRT knows the algorithm: Legacy calibration with a regression cutoff below 1.
+        only TensorRT knows the algorithm: Legacy calibration with a regression cutoff below 1. If the calibrator knows
+        the ONNX file (`model`), ONNX Runtime runs it on the GPU; otherwise, and if it cannot give all the scales that
+        TensorRT asks for, TensorRT runs the network.
 
         Args:
             network: The `INetworkDefinition` that will be built, or its ONNX file.
-            tf32: Whether TensorRT may observe the network in TF32: faster, and an amax differs by about 1e-3.
+            tf32: Whether the network may run in TF32: faster, and an amax differs by about 1e-3.
             optimization_level: As for `fastcal.calibrate`.
             tactic_sources: As for `fastcal.calibrate`.
 
@@ -190,14 +200,23 @@ class FeedCalibrator:
             wanted = replace(wanted, digest=None if known is None else known.digest)
         if wanted.digest is None:
             self._cache.forget()  # it may be of another network
-        backend = TensorRTBackend(tf32, optimization_level, tactic_sources)
+        backend = _choose_backend(wanted, known, TensorRTBackend(tf32, optimization_level, tactic_sources))
         self._calibration = replace(self._default, network=wanted, backend=backend)
-        if self._reuse() is not None:
+        kept = self._reuse()
+        if kept is not None and not self._lacks_any(wanted, kept):
             return
         cache = self._calibration.run(self._progress)
         self._ready = cache.to_bytes()
         assert cache.record is not None
         self._cache.save(cache.record, self._ready)
+
+    def _lacks_any(self, network: Network, kept: bytes) -> bool:
+        """Return whether a cache that is up to date lacks tensors that TensorRT will ask for, and say so."""
+        scales = CalibrationCache.from_bytes(kept, str(self._cache)).scales
+        missing = [name for name in float_names(network.raw) if name not in scales] if hasattr(network, "raw") else []
+        if missing:
+            _log.info("calibrating: %s lacks the scales of %s", self._cache, first_few(missing))
+        return bool(missing)
 
     def check(self) -> None:
         """Raise the error of the last calibration, if there was one."""
@@ -255,6 +274,18 @@ class FeedCalibrator:
         self._error = error
         self._handout.end()
         _log.error("calibration failed: %s", error)
+
+
+def _choose_backend(network: Network, file: Network | None, with_tensorrt: TensorRTBackend) -> LocalBackend:
+    """Return ONNX Runtime on a GPU if it can observe all tensors of a network that was parsed from `file`."""
+    if not isinstance(network, Definition) or not isinstance(file, Model) or not has_cuda_provider():
+        return with_tensorrt
+    foreign = unknown_to_onnxruntime(file)
+    parsed = Parsed(network, file)
+    if not foreign and not parsed.unknown:
+        return ParsedBackend(parsed, OnnxRuntimeBackend(tf32=with_tensorrt.tf32))
+    _log.info("TensorRT runs the network: ONNX Runtime cannot give %s", first_few(foreign or parsed.unknown))
+    return with_tensorrt
 
 
 def _calibrated_shape(value: Any, config: Any) -> tuple[int, ...]:

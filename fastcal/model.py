@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,13 +123,25 @@ class Model:
                 proto = onnx.version_converter.convert_version(self.proto, opset)
             except Exception as error:  # of many kinds
                 raise ModelError(" ".join(str(error).split())) from error
-            converted = copy(self)
-            converted.__dict__ = {"path": self.path, "external": self.external, "proto": proto, "_converted": {}}
+            converted = self._variant(proto)
             gone = {*self.input_names, *self.activations} - converted.tensors
             if gone:
                 raise ModelError(f"the converter loses the tensors {first_few(sorted(gone))}")
             self._converted[opset] = converted
         return self._converted[opset]
+
+    def extended(self, nodes: Sequence[onnx.NodeProto], initializers: Sequence[onnx.TensorProto]) -> "Model":
+        """Return the model with further nodes behind its own; the file stays as it is."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        proto.graph.node.extend(nodes)
+        proto.graph.initializer.extend(initializers)
+        return self._variant(proto)
+
+    def _variant(self, proto: onnx.ModelProto) -> "Model":
+        variant = copy(self)
+        variant.__dict__ = {"path": self.path, "external": self.external, "proto": proto, "_converted": {}}
+        return variant
 
     @property
     def has_pairs(self) -> bool:

@@ -23,8 +23,10 @@ __all__ = [
     "Logger",
     "computed_tensors",
     "constant_values",
+    "float_names",
     "input_tensors",
     "is_float",
+    "layers",
     "parse",
     "pooled_tensors",
     "start_builder",
@@ -101,7 +103,8 @@ def input_tensors(network: Any) -> list[Any]:
     return [network.get_input(index) for index in range(network.num_inputs)]
 
 
-def _layers(network: Any) -> Iterator[Any]:
+def layers(network: Any) -> Iterator[Any]:
+    """Return the layers of an `INetworkDefinition`, in order."""
     return (network.get_layer(index) for index in range(network.num_layers))
 
 
@@ -114,7 +117,7 @@ def computed_tensors(network: Any) -> list[Any]:
     """Return the float tensors that the layers of an `INetworkDefinition` compute, without constants."""
     values = (
         layer.get_output(index)
-        for layer in _layers(network)
+        for layer in layers(network)
         if layer.type != trt.LayerType.CONSTANT
         for index in range(layer.num_outputs)
     )
@@ -124,7 +127,7 @@ def computed_tensors(network: Any) -> list[Any]:
 def constant_values(network: Any) -> dict[str, Any]:
     """Return the values of the float constants by tensor name: TensorRT gives them scales too."""
     constants = {}
-    for layer in _layers(network):
+    for layer in layers(network):
         if layer.type == trt.LayerType.CONSTANT and is_float(layer.get_output(0)):
             layer.__class__ = trt.IConstantLayer
             weights = layer.weights
@@ -134,10 +137,17 @@ def constant_values(network: Any) -> dict[str, Any]:
     return constants
 
 
+def float_names(network: Any) -> list[str]:
+    """Return the names of the tensors of an `INetworkDefinition` that TensorRT asks a cache for."""
+    values = [*filter(is_float, input_tensors(network)), *computed_tensors(network)]
+    constants = (layer.get_output(0) for layer in layers(network) if layer.type == trt.LayerType.CONSTANT)
+    return [value.name for value in (*values, *filter(is_float, constants))]
+
+
 def pooled_tensors(network: Any) -> dict[str, str]:
     """Return the outputs of pooling layers, which take their inputs' scales: see `Model.shared_scales`."""
     sources: dict[str, str] = {}
-    for layer in _layers(network):
+    for layer in layers(network):
         if layer.type == trt.LayerType.POOLING:
             source = layer.get_input(0).name
             sources[layer.get_output(0).name] = sources.get(source, source)

@@ -9,6 +9,9 @@ from fastcal.errors import FastcalError
 #: The TensorRT version of a cache if TensorRT is not installed and no version is given: the last 10.x release.
 DEFAULT_TENSORRT_VERSION = "10.16.1"
 
+#: The last TensorRT that has calibrators and reads caches.
+LAST_MAJOR = 10
+
 
 def installed_tensorrt_version() -> str | None:
     """Return the version of the TensorRT that can be imported, as "major.minor.patch"; None if there is none."""
@@ -23,7 +26,7 @@ def installed_tensorrt_version() -> str | None:
 def has_calibrators() -> bool:
     """Return whether the installed TensorRT has calibrators, as the versions before 11 have; it is not imported."""
     found = [package.split()[1] for package in installed(r"tensorrt(-cu\d+)?(-bindings)?")]
-    return all(int(version.partition(".")[0]) < 11 for version in found)
+    return all(int(version.partition(".")[0]) <= LAST_MAJOR for version in found)
 
 
 def check_tensorrt_version(version: str) -> str:
@@ -39,7 +42,7 @@ def version_number(version: str) -> int:
     if match is None:
         raise FastcalError(f"{version!r} is not a TensorRT version; write it like 10.16.1")
     major, minor, patch = (int(part or 0) for part in match.groups())
-    if not 5 <= major <= 10:
+    if not 5 <= major <= LAST_MAJOR:
         raise FastcalError(f"TensorRT {version} takes no calibration cache; only 5.x to 10.x do")
     if major < 10 <= minor:  # the number in a header would be that of no version
         raise FastcalError(f"there is no TensorRT {version}; write the version like 8.6.1")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zipfile
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -190,35 +191,43 @@ int initLibNvInferPlugins(void) { return 0; }
 """
 
 
-@pytest.fixture(scope="session")
-def tensorrt_bindings(tmp_path_factory):
-    """Folders for PYTHONPATH and LD_LIBRARY_PATH that make `import tensorrt` give TensorRT 10.16.1's bindings.
+def make_stand_ins(folder, release):
+    """Return the environment in which bindings import against stand-ins for TensorRT's libraries of that release.
 
-    The bindings import against stand-ins for TensorRT's libraries that export the entry points they name and do
-    nothing.
+    The stand-ins export the entry points that the bindings name, and do nothing.
     """
-    if importlib.util.find_spec("tensorrt_bindings") is None:
-        pytest.skip("no TensorRT bindings: pip install tensorrt-cu13-bindings==10.16.1.11")
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no TensorRT bindings: no C compiler for the libraries they name")
-    folder = tmp_path_factory.mktemp("tensorrt")
     (folder / "entry_points.c").write_text(ENTRY_POINTS)
     for name in ("nvinfer", "nvonnxparser", "nvinfer_plugin"):
-        library = folder / f"lib{name}.so.10"
-        command = [
-            compiler,
-            "-shared",
-            "-fPIC",
-            f"-Wl,-soname,{library.name}",
-            "-o",
-            library,
-            folder / "entry_points.c",
-        ]
-        subprocess.run(command, check=True)
+        library = folder / f"lib{name}.so.{release}"
+        options = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library]
+        subprocess.run([compiler, *options, folder / "entry_points.c"], check=True)
     (folder / "tensorrt.py").write_text("from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n")
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     return {"PYTHONPATH": path, "LD_LIBRARY_PATH": str(folder)}
+
+
+@pytest.fixture(scope="session")
+def tensorrt_bindings(tmp_path_factory):
+    """The environment in which `import tensorrt` gives TensorRT 10.16.1's bindings."""
+    if importlib.util.find_spec("tensorrt_bindings") is None:
+        pytest.skip("no TensorRT bindings: pip install tensorrt-cu13-bindings==10.16.1.11")
+    return make_stand_ins(tmp_path_factory.mktemp("tensorrt"), 10)
+
+
+@pytest.fixture(scope="session")
+def tensorrt_11_bindings(tmp_path_factory):
+    """The environment in which `import tensorrt` gives TensorRT 11.4's bindings, which pip fetches."""
+    folder = tmp_path_factory.mktemp("tensorrt11")
+    wheel = "tensorrt-cu13-bindings==11.4.0.106"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, wheel]
+    if subprocess.run(command, check=False, capture_output=True).returncode != 0:
+        pytest.skip(f"no TensorRT bindings: pip finds no {wheel} here")
+    (archive,) = folder.glob("*.whl")
+    zipfile.ZipFile(archive).extractall(folder)
+    return make_stand_ins(folder, 11)
 
 
 @pytest.fixture(scope="session")
@@ -248,6 +257,16 @@ def forget_modules_on(dependency):
     for name, value in [*vars(fastcal).items()]:  # names that were loaded lazily
         if getattr(value, "__module__", None) in gone:
             delattr(fastcal, name)
+
+
+@pytest.fixture
+def rtx(monkeypatch):
+    """TensorRT for RTX, whose parser and builder need no GPU; `import tensorrt` gives it for the length of a test."""
+    import tensorrt_rtx
+
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_rtx)
+    yield tensorrt_rtx
+    forget_modules_on(tensorrt_rtx)
 
 
 @pytest.fixture

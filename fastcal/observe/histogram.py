@@ -80,8 +80,6 @@ class Histogram:
 
     def update(self, values: npt.NDArray[np.floating[Any]]) -> None:
         """Count one batch of `values` of any shape; other types are converted to float32."""
-        from fastcal.observe import count  # needs numba, which may be missing if a GPU counts
-
         with np.errstate(over="ignore"):  # a float64 that float32 cannot hold counts as infinite
             flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if not flat.size:
@@ -96,9 +94,7 @@ class Histogram:
         if self.range == 0.0:
             self.counts[0] += flat.size
             return
-        counted = np.zeros(BINS + 1, np.int64)  # the last bin is for elements equal to the range
-        for start in range(0, flat.size, count.MOST):
-            count.add(flat[start : start + count.MOST], np.float32(self.width), counted)
+        counted = _counted(flat, np.float32(self.width))
         self.counts += counted[:BINS]
         if counted[BINS]:
             self.clamped[self.range] = self.clamped.get(self.range, 0) + int(counted[BINS])
@@ -137,6 +133,19 @@ class Histogram:
         self.amax = max(self.amax, later.amax)
         self.nan += later.nan
         self.inf += later.inf
+
+
+def _counted(flat: npt.NDArray[np.float32], width: np.float32) -> npt.NDArray[np.int64]:
+    """Return the number of elements in each bin of that width; one more bin is for elements equal to the range."""
+    try:
+        from fastcal.observe import count
+    except ImportError:  # numba is missing where a GPU counts all but small constants
+        bins = np.minimum(np.abs(flat) / width, BINS).astype(np.int32)
+        return np.bincount(bins, minlength=BINS + 1).astype(np.int64)
+    counted = np.zeros(BINS + 1, np.int64)
+    for start in range(0, flat.size, count.MOST):
+        count.add(flat[start : start + count.MOST], width, counted)
+    return counted
 
 
 def _doublings(lower: float, upper: float) -> int:

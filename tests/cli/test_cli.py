@@ -671,3 +671,17 @@ def test_nouns_agree_with_their_numbers(run_fastcal, tmp_path, images, count, si
     words = (*words[:-1], 8, "--last-batch", "wrap")
     noun = "1 image" if count == 1 else "2 images"
     assert f"note: {noun} in batches of 8: repeated to complete one\n" in run_fastcal(*words).stderr
+
+
+@pytest.mark.parametrize(("asked", "header"), [(None, "TRT-101601"), ("8.6.1", "TRT-8601")])
+def test_with_tensorrt_11_the_cache_is_for_an_earlier_one(
+    spawn_fastcal, tensorrt_11_bindings, images, tmp_path, asked, header
+):
+    environment = {**os.environ, **tensorrt_11_bindings}
+    given = [] if asked is None else ["--tensorrt", asked]
+    done = spawn_fastcal("calibrate", MODEL, images, "-o", tmp_path / "c.cache", *given, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "c.cache").read_text().startswith(f"{header}-EntropyCalibration2\n")
+    notes = [line for line in done.stderr.splitlines() if "TensorRT" in line]
+    expected = "note: TensorRT 11.4.0 reads no caches: the cache is written for TensorRT 10.16.1"
+    assert notes == ([expected] if asked is None else [])
