@@ -83,7 +83,7 @@ def calibrate(
             process may use. Workers share the CPUs of their machines.
         until_stable: Stop when no scale has moved by more than this percentage at three checks in a row; each check
             comes after a tenth more images than the one before. By default all batches are used.
-        workers: The number of Ray actors that share the batches (`pip install 'fastcal[ray]'`), with a GPU each if
+        workers: The number of Ray actors that share the batches (`pip install ray`), with a GPU each if
             the cluster has GPUs; by default this process does everything. The cache is the same, to the last bit if
             the workers' machines compute the same activations. The feed must be divisible, an `ImageFeed` for
             instance, and every worker must find the model and the images at their paths.

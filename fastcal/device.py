@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcal.errors import GPU_EXTRAS, FastcalError, UnavailableError
+from fastcal.errors import CUPY, FastcalError, UnavailableError
 from fastcal.wake import widen_queues
 
 #: DLPack's numbers of CUDA's memory on a device and its managed memory.
@@ -29,7 +29,7 @@ def resolve(device: str) -> int | None:
         if device == "auto":
             return None
         fault = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported here ({error})"
-        raise UnavailableError(f"device {device} needs CuPy, which {fault}: {GPU_EXTRAS}", "CuPy") from error
+        raise UnavailableError(f"device {device} needs CuPy, which {fault}: {CUPY}", "CuPy") from error
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError:  # no driver, or none that fits
@@ -113,7 +113,7 @@ def as_cupy(array: Any) -> Any:
         import cupy
     except ImportError as error:
         raise UnavailableError(
-            f"a {type(array).__name__} lies on a GPU, and CuPy, which reads it, is not installed: {GPU_EXTRAS}", "CuPy"
+            f"a {type(array).__name__} lies on a GPU, and CuPy, which reads it, is not installed: {CUPY}", "CuPy"
         ) from error
     if hasattr(array, "__cuda_array_interface__"):
         address = array.__cuda_array_interface__["data"][0]  # an array without elements may have none

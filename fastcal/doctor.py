@@ -114,33 +114,24 @@ def _fix(finding: Finding, library: "_Library", cuda: int | None) -> str:
         if cuda is not None and cuda < _OLDEST_CUDA:
             return "update the NVIDIA driver: to 525 or newer for CUDA 12, to 580 or newer for CUDA 13"
         return "install the NVIDIA driver again, or restart the machine" if finding.status == "broken" else ""
-    extra = "cpu" if cuda is None else f"cuda{min(max(cuda, _OLDEST_CUDA), _NEWEST_CUDA)}"
-    packages = f"'fastcal[{extra}]'"
+    package = library.package(cuda)
     names = [wheel.split()[0] for wheel in finding.wheels]
-    if library.module == "onnxruntime" and names:
-        return _fix_onnxruntime(finding, names, None if cuda is None else packages)
-    releases = {found[1] for name in names if (found := re.search(r"cu(?:da)?(\d\d)", name))}
-    if len(names) > 1:  # the packages install the same module, and one has overwritten the other
-        return f"pip uninstall -y {' '.join(names)} && pip install {packages}"
+    if len(names) > 1:  # they install the same module, and one has overwritten the other
+        return f"pip uninstall -y {' '.join(names)} && pip install {package}"
     if finding.status == "works":
         return ""
     if finding.status == "missing" and not names:
         is_needed = library.needed_on in ("all", "cpu" if cuda is None else "gpu")
-        return f"pip install {packages}" if is_needed else ""
-    if library.module == "tensorrt":
-        return f"pip install --force-reinstall {names[0]}" if names else "pip install --force-reinstall tensorrt"
-    if cuda is not None and releases - {extra[4:]}:
-        return f"pip uninstall -y {names[0]} && pip install {packages}"
-    return f"pip install --force-reinstall {names[0] if names else packages}"
+        return f"pip install {package}" if is_needed else ""
+    if names and cuda is not None and library.packages and _is_for_another(names[0], package):
+        return f"pip uninstall -y {names[0]} && pip install {package}"
+    return f"pip install --force-reinstall {names[0] if names else package}"
 
 
-def _fix_onnxruntime(finding: Finding, names: list[str], gpu_packages: str | None) -> str:
-    """Return the command for ONNX Runtime: the packages for CPU and GPU install the same module."""
-    if len(names) == 1 and finding.status == "works":
-        return ""
-    if len(names) == 1 and gpu_packages is None:
-        return f"pip install --force-reinstall {names[0]}"
-    return f"pip uninstall -y {' '.join(names)} && pip install {gpu_packages or 'onnxruntime'}"
+def _is_for_another(name: str, package: str) -> bool:
+    """Return whether an installed package is for another CUDA release than the one to install, or for the CPU."""
+    release = re.search(r"cu(?:da)?(\d\d)", name)
+    return "onnxruntime" in name or (release is not None and release[1] not in package)
 
 
 def _without_folders(text: str) -> str:
@@ -264,17 +255,31 @@ class _Library(NamedTuple):
     module: str = ""
     wheels: str = ""  # a pattern of the names of the packages with the module, of which one must be installed
     is_for_gpus: bool = False  # not tried without one
+    packages: tuple[str, ...] = ()  # the package to install for the CPU, CUDA 12 and CUDA 13, if they differ
+
+    def package(self, cuda: int | None) -> str:
+        """Return the package to install for a driver of this CUDA release; None: without a GPU."""
+        place = 0 if cuda is None else min(max(cuda, _OLDEST_CUDA), _NEWEST_CUDA) - _OLDEST_CUDA + 1
+        return self.packages[place] if self.packages else self.module
 
 
 _DRIVER = _Library("NVIDIA driver", "gpu", _try_driver, is_for_gpus=True)
 
 _LIBRARIES = (
-    _Library("ONNX Runtime", "all", _try_onnxruntime, "onnxruntime", "onnxruntime(-gpu)?"),
+    _Library(
+        "ONNX Runtime", "all", _try_onnxruntime, "onnxruntime", "onnxruntime(-gpu)?",
+        packages=("onnxruntime", "'onnxruntime-gpu[cuda,cudnn]<1.27'", "'onnxruntime-gpu[cuda,cudnn]'"),
+    ),
     _Library("numba", "cpu", _try_numba, "numba", "numba"),
-    _Library("CuPy", "gpu", _try_cupy, "cupy", r"cupy(-cuda\d+x)?", True),
-    _Library("DALI", "all", _try_dali, "nvidia.dali", r"nvidia-dali-cuda\d+"),
+    _Library(
+        "CuPy", "gpu", _try_cupy, "cupy", r"cupy(-cuda\d+x)?", True, ("cupy", "cupy-cuda12x", "cupy-cuda13x")
+    ),
+    _Library(
+        "DALI", "all", _try_dali, "nvidia.dali", r"nvidia-dali-cuda\d+",
+        packages=("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+    ),
     _Library("TensorRT", "none", _try_tensorrt, "tensorrt", r"tensorrt-cu\d+", True),
     _Library("Matplotlib", "none", partial(_import, "matplotlib.figure"), "matplotlib", "matplotlib"),
     _Library("Jinja2", "none", partial(_import, "jinja2"), "jinja2", "jinja2"),
     _Library("Ray", "none", partial(_import, "ray"), "ray", "ray"),
-)
+)  # fmt: skip

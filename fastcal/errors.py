@@ -5,11 +5,11 @@ import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
-#: The command that installs the packages a GPU needs.
-GPU_EXTRAS = "pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'"
+#: The command that installs CuPy.
+CUPY = "pip install cupy-cuda13x, or cupy-cuda12x for CUDA 12"
 
 #: The command that installs a TensorRT that has calibrators.
-TENSORRT_EXTRA = "pip install 'fastcal[tensorrt]'"
+TENSORRT = "pip install 'tensorrt<11'"
 
 #: The command that installs the packages that run a network on the CPU. An extra would overwrite another DALI.
 _RUNTIME = "pip install onnxruntime numba"

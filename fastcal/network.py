@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fastcal.errors import TENSORRT_EXTRA, FastcalError, ModelError, UnavailableError, quoted
+from fastcal.errors import TENSORRT, FastcalError, ModelError, UnavailableError, quoted
 from fastcal.model import Model
 
 try:
     import tensorrt as trt  # other modules use `from fastcal.network import trt`, so that one place reports a failure
 except Exception as error:
     raise UnavailableError(
-        f"engines and calibrators need TensorRT 8.6 to 10.16, which cannot be imported ({error}): {TENSORRT_EXTRA}; "
+        f"engines and calibrators need TensorRT 8.6 to 10.16, which cannot be imported ({error}): {TENSORRT}; "
         "without it, fastcal calibrate writes a cache",
         "TensorRT",
     ) from error

@@ -109,9 +109,9 @@ def test_a_library_that_hangs_is_given_up(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "status", "wheels", "cuda", "fix"),
     [
-        ("cupy", "missing", [], 12, "pip install 'fastcal[cuda12]'"),
-        ("cupy", "missing", [], 14, "pip install 'fastcal[cuda13]'"),
-        ("cupy", "missing", [], 11, "pip install 'fastcal[cuda12]'"),
+        ("cupy", "missing", [], 12, "pip install cupy-cuda12x"),
+        ("cupy", "missing", [], 14, "pip install cupy-cuda13x"),
+        ("cupy", "missing", [], 11, "pip install cupy-cuda12x"),
         # The wheel of another CUDA release was uninstalled, and took the module with it.
         (
             "nvidia.dali", "missing", ["nvidia-dali-cuda130 2.0"], None,
@@ -119,29 +119,29 @@ def test_a_library_that_hangs_is_given_up(monkeypatch):
         ),
         (
             "cupy", "broken", ["cupy-cuda12x 13.6"], 13,
-            "pip uninstall -y cupy-cuda12x && pip install 'fastcal[cuda13]'",
+            "pip uninstall -y cupy-cuda12x && pip install cupy-cuda13x",
         ),
         ("cupy", "works", ["cupy-cuda12x 13.6"], 13, ""),
         ("cupy", "broken", ["cupy-cuda13x 13.6"], 13, "pip install --force-reinstall cupy-cuda13x"),
         (
             "nvidia.dali", "broken", ["nvidia-dali-cuda130 2.0"], 12,
-            "pip uninstall -y nvidia-dali-cuda130 && pip install 'fastcal[cuda12]'",
+            "pip uninstall -y nvidia-dali-cuda130 && pip install nvidia-dali-cuda120",
         ),
         (
             "nvidia.dali", "works", ["nvidia-dali-cuda120 2.0", "nvidia-dali-cuda130 2.0"], None,
-            "pip uninstall -y nvidia-dali-cuda120 nvidia-dali-cuda130 && pip install 'fastcal[cpu]'",
+            "pip uninstall -y nvidia-dali-cuda120 nvidia-dali-cuda130 && pip install nvidia-dali-cuda130",
         ),
         ("tensorrt", "broken", ["tensorrt-cu13 11.0"], 13, "pip install --force-reinstall tensorrt-cu13"),
         ("tensorrt", "broken", [], 13, "pip install --force-reinstall tensorrt"),
         ("tensorrt", "missing", [], 13, ""),
         ("ray", "missing", [], None, ""),
         ("ray", "missing", [], 13, ""),
-        ("numba", "missing", [], None, "pip install 'fastcal[cpu]'"),
+        ("numba", "missing", [], None, "pip install numba"),
         ("numba", "missing", [], 13, ""),  # the GPU counts there
-        ("nvidia.dali", "missing", [], 12, "pip install 'fastcal[cuda12]'"),
+        ("nvidia.dali", "missing", [], 12, "pip install nvidia-dali-cuda120"),
         (
             "onnxruntime", "works", ["onnxruntime 1.31", "onnxruntime-gpu 1.31"], 13,
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fastcal[cuda13]'",
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'",
         ),
         (
             "onnxruntime", "works", ["onnxruntime 1.31", "onnxruntime-gpu 1.31"], None,
@@ -149,14 +149,14 @@ def test_a_library_that_hangs_is_given_up(monkeypatch):
         ),
         (
             "onnxruntime", "broken", ["onnxruntime 1.31"], 12,
-            "pip uninstall -y onnxruntime && pip install 'fastcal[cuda12]'",
+            "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]<1.27'",
         ),
         (
             "onnxruntime", "broken", ["onnxruntime-gpu 1.31"], 12,
-            "pip uninstall -y onnxruntime-gpu && pip install 'fastcal[cuda12]'",
+            "pip uninstall -y onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]<1.27'",
         ),
         ("onnxruntime", "works", ["onnxruntime-gpu 1.31"], None, ""),
-        ("onnxruntime", "missing", [], 13, "pip install 'fastcal[cuda13]'"),
+        ("onnxruntime", "missing", [], 13, "pip install 'onnxruntime-gpu[cuda,cudnn]'"),
         ("", "works", [], 11, "update the NVIDIA driver: to 525 or newer for CUDA 12, to 580 or newer for CUDA 13"),
         ("", "works", [], 12, ""),
         ("", "missing", [], None, ""),
@@ -176,7 +176,7 @@ def test_a_gpu_whose_packages_are_missing(monkeypatch):
     monkeypatch.setattr(doctor, "_run", run)
     tried = []
     fixes = {finding.label: finding.fix for finding in doctor.examine(tried.append) if finding.fix}
-    assert fixes == {"CuPy": "pip install 'fastcal[cuda13]'"}
+    assert fixes == {"CuPy": "pip install cupy-cuda13x"}
     assert tried == [library.label for library in LIBRARIES.values()]
 
 

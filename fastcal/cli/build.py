@@ -12,7 +12,7 @@ import fastcal
 from fastcal.cli.options import CalibrationOptions, check_outputs
 from fastcal.cli.summary import data_rows, speed
 from fastcal.cli.terminal import Bar, finish, print_rows, terminal
-from fastcal.errors import GPU_EXTRAS, UnavailableError
+from fastcal.errors import CUPY, UnavailableError
 from fastcal.files import check_writable, write_atomically
 from fastcal.versions import is_installed
 
@@ -103,7 +103,7 @@ def _check_gpu() -> None:
     from fastcal.device import resolve
 
     if resolve("auto") is None:
-        missing = "CUDA sees none here" if is_installed("cupy") else f"CuPy is not installed ({GPU_EXTRAS})"
+        missing = "CUDA sees none here" if is_installed("cupy") else f"CuPy is not installed ({CUPY})"
         raise UnavailableError(
             f"fastcal build needs CuPy and an NVIDIA GPU, and {missing}; fastcal calibrate works here"
         )

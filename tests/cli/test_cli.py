@@ -524,7 +524,7 @@ def test_build_without_cupy(run_fastcal, trt_bindings, tmp_path, images):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: fastcal build needs CuPy and an NVIDIA GPU, and CuPy is not installed "
-        "(pip install 'fastcal[cuda13]' or 'fastcal[cuda12]'); fastcal calibrate works here\n"
+        "(pip install cupy-cuda13x, or cupy-cuda12x for CUDA 12); fastcal calibrate works here\n"
     )
 
 
