@@ -131,7 +131,12 @@ class Model:
         return self._converted[opset]
 
     def extended(self, nodes: Sequence[onnx.NodeProto], initializers: Sequence[onnx.TensorProto]) -> "Model":
-        """Return the model with further nodes behind its own; the file stays as it is."""
+        """Return the model with more of what its graph has; the file stays as it is.
+
+        Args:
+            nodes: Nodes that come behind the model's own.
+            initializers: Constants that they read.
+        """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         proto.graph.node.extend(nodes)
