@@ -175,8 +175,6 @@ class Parsed:
 def _product(layer: Any, inputs: list[str], name: str) -> onnx.NodeProto | None:
     layer.__class__ = trt.IMatrixMultiplyLayer
     turns = [layer.op0.name, layer.op1.name]
-    if turns == ["NONE", "NONE"]:
-        return onnx.helper.make_node("MatMul", inputs, [name])
     is_matrix = all(len(tuple(layer.get_input(index).shape)) == 2 for index in (0, 1))
     if "VECTOR" in turns or not is_matrix:
         return None

@@ -38,7 +38,7 @@ def test_a_folder_of_the_users_stays(photographs, tmp_path):
     folder = Path(find_spec("nvidia.nvimgcodec").origin).parent / "extensions"
     for library in folder.iterdir():
         (tmp_path / library.name).symlink_to(library)
-    assert run("cpu", photographs, NVIMGCODEC_EXTENSIONS_PATH=str(tmp_path))[1] == "True"
+    assert run("cpu", photographs, NVIMGCODEC_EXTENSIONS_PATH=str(tmp_path)) == ["True", "True"]
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

@@ -82,9 +82,9 @@ def test_a_feed_looks_at_the_first_images(tmp_path, caplog, number, is_found):
 ])  # fmt: skip
 def test_the_cpu_decodes_what_it_decodes_before_a_gpus_decoder_has_started(tmp_path, megabytes, options, is_small):
     cores = len(os.sched_getaffinity(0))
-    for number in range(100):
+    for number in range(200):
         (tmp_path / f"{number:03}.jpg").write_bytes(encoded())
-        os.truncate(tmp_path / f"{number:03}.jpg", megabytes * cores * 10_000)  # a hundred of these; takes no space
+        os.truncate(tmp_path / f"{number:03}.jpg", megabytes * cores * 5_000)  # 200 of these; takes no space
     feed = ImageFeed(tmp_path, preprocess="unit", device="cpu", **options)
     assert feed._plan.decodes_on_cpu is is_small
     part = ImageFeed(tmp_path, preprocess="unit", **options).part(range(1), gpu=0, threads=30)

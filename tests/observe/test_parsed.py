@@ -32,6 +32,18 @@ def parse(rtx):
     return parse
 
 
+def minmax_scales(parse, path, batches):
+    """Return the scales of a calibration of what `parse` makes of a file."""
+    from fastcal.calibration import Calibration
+    from fastcal.observe.backends import OnnxRuntimeBackend
+    from fastcal.observe.parsed import Parsed, ParsedBackend
+
+    model, definition = parse(path)
+    backend = ParsedBackend(Parsed(definition, model), OnnxRuntimeBackend())
+    with fastcal.ArrayFeed(batches, model.input_names, device="cpu") as feed:
+        return Calibration(feed, Algorithm.of("minmax"), definition, backend, "10.3.0").run().scales
+
+
 def amaxes(parse, path, batches):
     """Return the largest |x| of every tensor that TensorRT asks for, as `ParsedBackend` observes them."""
     from fastcal.network import float_names
@@ -99,6 +111,20 @@ def test_what_is_only_moved_has_the_values_of_its_source(onnx_file, parse):
     found = amaxes(parse, path, [{"x": normal(2, 2, 8, seed=seed)} for seed in range(2)])
     # x and c with a dimension more, r with one more, y with one more
     assert sorted(found.values()) == pytest.approx(sorted([found[name] for name in "xcry"] * 2), rel=1e-6)
+
+
+def test_a_pooling_layers_output_shares_its_inputs_scale(onnx_file, parse):
+    from fastcal.observe.parsed import Parsed
+
+    graph = (
+        "f (float[1, 2, 8, 8] x) => (float[1, 2, 4, 4] y) { y = AveragePool<kernel_shape=[2, 2], strides=[2, 2]>(x) }"
+    )
+    path = onnx_file(graph)
+    found = amaxes(parse, path, [{"x": normal(1, 2, 8, 8)}])
+    assert found["y"] < found["x"]
+    model, definition = parse(path)
+    assert Parsed(definition, model).shared_scales == {"y": "x"}
+    assert minmax_scales(parse, path, [{"x": normal(1, 2, 8, 8)}])["y"] == pytest.approx(found["x"] / 127)
 
 
 def test_a_network_without_counterparts_is_told(onnx_file, parse):
