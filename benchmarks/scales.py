@@ -4,7 +4,7 @@ For each model, TensorRT calibrates twice with MinMax and twice with Entropy2, e
 batches of random numbers. fastcal observes the same batches, and TensorRT then reads fastcal's cache. TensorRT picks
 the kernels of its calibration by timing them, so the difference of its own two runs is the limit of any comparison.
 
-    python benchmarks/scales.py MODEL.onnx ... [--batches 8]
+    python benchmarks/scales.py MODEL.onnx ... [--batches 8] [--with-tensorrt]
 """
 
 import argparse
@@ -21,11 +21,14 @@ import numpy as np
 import tensorrt as trt
 from int8 import CLASSES, TACTICS, build, make_calibrator
 
+import fastcal
 from fastcal.algorithm import Algorithm, divergences
 from fastcal.cache.cache import CalibrationCache
-from fastcal.model import Model
+from fastcal.model import Definition, Model
 from fastcal.network import Logger, parse, start_builder
+from fastcal.observe.backends import OnnxRuntimeBackend
 from fastcal.observe.histogram import BINS
+from fastcal.observe.parsed import Parsed, ParsedBackend
 from fastcal.observe.with_tensorrt import TensorRTObserver
 
 
@@ -90,14 +93,29 @@ def excess(histogram, scale):
     return found[bins - 128] / found.min() - 1
 
 
-def compare(path, count):
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = calibrate_with_tensorrt(path, count, folder)
-    model, logger = Model(path), Logger()
+def observe_with_tensorrt(model, count):
     with TensorRTObserver(model, tactic_sources=TACTICS) as observer:
         for batch in random_batches(model, count):
             observer.observe(batch)
-        histograms, shared = observer.histograms(), observer.shared_scales
+        return observer.histograms(), observer.shared_scales
+
+
+def observe_with_onnxruntime(model, count):
+    """Observe what TensorRT's parser makes of a model, on the GPU if ONNX Runtime has the CUDA provider."""
+    logger = Logger()
+    builder = start_builder(logger)
+    definition = Definition(parse(builder, model, logger))
+    backend = ParsedBackend(Parsed(definition, model), OnnxRuntimeBackend())
+    with fastcal.ArrayFeed(list(random_batches(model, count)), model.input_names) as feed:
+        observed = backend.observe(definition, feed, lambda state: None)
+    return observed.histograms, observed.shared_scales
+
+
+def compare(path, count, with_tensorrt):
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = calibrate_with_tensorrt(path, count, folder)
+    model, logger = Model(path), Logger()
+    histograms, shared = (observe_with_tensorrt if with_tensorrt else observe_with_onnxruntime)(model, count)
 
     def pick(algorithm):
         scales = Algorithm.of(algorithm).pick_all(histograms)
@@ -129,6 +147,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--with-tensorrt", action="store_true", help="observe with TensorRT instead of ONNX Runtime")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
@@ -139,7 +158,7 @@ def main():
           "divergence, worst | batches asked for with our cache | missing scales |")  # fmt: skip
     print("| --- |" + " ---: |" * 8)
     for path in arguments.models:
-        compare(path, arguments.batches)
+        compare(path, arguments.batches, arguments.with_tensorrt)
 
 
 if __name__ == "__main__":

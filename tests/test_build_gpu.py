@@ -106,6 +106,34 @@ def test_batches_on_another_gpu_than_tensorrt_builds_on():
             fastcal.build_engine(MODEL, feed)
 
 
+@pytest.mark.parametrize(
+    "graph",
+    [
+        None,  # the sample, which ends in a Gemm
+        "f (float[N, 8] x) => (float[N, 3] y) { r = Relu(x) g = Gemm<transB = 1>(r, w, c) y = HardSwish(g) }",
+        "f (float[N, 2, 8] x) => (float[N, 3, 3] y) { c = Conv(x, k) r = Relu(c) y = MaxPool<kernel_shape = [4]>(r) }",
+    ],
+)
+def test_the_builder_takes_onnxruntimes_observations_without_a_batch_or_a_missing_scale(
+    trt, onnx_file, monkeypatch, caplog, graph
+):
+    monkeypatch.setattr("fastcal.feed_calibrator.has_cuda_provider", lambda: True)
+    monkeypatch.setattr("fastcal.observe.with_tensorrt.TensorRTObserver", lambda *_, **__: 1 / 0)
+    values = {"w": np.eye(3, 8, dtype="f4"), "c": np.ones(3, "f4"), "k": np.ones((3, 2, 2), "f4")}
+    path = MODEL if graph is None else onnx_file(graph, values)
+    if graph is None:
+        feed = fastcal.ImageFeed(IMAGES, model=MODEL, batch_size=64)
+    else:
+        shape = (4, 8) if "Gemm" in graph else (4, 2, 8)
+        batches = [np.random.default_rng(number).standard_normal(shape, dtype="f4") for number in range(3)]
+        feed = fastcal.ArrayFeed(batches, ["x"])
+    with feed, caplog.at_level("WARNING", "fastcal"):
+        calibrator = fastcal.EntropyCalibrator2(feed, model=path)
+        fastcal.build_engine(path, calibrator, tactic_sources=TACTICS.split(","), optimization_level=0)
+    assert calibrator.stats.batches == 0
+    assert [record.getMessage() for record in caplog.records if "scal" in record.getMessage().lower()] == []
+
+
 def test_a_feed_is_enough(trt, tmp_path):
     with fastcal.ImageFeed(IMAGES, model=MODEL, batch_size=64) as feed:
         engine = fastcal.build_engine(MODEL, feed, tactic_sources=TACTICS.split(","), optimization_level=0)
