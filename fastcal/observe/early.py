@@ -1,5 +1,6 @@
 """A GPU's observer, started in a thread while the feed is being made: each takes seconds."""
 
+import atexit
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -11,6 +12,7 @@ from fastcal.errors import FastcalError
 from fastcal.model import Model
 
 _started: "WeakKeyDictionary[Model, tuple[tuple[int, bool], Future[Any]]]" = WeakKeyDictionary()
+atexit.register(_started.clear)  # sessions that nobody has taken end before CUDA does
 
 
 def start(model: Model, gpu: int, tf32: bool, batch_size: int) -> None:
@@ -43,12 +45,13 @@ def _read(model: Model) -> None:
 def _make(model: Model, gpu: int, tf32: bool, batch_size: int) -> Any:
     import cupy
 
+    from fastcal.observe.device_observer import free_on_device
     from fastcal.observe.with_cuda import CudaObserver
 
     with cupy.cuda.Device(gpu):
         observer = CudaObserver(model, tf32=tf32)
         shapes = _shapes(model, batch_size)
-        if shapes is not None:
+        if shapes is not None and sum(model.sizes(shapes).values()) < free_on_device():
             observer.warm_up(shapes)
     return observer
 

@@ -52,6 +52,13 @@ def test_a_gpu_runs_the_network(spawn_fastcal, tmp_path, backend):
     assert fp32 != tf32
 
 
+@pytest.mark.gpu
+def test_an_error_while_the_gpu_starts_is_one_line(spawn_fastcal, tmp_path):
+    done = spawn_fastcal("calibrate", MODEL, tmp_path / "nowhere", "-o", tmp_path / "c.cache")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*nowhere.*\n", done.stderr)
+
+
 def test_it_writes_the_cache_and_says_what_it_did(run_fastcal, tmp_path, images):
     output = tmp_path / "digits.cache"
     done = run_fastcal("calibrate", MODEL, images, "-o", output, "--batch-size", "8", "--tensorrt", "8.6.1")
