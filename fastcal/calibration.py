@@ -49,6 +49,7 @@ def calibrate(
     tactic_sources: int | Iterable[str] | None = None,
     tensorrt_version: str | None = None,
     threads: int | None = None,
+    memory: int | None = None,
     until_stable: float | None = None,
     workers: int | None = None,
     ray_address: str | None = None,
@@ -57,10 +58,11 @@ def calibrate(
     """Pick the INT8 scales of a network's tensors, those that TensorRT's own calibration would pick.
 
     The network runs in float32 with every tensor visible, with ONNX Runtime on a GPU or the CPU, or with TensorRT. One
-    batch is in memory at a time; if a batch's tensors do not fit the memory together, the network runs several times
-    over the batch. The scales equal TensorRT's to the last bit if the tensors' values do. With TensorRT the cache holds
-    every tensor that TensorRT asks for; with ONNX Runtime it lacks those that TensorRT's parser adds under names of its
-    own (constants, the parts of a Gemm), which `build_engine` and the calibrators add.
+    batch is in memory at a time. If a batch's tensors do not fit the memory together, the network runs in segments one
+    after another on the CPU, and several times over the batch on a GPU. The scales equal TensorRT's to the last bit if
+    the tensors' values do. With TensorRT the cache holds every tensor that TensorRT asks for; with ONNX Runtime it
+    lacks those that TensorRT's parser adds under names of its own (constants, the parts of a Gemm), which
+    `build_engine` and the calibrators add.
 
     Args:
         model: The ONNX file; for TensorRT also a `tensorrt.INetworkDefinition`.
@@ -81,6 +83,9 @@ def calibrate(
             10.16.1.
         threads: On the CPU: the number of threads that run the network and count; by default one per core that this
             process may use. Workers share the CPUs of their machines.
+        memory: On the CPU: the bytes that the tensors of a segment of the network may take together; by default 2 GiB,
+            or 70 % of what is free if that is less. The values are the same. A node whose outputs take more than that
+            is a segment of its own.
         until_stable: Stop when no scale has moved by more than this percentage at three checks in a row; each check
             comes after a tenth more images than the one before. By default all batches are used.
         workers: The number of Ray actors that share the batches (`pip install 'fastcal[ray]'`), with a GPU each if
@@ -104,6 +109,7 @@ def calibrate(
     """
     picked = Algorithm.of(algorithm, quantile)
     check_range("threads", threads, 1, MOST_THREADS)
+    check_range("memory", memory, 1)
     if until_stable is not None and not until_stable > 0:
         raise FastcalError(f"until_stable is {until_stable}; it is a percentage above 0, 1 for instance")
     if until_stable is not None and workers is not None:
@@ -113,7 +119,7 @@ def calibrate(
     version = _tensorrt_version(tensorrt_version)
     network = as_network(model)
     local: Mapping[str, LocalBackend] = {
-        "onnxruntime": OnnxRuntimeBackend(threads, tf32),
+        "onnxruntime": OnnxRuntimeBackend(threads, tf32, memory),
         "tensorrt": TensorRTBackend(tf32, optimization_level, tactic_sources),
     }
     runner: Backend = local[_choose_backend(backend, network)]

@@ -9,7 +9,15 @@ import typer
 
 import fastcal
 from fastcal.cli.calibrate import calibrate_on, check_report, save_report
-from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption, UntilStableOption, check_outputs
+from fastcal.cli.options import (
+    BackendOption,
+    CalibrationOptions,
+    MemoryOption,
+    ReportOption,
+    UntilStableOption,
+    check_outputs,
+    read_memory,
+)
 from fastcal.cli.summary import outcome, print_summary
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.errors import CacheError, FastcalError
@@ -33,6 +41,7 @@ class QuantizeOptions(CalibrationOptions):
         str, typer.Argument(metavar="CACHE|DATA", help="A calibration cache, or images as calibrate takes them.")
     ]
     backend: BackendOption = "auto"
+    memory: MemoryOption = None
     until_stable: UntilStableOption = None
     report: ReportOption = None
 
@@ -100,6 +109,7 @@ def quantize(
             with options.feed(network) as feed:
                 cache, progress = calibrate_on(
                     console, network, feed, options, backend=options.backend, until_stable=options.until_stable,
+                    memory=read_memory(options.memory),
                     tensorrt_version=DEFAULT_TENSORRT_VERSION,
                 )  # fmt: skip
             made, rows = _write_model(network, cache, excluded, output)
