@@ -491,7 +491,7 @@ def go_through_images(folder, count, seed):
             place = folder / f"{extension} {first}"
             place.mkdir()
             each = min(1000, count // len(FORMATS) + 1 - first)
-            intact = write_images(place, extension, each * INTACT // (INTACT - 1), seed * 10**6 + first)
+            intact = write_images(place, extension, -(-each * INTACT // (INTACT - 1)), seed * 10**6 + first)
             before = contents(place)
             try:
                 skipped = read_images(place, intact)

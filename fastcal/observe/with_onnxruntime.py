@@ -107,7 +107,7 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
     def run(self, batch: Mapping[str, npt.NDArray[Any]]) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Yield the values of some of `tensors`, each tensor once. Drop them before asking for the next ones."""
         shapes = {name: tuple(array.shape) for name, array in batch.items()}
-        if shapes != self._shapes:
+        if not _are_within(shapes, self._shapes):
             self._fit(shapes)
             self._shapes = shapes
         alive = as_arrays(self._model, batch)
@@ -252,6 +252,13 @@ class _Session:
             wait([future])
             raise
         return dict(zip(names, values, strict=True))
+
+
+def _are_within(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether no dimension of any shape is larger than in the others."""
+    return shapes.keys() == others.keys() and all(
+        len(shape) == len(others[name]) and all(map(int.__le__, shape, others[name])) for name, shape in shapes.items()
+    )
 
 
 def _new_thread() -> ThreadPoolExecutor:

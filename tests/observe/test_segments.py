@@ -215,6 +215,16 @@ def test_smaller_batches_keep_the_segments_and_larger_ones_divide_anew(onnx_file
         assert runner._runners is before
 
 
+def test_shapes_are_inferred_for_larger_batches_alone(onnx_file, monkeypatch):
+    fitted, fit = [], PartedRunner._fit
+    monkeypatch.setattr(PartedRunner, "_fit", lambda self, shapes: fitted.append(shapes["x"]) or fit(self, shapes))
+    with PartedRunner(Model(onnx_file("f (float[N, T] x) => (float[N, T] y) { y = Neg(x) }"))) as runner:
+        for shape in ((3, 4), (3, 4), (2, 4), (3, 2), (1, 5), (1, 4), (2, 4), (2, 5)):
+            x, y = runner.run({"x": np.ones(shape, "f4")})
+            assert x["x"].shape == y["y"].shape == shape
+    assert fitted == [(3, 4), (1, 5), (2, 4), (2, 5)]
+
+
 def test_nodes_that_are_too_large_stay_by_themselves(onnx_file):
     with PartedRunner(Model(onnx_file(CHAIN.replace("[4]", "[N, 4]"))), memory=1) as runner:
         list(runner.run({"x": X}))
