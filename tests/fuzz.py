@@ -1,4 +1,4 @@
-"""Mutated files of six kinds through everything that reads them: each ends well, or in one line that says why.
+"""Mutated files of seven kinds through everything that reads them: each ends well, or in one line that says why.
 
 No file that was there before may be gone or changed, except an output that was written whole. The test suite does this
 with few; all of it is run by hand:
@@ -32,7 +32,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastcal
-from fastcal import ImageFeed, Preprocess
+from fastcal import ImageFeed, NumpyFeed, Preprocess
 from fastcal.algorithm import Algorithm
 from fastcal.cache.record import Record, read_record, record_path
 from fastcal.calibration import Calibration
@@ -288,6 +288,15 @@ def change_text(data, chance):
     return b"".join(tokens)
 
 
+def change_head(data, chance):
+    """`change_text` of the first 128 bytes, a header, or `change_bytes` of the first or last 200."""
+    if chance.random() < 0.5:
+        return change_text(data[:128], chance) + data[128:]
+    if chance.random() < 0.5:
+        return change_bytes(data[:200], chance) + data[200:]
+    return data[:-200] + change_bytes(data[-200:], chance)
+
+
 def run_command(folder, *words):
     """Run the command line with "written" for an output; what that was is there again if the command fails."""
     output = folder / "written.onnx"
@@ -324,6 +333,13 @@ def read_list_file(path):
     with ImageFeed(path, preprocess=Preprocess(size=(8, 8)), batch_size=2, device="cpu") as feed:
         feed.describe()
         assert len(feed) > 0
+
+
+def read_array_file(path):
+    """Go through the samples of a `.npy` or `.npz` file."""
+    with NumpyFeed(path, model=DIGITS, batch_size=2, device="cpu") as feed:
+        feed.describe()
+        assert sum(len(batch["image"]) for batch in feed) == feed.samples
 
 
 def read_preprocess_file(path):
@@ -364,6 +380,15 @@ def list_files(folder):
     coco = {"images": [{"file_name": name, "id": 1, "width": 8} for name in names], "annotations": []}
     yield "instances_val.json", json.dumps(coco).encode()
     yield "data.yaml", b"path: .\ntrain: images/train\nval: [images/val, images/train]\nnames: {0: cat, 1: dog}\n"
+
+
+def array_files(folder):
+    """Arrays of the model's input in each form, with names."""
+    images = np.zeros((3, 3, 32, 32), "f4")
+    for name, save in (("a.npy", np.save), ("a.npz", np.savez), ("c.npz", np.savez_compressed)):
+        arrays = {} if name == "a.npy" else {"image": images, "label": np.arange(3)}
+        save(folder / name, *([] if arrays else [images]), **arrays)
+        yield name, (folder / name).read_bytes()
 
 
 def preprocess_files(folder):
@@ -422,6 +447,10 @@ KINDS = {
         list_files, [change_bytes, change_text, change_text], read_list_file,
         lambda folder, path: ("calibrate", folder / "digits.onnx", path, "--threads", 1, "--quiet"), 200,
     ),
+    "arrays": Kind(
+        array_files, [change_bytes, change_head, change_head], read_array_file,
+        lambda folder, path: ("calibrate", folder / "digits.onnx", path, "--threads", 1, "--quiet"), 200,
+    ),
     "preprocessing": Kind(
         preprocess_files, [change_bytes, change_text, change_text], read_preprocess_file,
         lambda folder, path: (
@@ -431,7 +460,7 @@ KINDS = {
 }  # fmt: skip
 
 #: The share of each kind among all, in percent; images are the rest.
-SHARES = {"models": 12, "caches": 28, "records": 18, "lists": 18, "preprocessing": 16, "images": 8}
+SHARES = {"models": 12, "caches": 25, "records": 16, "lists": 16, "arrays": 8, "preprocessing": 15, "images": 8}
 
 
 def try_one(use, path, data):

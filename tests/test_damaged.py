@@ -12,7 +12,7 @@ import fuzz
 from fastcal.errors import ModelError
 from fastcal.model import Model
 
-COUNTS = {"models": 150, "caches": 500, "records": 200, "lists": 200, "preprocessing": 200}
+COUNTS = {"models": 150, "caches": 500, "records": 200, "lists": 200, "arrays": 200, "preprocessing": 200}
 
 
 @pytest.mark.parametrize("kind", COUNTS)
