@@ -11,7 +11,7 @@ from typing import Any
 
 from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
-from fastcal.cache.record import Record, read_record, why_no_record
+from fastcal.cache.record import Record, check_cache_writable, read_record, why_no_record
 from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
@@ -49,18 +49,21 @@ def calibrate(
     tactic_sources: int | Iterable[str] | None = None,
     tensorrt_version: str | None = None,
     threads: int | None = None,
+    memory: int | None = None,
     until_stable: float | None = None,
     workers: int | None = None,
     ray_address: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CalibrationCache:
     """Pick the INT8 scales of a network's tensors, those that TensorRT's own calibration would pick.
 
     The network runs in float32 with every tensor visible, with ONNX Runtime on a GPU or the CPU, or with TensorRT. One
-    batch is in memory at a time; if a batch's tensors do not fit the memory together, the network runs several times
-    over the batch. The scales equal TensorRT's to the last bit if the tensors' values do. With TensorRT the cache holds
-    every tensor that TensorRT asks for; with ONNX Runtime it lacks those that TensorRT's parser adds under names of its
-    own (constants, the parts of a Gemm), which `build_engine` and the calibrators add.
+    batch is in memory at a time. If a batch's tensors do not fit the memory together, the network runs in segments one
+    after another on the CPU, and several times over the batch on a GPU. The scales equal TensorRT's to the last bit if
+    the tensors' values do. With TensorRT the cache holds every tensor that TensorRT asks for; with ONNX Runtime it
+    lacks those that TensorRT's parser adds under names of its own (constants, the parts of a Gemm), which
+    `build_engine` and the calibrators add.
 
     Args:
         model: The ONNX file; for TensorRT also a `tensorrt.INetworkDefinition`.
@@ -81,6 +84,9 @@ def calibrate(
             10.16.1.
         threads: On the CPU: the number of threads that run the network and count; by default one per core that this
             process may use. Workers share the CPUs of their machines.
+        memory: On the CPU: the bytes that the tensors of a segment of the network may take together; by default 2 GiB,
+            or 70 % of what is free if that is less. The values are the same. A node whose outputs take more than that
+            is a segment of its own.
         until_stable: Stop when no scale has moved by more than this percentage at three checks in a row; each check
             comes after a tenth more images than the one before. By default all batches are used.
         workers: The number of Ray actors that share the batches (`pip install ray`), with a GPU each if
@@ -90,10 +96,16 @@ def calibrate(
         ray_address: The Ray cluster to connect to: "auto" for one that runs on this machine, or "host:port"; by default
             the environment variable RAY_ADDRESS, else Ray is started on this machine for the time of the calibration.
             Ignored if the program is connected to Ray already.
+        cache: A file to keep the cache in. If it is up to date (made from the same model, samples and settings, by the
+            record beside it), it is returned and the network does not run; else it is replaced when the new one is
+            complete, and the log names the difference.
+        cache: A file to keep the cache in. If it is up to date, which the record beside it tells, it is returned, and
+            the network does not run. Otherwise it is replaced when the new cache is complete, and the log says why.
         progress: Called after every batch; with workers after every few seconds' work of a worker.
 
     Returns:
-        The cache; `cache.save(path)` writes it. `cache.observed` has the histograms that the scales were picked from.
+        The cache; `cache.save(path)` writes it. `cache.observed` has the histograms that the scales were picked from,
+        or is None if the cache was reused.
 
     Raises:
         ModelError: The model cannot be loaded or run.
@@ -104,6 +116,7 @@ def calibrate(
     """
     picked = Algorithm.of(algorithm, quantile)
     check_range("threads", threads, 1, MOST_THREADS)
+    check_range("memory", memory, 1)
     if until_stable is not None and not until_stable > 0:
         raise FastcalError(f"until_stable is {until_stable}; it is a percentage above 0, 1 for instance")
     if until_stable is not None and workers is not None:
@@ -113,7 +126,7 @@ def calibrate(
     version = _tensorrt_version(tensorrt_version)
     network = as_network(model)
     local: Mapping[str, LocalBackend] = {
-        "onnxruntime": OnnxRuntimeBackend(threads, tf32),
+        "onnxruntime": OnnxRuntimeBackend(threads, tf32, memory),
         "tensorrt": TensorRTBackend(tf32, optimization_level, tactic_sources),
     }
     runner: Backend = local[_choose_backend(backend, network)]
@@ -124,7 +137,8 @@ def calibrate(
             raise missing("a calibration with workers", error) from error
         runner = RayBackend(workers, ray_address, backend, local, threads)
     with as_feed(feed, network, runner.device) as batches:
-        return Calibration(batches, picked, network, runner, version, until_stable).run(progress)
+        calibration = Calibration(batches, picked, network, runner, version, until_stable)
+        return calibration.run(progress) if cache is None else calibration.keep(cache, progress)
 
 
 @dataclass(frozen=True)
@@ -185,6 +199,20 @@ class Calibration:
         if self.until_stable is None and "until_stable" in earlier.entries:
             differences.append(f"until_stable ({earlier.entries['until_stable']} then: perhaps not all batches)")
         return (None, "it was made from other " + ", ".join(differences)) if differences else (data, "")
+
+    def keep(
+        self, path: str | os.PathLike[str], progress: Callable[[Progress], None] | None = None
+    ) -> CalibrationCache:
+        """Return the cache at `path` if it is up to date; else run, and write the cache there. Errors: as `run`."""
+        data, reason = self.reuse(path)
+        if data is not None:
+            _log.info("%s is reused: it was made from the same model, samples and settings", path)
+            return CalibrationCache.load(path)
+        _log.info("calibrating: %s is not reused, %s", path, reason)
+        check_cache_writable(path, self.network.activations if isinstance(self.network, Model) else ())
+        cache = self.run(progress)
+        cache.save(path)
+        return cache
 
     def cache(self, scales: dict[str, float]) -> CalibrationCache:
         """Return a cache of `scales` with the calibration's header and record."""

@@ -1,5 +1,6 @@
 """The memory that is free, and the tensors of a batch that fit into it together."""
 
+import ctypes
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -36,16 +37,28 @@ def check_room(size: int, what: str, remedy: str) -> None:
         )
 
 
-def groups(sizes: Mapping[str, int], memory: int, place: str) -> list[list[str]]:
-    """Return the tensors in order, in as few groups as fit `memory` (bytes in `place`); warn if there are several."""
-    found: list[list[str]] = [[]]
-    taken = 0
+def return_freed() -> None:
+    """Return to the system what this process has freed: glibc keeps arrays of up to 32 MiB for later ones."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def check_sizes(sizes: Mapping[str, int], memory: int, place: str) -> None:
+    """Raise FastcalError if one of the tensors takes more than `memory` (bytes in `place`)."""
     for name, size in sizes.items():
         if size > memory:
             raise FastcalError(
                 f"tensor {name!r} of a batch takes {size / 2**30:.1f} GiB and {memory / 2**30:.1f} GiB of {place} may "
                 "be used; use a smaller batch size"
             )
+
+
+def groups(sizes: Mapping[str, int], memory: int, place: str) -> list[list[str]]:
+    """Return the tensors in order, in as few groups as fit `memory` (bytes in `place`); warn if there are several."""
+    check_sizes(sizes, memory, place)
+    found: list[list[str]] = [[]]
+    taken = 0
+    for name, size in sizes.items():
         if taken + size > memory:
             found.append([])
             taken = 0

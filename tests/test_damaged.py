@@ -1,6 +1,6 @@
 """Damaged models and caches: each ends well, or in one line."""
 
-import warnings
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -8,25 +8,38 @@ import pytest
 from onnx import TensorProto, helper
 
 import fastcal
-import fuzz_models
+import fuzz
 from fastcal.errors import ModelError
 from fastcal.model import Model
 
+COUNTS = {"models": 150, "caches": 500, "records": 200, "lists": 200, "arrays": 200, "preprocessing": 200}
 
-@pytest.mark.parametrize("kind", ["models", "caches"])
+
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.filterwarnings("ignore")  # ONNX's evaluator of constants warns of damaged ones
 def test_mutated_files(tmp_path, kind):
-    models = [fuzz_models.varied().SerializeToString(), fuzz_models.with_external_data(tmp_path)]
-    ways = [fuzz_models.change_bytes, fuzz_models.structure_first, fuzz_models.change_fields]
-    originals, ways, use, count = {
-        "models": (models, ways, fuzz_models.read_model, 150),
-        "caches": (list(fuzz_models.cache_files(tmp_path)), ways[:1], fuzz_models.read_cache, 500),
-    }[kind]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ONNX's evaluator of constants warns of damaged ones
-        endings = fuzz_models.go_through(tmp_path, originals, ways, use, count, 0)
+    endings = fuzz.go_through(tmp_path, fuzz.KINDS[kind], COUNTS[kind], 0)
     assert endings["fault"] == 0
     assert endings["fine"] > 0
-    assert sum(endings.values()) == count
+    assert endings.total() == COUNTS[kind]
+
+
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_files_as_they_were_are_read(tmp_path, kind):
+    fuzz.with_digits(tmp_path)
+    for name, data in list(fuzz.KINDS[kind].originals(tmp_path)):
+        (tmp_path / name).write_bytes(data)
+        fuzz.KINDS[kind].use(tmp_path / name)
+
+
+def test_a_lost_file_is_seen(tmp_path, capsys):
+    def lose(path):
+        (path.parent / "images" / "val" / "0.png").unlink(missing_ok=True)
+
+    kind = replace(fuzz.KINDS["lists"], use=lose)
+    assert fuzz.go_through(tmp_path, kind, 3, 0)["fault"] == 1
+    assert "lost or changed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

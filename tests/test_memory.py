@@ -8,8 +8,10 @@ import pytest
 import fastcal
 from conftest import DIGITS
 from fastcal import FastcalError, memory
+from fastcal.cli.options import read_memory
 from fastcal.model import Model
-from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver, OnnxRuntimeRunner
+from fastcal.observe.segments import cut
+from fastcal.observe.with_onnxruntime import OnnxRuntimeObserver, OnnxRuntimeRunner, PartedRunner
 
 MODEL = DIGITS / "digits.onnx"
 
@@ -33,10 +35,10 @@ def test_sizes_that_depend_on_the_data_are_not_known(onnx_file):
     assert Model(path).sizes({"x": (3, 2)}) == {}
 
 
-def test_several_passes_see_what_one_does(batches, caplog):
+def test_segments_see_what_the_whole_does(batches, caplog):
     found = []
     largest = max(Model(MODEL).sizes({"image": (7, 3, 32, 32)}).values())
-    for most in (None, 3 * largest, largest):
+    for most in (None, 3 * largest, 1):
         with caplog.at_level(logging.WARNING, "fastcal"), OnnxRuntimeObserver(Model(MODEL), memory=most) as observer:
             for batch in batches:
                 observer.observe(batch)
@@ -44,28 +46,23 @@ def test_several_passes_see_what_one_does(batches, caplog):
     assert list(found[0]) == list(found[1]) == list(found[2])
     for name, histogram in found[0].items():
         assert found[1][name].counts.tolist() == found[2][name].counts.tolist() == histogram.counts.tolist(), name
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2
-    assert all("times over each batch; a smaller batch size is faster" in text for text in said)
+    assert not caplog.records
 
 
-def test_a_tensor_that_does_not_fit_by_itself_is_named(batches):
+def test_a_tensor_that_does_not_fit_by_itself_is_named(batches, monkeypatch):
+    monkeypatch.setattr("fastcal.observe.with_onnxruntime.free_memory", lambda: 1000)
     message = r"tensor '/0/Conv_output_0' of a batch takes .* of the memory may be used; use a smaller batch size"
-    with (
-        OnnxRuntimeObserver(Model(MODEL), memory=1000) as observer,
-        pytest.raises(FastcalError, match=message),
-    ):
+    with OnnxRuntimeObserver(Model(MODEL)) as observer, pytest.raises(FastcalError, match=message):
         observer.observe(batches[0])
 
 
-def test_a_batch_of_another_size_is_fitted_anew(batches, caplog):
+def test_batches_of_several_sizes_in_segments(batches):
     small = max(Model(MODEL).sizes({"image": (2, 3, 32, 32)}).values())
-    with caplog.at_level(logging.WARNING, "fastcal"), OnnxRuntimeObserver(Model(MODEL), memory=8 * small) as observer:
+    with OnnxRuntimeObserver(Model(MODEL), memory=8 * small) as observer:
         for batch in (batches[0], {"image": batches[1]["image"][:2]}, batches[2]):
             observer.observe(batch)
         counted = int(observer.histograms()["image"].counts.sum())
     assert counted == 16 * 3 * 32 * 32
-    assert len(caplog.records) >= 2
 
 
 def test_free_memory_is_that_of_the_machine_or_less():
@@ -130,3 +127,45 @@ def test_what_just_fits_is_begun(monkeypatch, photographs):
         monkeypatch.setattr(memory, "free_memory", lambda: 3 * 4 * 3 * 100 * 100 * 4 - 1)
         with pytest.raises(FastcalError, match="3 batches of 4 samples take"):
             next(iter(feed))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, None),
+        ("1000", 1000),
+        ("2k", 2048),
+        ("500M", 500 << 20),
+        ("1.5GB", 3 << 29),
+        ("4GiB", 4 << 30),
+        ("1T", 1 << 40),
+    ],
+)
+def test_the_option_in_bytes(text, expected):
+    assert read_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "2 G", "2X", "1e9", "inf"])
+def test_the_option_that_is_no_number_of_bytes(text):
+    with pytest.raises(FastcalError, match=f"--memory {text} is not a number of bytes; write 500M or 4G"):
+        read_memory(text)
+
+
+def test_the_setting_reaches_the_segments(batches, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fastcal.observe.with_onnxruntime.cut", lambda *given: asked.append(given[-1]) or cut(*given))
+    calm = fastcal.calibrate(MODEL, batches, backend="onnxruntime").scales
+    assert asked == []
+    assert fastcal.calibrate(MODEL, batches, backend="onnxruntime", memory=200_000).scales == calm
+    assert asked == [200_000]
+
+
+def test_by_default_a_segment_takes_two_gibibytes(monkeypatch, onnx_file):
+    path = onnx_file("f (float[N] x) => (float[N] y) { a = Relu(x) b = Relu(a) y = Relu(b) }")
+    asked = []
+    monkeypatch.setattr("fastcal.observe.with_onnxruntime.cut", lambda *given: asked.append(given[-1]) or [])
+    for free, expected in ((1 << 40, 2 << 30), (1 << 31, int(memory.SHARE * (1 << 31)))):
+        monkeypatch.setattr("fastcal.observe.with_onnxruntime.free_memory", lambda free=free: free)
+        with PartedRunner(Model(path)) as runner:
+            runner._fit({"x": (1 << 28,)})
+        assert asked.pop() == expected

@@ -6,7 +6,15 @@ import typer
 from rich.console import Console
 
 import fastcal
-from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption, UntilStableOption, check_outputs
+from fastcal.cli.options import (
+    BackendOption,
+    CalibrationOptions,
+    MemoryOption,
+    ReportOption,
+    UntilStableOption,
+    check_outputs,
+    read_memory,
+)
 from fastcal.cli.summary import outcome, print_summary
 from fastcal.cli.terminal import Bar, finish, terminal
 from fastcal.files import check_writable
@@ -20,6 +28,7 @@ def calibrate(
     output: Annotated[str, typer.Option("--output", "-o", metavar="CACHE", help="The cache to write.")],
     options: CalibrationOptions,
     backend: BackendOption = "auto",
+    memory: MemoryOption = None,
     until_stable: UntilStableOption = None,
     workers: Annotated[
         int | None,
@@ -58,8 +67,8 @@ def calibrate(
         with options.feed(network) as feed:
             cache, progress = calibrate_on(
                 console, network, feed, options,
-                backend=backend, until_stable=until_stable, workers=workers, ray_address=ray_address,
-                tensorrt_version=tensorrt,
+                backend=backend, memory=read_memory(memory), until_stable=until_stable,
+                workers=workers, ray_address=ray_address, tensorrt_version=tensorrt,
             )  # fmt: skip
             cache.save(output)
         written = {"cache": f"{output}, {cache.header}", **save_report(report, cache, options)}

@@ -30,6 +30,14 @@ QuantileOption = Annotated[float, typer.Option(help="For percentile: the share o
 UntilStableOption = Annotated[
     float | None, typer.Option(metavar="PERCENT", help="Stop early once no scale moves by more than this any more.")
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="On the CPU: what the tensors of a segment of the network may take, 500M or 4G for instance.",
+        show_default="2G, less if less is free",
+    ),
+]
 ReportOption = Annotated[
     str | None, typer.Option(metavar="HTML", help="Write a page about the calibration, for a browser.")
 ]
@@ -219,6 +227,16 @@ def data_by_input(data: str, network: "Model | None") -> str | dict[str, str]:
 def is_pipe(place: str) -> bool:
     """Return whether data are a list that can be read only once, from a shell's <(command) for instance."""
     return os.path.exists(place) and not os.path.isfile(place) and not os.path.isdir(place)
+
+
+def read_memory(text: str | None) -> int | None:
+    """Return --memory in bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if match is None:
+        raise FastcalError(f"--memory {text} is not a number of bytes; write 500M or 4G, for instance")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def _check_size(asked: tuple[int, int], feed: "fastcal.Feed", model: str) -> None:

@@ -1,20 +1,30 @@
 """`fastcal quantize`: a model with Q/DQ layers from a cache or images."""
 
+import contextlib
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 import fastcal
 from fastcal.cli.calibrate import calibrate_on, check_report, save_report
-from fastcal.cli.options import BackendOption, CalibrationOptions, ReportOption, UntilStableOption, check_outputs
+from fastcal.cli.options import (
+    BackendOption,
+    CalibrationOptions,
+    MemoryOption,
+    ReportOption,
+    UntilStableOption,
+    check_outputs,
+    read_memory,
+)
 from fastcal.cli.summary import outcome, print_summary
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.errors import CacheError, FastcalError
 from fastcal.files import check_writable, write_atomically, write_together
-from fastcal.versions import DEFAULT_TENSORRT_VERSION
+from fastcal.versions import DEFAULT_TENSORRT_VERSION, check_tensorrt_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,8 +43,13 @@ class QuantizeOptions(CalibrationOptions):
         str, typer.Argument(metavar="CACHE|DATA", help="A calibration cache, or images as calibrate takes them.")
     ]
     backend: BackendOption = "auto"
+    memory: MemoryOption = None
     until_stable: UntilStableOption = None
     report: ReportOption = None
+    cache: Annotated[
+        str | None,
+        typer.Option(metavar="CACHE", help="The calibration cache: reused if it is up to date, else written."),
+    ] = None
 
     def has_cache(self) -> bool:
         """Return whether the second argument is a calibration cache."""
@@ -74,7 +89,7 @@ def quantize(
 ) -> None:
     """Write the model with QuantizeLinear and DequantizeLinear layers, which TensorRT 11 needs for INT8."""
     with terminal() as console:
-        from fastcal.cache.record import check_is_no_record
+        from fastcal.cache.record import check_cache_writable, check_is_no_record
         from fastcal.model import Model
         from fastcal.qdq import check_quantizable
 
@@ -82,7 +97,7 @@ def quantize(
         excluded = exclude or ()
         check_quantizable(network, excluded)
         has_cache = options.has_cache()
-        outputs = {"quantized model": output, "report": options.report}
+        outputs = {"quantized model": output, "report": options.report, "cache": options.cache}
         size = network.path.stat().st_size + network.external.size(network.proto.graph)
         if size > _MOST_IN_A_FILE:
             outputs["external data"] = f"{output}.data"
@@ -91,20 +106,49 @@ def quantize(
             check_is_no_record(path, options.data)
         check_writable(output, size)
         check_report(options.report)
+        if options.cache is not None and not os.path.exists(options.cache):  # an existing one may be reused
+            check_cache_writable(options.cache, network.activations)
         if has_cache:
             made, rows = _write_model(network, options.data, excluded, output)
             print_rows(scales=options.data, **rows)
             finish(**made)
         else:
-            # The cache is not written, so any version will do; the installed TensorRT may be one that reads no caches.
             with options.feed(network) as feed:
-                cache, progress = calibrate_on(
-                    console, network, feed, options, backend=options.backend, until_stable=options.until_stable,
-                    tensorrt_version=DEFAULT_TENSORRT_VERSION,
-                )  # fmt: skip
+                cache, progress = _calibrate(console, network, feed, options)
             made, rows = _write_model(network, cache, excluded, output)
+            if options.cache is not None:
+                rows["cache"] = made["cache"] = options.cache
+            if cache.observed is None:
+                print_rows(images="none: the cache was reused", tensors=str(len(cache.scales)), **rows)
+                finish(**made, report=None, header=cache.header, tensors=len(cache.scales), batches=0)
+                return
             print_summary(cache, feed, progress, **rows, **save_report(options.report, cache, options))
             finish(**made, report=options.report, **outcome(cache, feed, progress))
+
+
+def _calibrate(
+    console: Console, network: "Model", feed: "fastcal.Feed", options: QuantizeOptions
+) -> "tuple[fastcal.CalibrationCache, fastcal.Progress]":
+    """Return the cache, kept in the file that was asked for, and the last state of the progress.
+
+    A report needs the histograms, so the network runs for it.
+    """
+    from fastcal.cache.cache import CalibrationCache
+
+    # Any version will do for the model: the installed TensorRT may be one that reads no caches.
+    version: str | None = DEFAULT_TENSORRT_VERSION
+    if options.cache is not None:
+        version = None
+        with contextlib.suppress(FastcalError):
+            version = check_tensorrt_version(str(CalibrationCache.load(options.cache).tensorrt_version))
+    cache, progress = calibrate_on(
+        console, network, feed, options, backend=options.backend, memory=read_memory(options.memory),
+        until_stable=options.until_stable, tensorrt_version=version,
+        cache=None if options.report else options.cache,
+    )  # fmt: skip
+    if options.cache is not None and options.report is not None:
+        cache.save(options.cache)
+    return cache, progress
 
 
 def _write_model(

@@ -36,6 +36,9 @@ class NumpyFeed(PlannedFeed):
     If the inputs have different numbers of samples, but every array has exactly the shape of the model's input, the
     arrays of a file are one batch as they are.
 
+    If samples have different shapes (texts or sounds of different lengths) and the model's dimensions that differ are
+    dynamic, every batch is one sample.
+
     The files are read with NumPy, which reads several thousand samples of the size of an image a second.
 
     Args:
@@ -90,6 +93,13 @@ class NumpyFeed(PlannedFeed):
         fixed = {name: as_array(values) for name, values in (constants or {}).items()}
         columns = _columns(data, network, fixed, input_name)
         inputs = () if network is None else network.inputs
+        if any(column.varies for column in columns.values()):
+            if batch_size not in (None, 1):
+                raise DataError(
+                    f"the samples have different shapes, which make no batch of {batch_size}; leave out the batch "
+                    "size, or pad the samples to one shape"
+                )
+            batch_size = 1
         if batch_size is None and _are_batches(columns, counting(inputs)):
             columns, batch_size = {name: column.by_file() for name, column in columns.items()}, 1
         if batch_size is None and network is not None:
@@ -214,13 +224,21 @@ class _Column:
         if not shape and not self._single:
             raise DataError(f"{self.paths[0]} is one number; an array's first dimension is to count samples")
         kept = dtype if value is None else value.dtype
-        self.sample_size = math.prod(shape if self._single else shape[1:]) * kept.itemsize
-        for path, (other, other_dtype) in zip(self.paths, arrays, strict=True):
-            same = other == shape if self._single else len(other) == len(shape) and other[1:] == shape[1:]
+        samples = [shape if self._single else shape[1:] for shape, _ in arrays]
+        self.sample_size = max(map(math.prod, samples)) * kept.itemsize
+        #: Whether samples have different shapes, and the model takes each of them by itself.
+        self.varies = (
+            len(set(samples)) > 1
+            and value is not None
+            and all(value.shape[:1] in ((None,), (1,)) and shape_fits(value.shape[1:], sample) for sample in samples)
+        )
+        for path, (other, other_dtype), sample in zip(self.paths, arrays, samples, strict=True):
+            same = len(other) == len(shape) and (sample == samples[0] or self.varies)
             if not same or other_dtype != dtype:
+                remedy = "" if value is None else f", unless a dynamic dimension of {value} lets them vary one by one"
                 raise DataError(
                     f"{path} is {other_dtype} {format_shape(other)}, {self.paths[0]} {dtype} {format_shape(shape)}; "
-                    "samples must have one shape and type"
+                    f"samples must have one shape and type{remedy}"
                 )
         self.ends = list(accumulate(1 if self._single else shape[0] for shape, _ in arrays))
         self._is_by_file = False

@@ -16,10 +16,11 @@ import onnxruntime
 from fastcal.batch import match_batch
 from fastcal.device import to_host
 from fastcal.errors import ModelError, first_few
-from fastcal.memory import SHARE, free_memory, groups
+from fastcal.memory import SHARE, check_sizes, free_memory, return_freed
 from fastcal.model import Model
 from fastcal.observe.histogram import Histogram, Histograms
 from fastcal.observe.operators import cut_unknown
+from fastcal.observe.segments import Segment, cut, node_size
 
 #: The characters of ONNX Runtime's messages that are shown of the beginning and of the end: the cause comes last.
 _ENDS = 250
@@ -38,6 +39,9 @@ _REMEDIES = {
     "INVALID_GRAPH": "export it again",
     "not acyclic": "export it again",
 }
+
+#: The bytes that the activations of a segment take, if no other number is asked for.
+_MOST = 2 << 30
 
 _log = logging.getLogger("fastcal")
 
@@ -77,10 +81,11 @@ class OnnxRuntimeObserver(AbstractContextManager["OnnxRuntimeObserver"]):
 
 
 class PartedRunner(AbstractContextManager["PartedRunner"]):
-    """Runs batches through a model, several times if its activations do not fit the memory together.
+    """Runs batches through a model, in segments one after another if its activations take more than `memory` bytes.
 
-    They may take `memory` bytes: by default 70 % of what is free when the first batch comes, or all of it for a single
-    activation that takes that much. `tensors` are the names of the float inputs and activations, in the graph's order;
+    By default that is 2 GiB, or 70 % of what is free when the first batch comes if that is less. A single node's
+    activations may take more, each at most what is free. The tensors that later segments read are kept beside the
+    activations of a segment. `tensors` are the names of the float inputs and activations, in the graph's order;
     `outputs`, `unknown` and `gone` are as in `OnnxRuntimeRunner`.
     """
 
@@ -89,22 +94,28 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
         self._threads = threads
         self._memory = memory
         self._free: int | None = None
-        self._runners = [OnnxRuntimeRunner(model, threads)]
-        self._activations = self._runners[0].activations
-        self.outputs, self.unknown, self.gone = (getattr(self._runners[0], n) for n in ("outputs", "unknown", "gone"))
-        self.tensors = [*self._runners[0].inputs, *self._activations]
+        self._thread = _new_thread()
+        whole = OnnxRuntimeRunner(model, threads, thread=self._thread)
+        self._types = whole.types
+        self.outputs: list[str] = whole.outputs
+        self.unknown: list[str] = whole.unknown
+        self.gone: list[str] = whole.gone
+        self.tensors = [*whole.inputs, *whole.activations]
+        self._runners: list[OnnxRuntimeRunner | _SegmentRunner] = [whole]
         self._shapes: Mapping[str, tuple[int, ...]] = {}  # of the inputs that the runners are for
 
     def run(self, batch: Mapping[str, npt.NDArray[Any]]) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Yield the values of some of `tensors`, each tensor once. Drop them before asking for the next ones."""
         shapes = {name: tuple(array.shape) for name, array in batch.items()}
-        if shapes != self._shapes:
+        if not _are_within(shapes, self._shapes):
             self._fit(shapes)
             self._shapes = shapes
-        first, *others = self._runners
-        yield first.run(batch)
-        for runner in others:
-            yield {name: values for name, values in runner.run(batch).items() if name not in runner.inputs}
+        alive = as_arrays(self._model, batch)
+        yield {name: array for name, array in alive.items() if name in self.tensors}
+        for index, runner in enumerate(self._runners):
+            if index:
+                return_freed()
+            yield runner.compute(alive)
 
     def _fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Make as many runners as the activations of inputs of these shapes need to fit the memory."""
@@ -112,24 +123,32 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
             free = free_memory()  # before batches take some of it
             self._free = sys.maxsize if free is None else free
         known = self._model.sizes(shapes)
-        sizes = {name: known.get(name, 0) for name in self._activations}
-        allowed = max(int(SHARE * self._free), min(self._free, max(sizes.values(), default=0)))
-        shown = groups(sizes, self._memory or allowed, "the memory")
-        if shown != [list(runner.activations) for runner in self._runners]:
-            self.__exit__()
-            self._runners = [OnnxRuntimeRunner(self._model, self._threads, activations=group) for group in shown]
+        sizes = {name: known.get(name, 0) for name in self.tensors}
+        check_sizes(sizes, self._free, "the memory")
+        largest = max((node_size(node, sizes) for node in self._model.proto.graph.node), default=0)
+        memory = self._memory or min(_MOST, int(SHARE * self._free))
+        allowed = max(largest, memory)
+        if all(sum(sizes[name] for name in runner.activations) <= allowed for runner in self._runners):
+            return
+        proto, _, _ = cut_unknown(self._model.proto)
+        segments = cut(proto.graph, sizes, self._types, memory)
+        if len(segments) == 1:  # there is no place to cut
+            return
+        self._runners = []  # frees the weights before they are loaded again
+        for segment in segments:
+            self._runners.append(_SegmentRunner(self._model, proto, segment, self._types, self._threads, self._thread))
 
     def __exit__(self, *error: object) -> None:
-        for runner in self._runners:
-            runner.__exit__()
+        self._thread.shutdown()
 
 
 class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
     """Runs batches through a model without graph optimization, so that no activation is fused away.
 
-    Shows these `activations`, by default all; or the outputs of a `variant` of the model, with Q/DQ pairs for instance.
-    Operators that are `unknown` to ONNX Runtime are cut off, so the tensors with the names `gone` are not computed;
-    `outputs` are the names of the outputs that are left, or of the tensors at the cut if none are.
+    Shows all activations, or the outputs of a `variant` of the model, with Q/DQ pairs for instance. Operators that are
+    `unknown` to ONNX Runtime are cut off, so the tensors with the names `gone` are not computed; `outputs` are the
+    names of the outputs that are left, or of the tensors at the cut if none are. `types` are ONNX Runtime's types of
+    the tensors that are shown, of any type. The session runs in `thread`, by default one of its own.
     """
 
     def __init__(
@@ -138,32 +157,92 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         threads: int | None = None,
         *,
         variant: onnx.ModelProto | None = None,
-        activations: Sequence[str] | None = None,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
         self._model = model
         proto, self.unknown, self.gone = cut_unknown(model.proto if variant is None else variant)
         self.outputs = [value.name for value in proto.graph.output]
         shown = None
         if variant is None:
-            shown = [name for name in activations or model.activations if name not in self.gone]
-        options = onnxruntime.SessionOptions()
-        # An arena would keep memory from the other runners: as much as large weights take.
-        options.enable_cpu_mem_arena = activations is None and not model.external.files
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+            shown = [name for name in model.activations if name not in self.gone]
         data = proto.SerializeToString() if shown is None else with_outputs(proto, shown)
-        self._session = start_session(model, data, options)
-        self.inputs = [value.name for value in self._session.get_inputs() if value.type in FLOAT_TYPES]
-        self.activations = list(float_outputs(self._session, shown))
-        # A thread of its own runs the session, so that the calling thread stays open to Ctrl-C.
-        self._thread = ThreadPoolExecutor(1, "fastcal-runner")
+        self._thread = thread or _new_thread()
+        # An arena would keep as much memory from the other runners as large weights take.
+        self._session = _Session(model, data, threads, self._thread, has_arena=not model.external.files)
+        self.types = self._session.outputs
+        self.inputs = [name for name, type_ in self._session.inputs.items() if type_ in FLOAT_TYPES]
+        self.activations = [name for name in shown or self.types if self.types.get(name) in FLOAT_TYPES]
 
     def run(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Run one batch; return the float inputs and activations by name."""
-        arrays = {value.name: np.asarray(to_host(batch[value.name]), value.dtype) for value in self._model.inputs}
-        if not self.activations:
-            return {name: arrays[name] for name in self.inputs}
+        arrays = as_arrays(self._model, batch)
+        return {name: arrays[name] for name in self.inputs} | self.compute(arrays)
+
+    def compute(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run one batch, given as host arrays; return the float activations by name."""
+        return self._session.run(self.activations, arrays)
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+
+class _SegmentRunner:
+    """Runs a segment of a model, `proto`; `types` are ONNX Runtime's types of its tensors."""
+
+    def __init__(
+        self,
+        model: Model,
+        proto: onnx.ModelProto,
+        segment: Segment,
+        types: Mapping[str, str],
+        threads: int | None,
+        thread: ThreadPoolExecutor,
+    ) -> None:
+        self.activations = [name for name in segment.computed if types.get(name) in FLOAT_TYPES]
+        self._later = segment.later
+        passed_on = (name for name in segment.computed if name in segment.later)
+        self._shown = list(dict.fromkeys([*self.activations, *passed_on]))
+        data = with_outputs(segment.model(proto, types), self._shown)
+        # An arena would keep memory from the other segments.
+        self._session = _Session(model, data, threads, thread, has_arena=False)
+
+    def compute(self, alive: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run one batch; return the float activations by name.
+
+        `alive` are the tensors that this segment or a later one reads; afterwards, those that a later one reads.
+        """
+        values = self._session.run(self._shown, alive)
+        kept = {name: array for name, array in (alive | values).items() if name in self._later}
+        alive.clear()
+        alive.update(kept)
+        return {name: values[name] for name in self.activations}
+
+
+class _Session:
+    """A session of a serialized variant of a model; `inputs` and `outputs` are ONNX Runtime's types of these.
+
+    It runs in `thread` with `threads` more, so that the calling thread stays open to Ctrl-C.
+    """
+
+    def __init__(
+        self, model: Model, data: bytes, threads: int | None, thread: ThreadPoolExecutor, *, has_arena: bool
+    ) -> None:
+        self._model, self._thread = model, thread
+        options = onnxruntime.SessionOptions()
+        options.enable_cpu_mem_arena = has_arena
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # leaves the cores to what runs next
+        self._session = start_session(model, data, options)
+        self.inputs = {value.name: value.type for value in self._session.get_inputs()}
+        self.outputs = {value.name: value.type for value in self._session.get_outputs()}
+
+    def run(self, names: Sequence[str], arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Return the outputs with these names, by name."""
+        if not names:
+            return {}
         options = run_options()
-        future = self._thread.submit(self._session.run, self.activations, arrays, options)
+        given = {name: arrays[name] for name in self.inputs}
+        future = self._thread.submit(self._session.run, names, given, options)
         try:
             values = future.result()
         except Exception as error:
@@ -172,10 +251,23 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
             options.terminate = True
             wait([future])
             raise
-        return {name: arrays[name] for name in self.inputs} | dict(zip(self.activations, values, strict=True))
+        return dict(zip(names, values, strict=True))
 
-    def __exit__(self, *error: object) -> None:
-        self._thread.shutdown()
+
+def _are_within(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether no dimension of any shape is larger than in the others."""
+    return shapes.keys() == others.keys() and all(
+        len(shape) == len(others[name]) and all(map(int.__le__, shape, others[name])) for name, shape in shapes.items()
+    )
+
+
+def _new_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "fastcal-runner")
+
+
+def as_arrays(model: Model, batch: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    """Return a batch as arrays in host memory, of the types that the model's inputs have."""
+    return {value.name: np.asarray(to_host(batch[value.name]), value.dtype) for value in model.inputs}
 
 
 def warn_of_unknown(operators: Sequence[str], gone: Sequence[str]) -> None:

@@ -337,6 +337,8 @@ def remove_all_images(tmp_path, images):
         (break_nothing, {"--tensorrt": "11.0"}, r"TensorRT 11.0 takes no calibration cache"),
         (break_nothing, {"--threads": "0"}, r"threads is 0; it must be from 1 to 1024"),
         (break_nothing, {"--threads": "100000"}, r"threads is 100000; it must be from 1 to 1024"),
+        (break_nothing, {"--memory": "much"}, r"--memory much is not a number of bytes; write 500M or 4G"),
+        (break_nothing, {"--memory": "0"}, r"memory is 0; it must be at least 1"),
         (break_nothing, {"-o": "nowhere/x.cache"}, r"cannot write nowhere/x.cache: there is no folder"),
         (break_nothing, {"-o": "x" * 238}, r"cannot write x{238}.json: File name too long"),
         (break_nothing, {"-o": ""}, "the name of the cache is empty; name a file"),
@@ -496,7 +498,7 @@ def test_commands_that_calibrate_share_their_options():
     calibrate, build = ({option.name: option for option in commands[name].params} for name in ("calibrate", "build"))
     shared = calibrate.keys() & build.keys() - {"output", "help"}
     assert set(calibrate) - shared == {
-        "output", "backend", "tensorrt", "until_stable", "workers", "ray_address", "report"
+        "output", "backend", "tensorrt", "memory", "until_stable", "workers", "ray_address", "report"
     }  # fmt: skip
     for name in shared:
         for what in ("opts", "help", "default", "required", "show_default", "metavar"):

@@ -333,3 +333,74 @@ def test_a_calibration_with_arrays_is_the_one_with_the_images_they_were_made_of(
             np.save(tmp_path / f"{number}.npy", images["image"])
         expected = calibrate(model, feed, backend="onnxruntime").scales
     assert calibrate(model, NumpyFeed(tmp_path, model=model), backend="onnxruntime").scales == expected
+
+
+TEXT = """f (int64[N, T] ids, float[N, T] mask) => (float[N, 4] y) {
+  e = Gather(table, ids) i = Unsqueeze(mask, last) m = Mul(e, i) y = ReduceMean<axes = [1], keepdims = 0>(m)
+}"""
+TABLE = {"table": np.random.default_rng(0).normal(size=(9, 4)).astype("f4"), "last": np.int64([2])}
+
+
+def text(length, count=None):
+    """The inputs for a text of so many words; or for so many texts of one length."""
+    ids = np.arange(length) % 9 if count is None else np.tile(np.arange(length) % 9, (count, 1))
+    return {"ids": ids, "mask": np.ones(ids.shape, "f4")}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([text(5), text(3), text(8)], [5, 3, 8]),
+        ([text(5, 1), text(3, 1)], [5, 3]),
+        ([text(5, 2), text(3, 1), text(4, 3)], [5, 5, 3, 4, 4, 4]),
+    ],
+)
+def test_samples_of_different_lengths_come_one_by_one(onnx_file, save, files, expected):
+    model = onnx_file(TEXT, TABLE)
+    folder = save(**{f"{number}": arrays for number, arrays in enumerate(files)})
+    feed = NumpyFeed(folder, model=model, device="cpu")
+    assert (feed.batch_size, len(feed), feed.samples) == (1, len(expected), len(expected))
+    for _ in range(2):
+        assert [batch["ids"].shape for batch in feed] == [(1, length) for length in expected]
+    assert [batch["mask"].shape for batch in feed] == [(1, length) for length in expected]
+    by_file = calibrate(model, feed, backend="onnxruntime", algorithm="minmax")
+    alone = [{name: array.reshape(-1, array.shape[-1])[:1] for name, array in arrays.items()} for arrays in files]
+    assert by_file.scales == calibrate(model, alone, backend="onnxruntime", algorithm="minmax").scales
+    feed.close()
+
+
+def test_lengths_that_make_no_batch(onnx_file, save):
+    folder = save(a=text(5), b=text(3))
+    model = onnx_file(TEXT, TABLE)
+    assert len(NumpyFeed(folder, model=model, batch_size=1, device="cpu")) == 2
+    with pytest.raises(FastcalError, match="the samples have different shapes, which make no batch of 4; leave out"):
+        NumpyFeed(folder, model=model, batch_size=4, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("shape", "files"),
+    [
+        ("[N, 4]", [np.zeros((1, 4), "f4"), np.zeros((1, 5), "f4")]),
+        ("[2, T]", [np.zeros((2, 4), "f4"), np.zeros((2, 5), "f4")]),
+        ("[N, T, 4]", [np.zeros((1, 3, 4), "f4"), np.zeros((1, 3, 5), "f4")]),
+        ("[N, T]", [np.zeros((1, 4), "f4"), np.zeros((1, 5, 1), "f4")]),
+        ("[N, T]", [np.zeros((1, 4), "f4"), np.zeros((1, 5), "f8")]),
+        ("[N]", [np.zeros(3, "f4"), np.zeros((), "f4")]),
+    ],
+)
+def test_lengths_that_the_model_does_not_take(onnx_file, save, shape, files):
+    model = onnx_file(f"f (float{shape} x) => (float y) {{ y = ReduceSum<keepdims = 0>(x) }}")
+    message = r"1.npy is float.*; samples must have one shape and type, unless a dynamic dimension of 'x' .* one by one"
+    with pytest.raises(FastcalError, match=message):
+        NumpyFeed(save(**{"0": files[0], "1": files[1]}), model=model, device="cpu")
+
+
+def test_the_memory_for_the_longest_sample_counts(onnx_file, save, monkeypatch):
+    folder, model = save(a=text(5), b=text(30)), onnx_file(TEXT, TABLE)
+    for free, fits in ((3 * 30 * (8 + 4), True), (3 * 30 * (8 + 4) - 1, False)):
+        monkeypatch.setattr("fastcal.memory.free_memory", lambda free=free: free)
+        if fits:
+            NumpyFeed(folder, model=model, device="cpu").close()
+        else:
+            with pytest.raises(FastcalError, match="3 batches of 1 sample take"):
+                NumpyFeed(folder, model=model, device="cpu")

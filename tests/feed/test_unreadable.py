@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fuzzing
+import fuzz
 from conftest import DIGITS
 from fastcal import FastcalError, ImageFeed, Preprocess
 from fastcal.feed.image_pass import ImagePass
@@ -211,10 +211,10 @@ def test_the_command_says_and_records_it(digits, tmp_path, run_fastcal):
     assert "skipped" not in json.loads((tmp_path / "b.cache.json").read_text())["made_from"]
 
 
-@pytest.mark.parametrize("extension", fuzzing.FORMATS)
+@pytest.mark.parametrize("extension", fuzz.FORMATS)
 def test_mutated_images(tmp_path, extension):
-    intact = fuzzing.write(tmp_path, extension, 48, seed=3)
-    assert 0 < fuzzing.go_through(tmp_path, intact) <= 48 - len(intact)
+    intact = fuzz.write_images(tmp_path, extension, 48, seed=3)
+    assert 0 < fuzz.read_images(tmp_path, intact) <= 48 - len(intact)
 
 
 def test_what_cannot_be_read_can_be_told_to_another_process():
