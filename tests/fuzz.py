@@ -32,6 +32,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastcal
+from conftest import as_in_a_new_process
 from fastcal import ImageFeed, NumpyFeed, Preprocess
 from fastcal.algorithm import Algorithm
 from fastcal.cache.record import Record, read_record, record_path
@@ -298,10 +299,11 @@ def change_head(data, chance):
 
 
 def run_command(folder, *words):
-    """Run the command line with "written" for an output; what that was is there again if the command fails."""
+    """Run the command line with an output; if the command fails, an earlier output must stay."""
     output = folder / "written.onnx"
     output.write_bytes(b"before")
-    run = CliRunner().invoke(app, [*map(str, words), "-o", str(output)])
+    with as_in_a_new_process(None, None):
+        run = CliRunner().invoke(app, [*map(str, words), "-o", str(output)])
     if run.exception is not None and not isinstance(run.exception, SystemExit):
         raise run.exception
     if run.exit_code == 0:
