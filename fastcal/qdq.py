@@ -36,6 +36,7 @@ def quantize(
     cache: CalibrationCache | str | os.PathLike[str],
     *,
     exclude: Iterable[str] = (),
+    int8_weights: bool = False,
 ) -> onnx.ModelProto:
     """Return a copy of a model with Q/DQ pairs that hold the scales of a calibration cache.
 
@@ -43,8 +44,8 @@ def quantize(
 
     - Every activation that a Conv, ConvTranspose, Gemm or MatMul reads has a pair with the cache's scale, unchanged.
       The weights have a pair with one scale per output channel, amax / 127; a MatMul's weights of more than two
-      dimensions have one scale. INT8 is symmetric, every zero point is 0. The weights themselves stay float32, which
-      every TensorRT from 8 on reads; biases stay float32 without a pair.
+      dimensions have one scale. INT8 is symmetric, every zero point is 0. The weights themselves stay float32, unless
+      `int8_weights`; biases stay float32 without a pair.
     - There is no pair between layers that TensorRT fuses: convolution, BatchNormalization, Relu, and the Add of a
       residual connection. Such an Add has a pair on its other input, so that the convolution can write INT8.
     - An average pooling has a pair on its input if its output is quantized too. MaxPool, Concat and the layers that
@@ -60,6 +61,8 @@ def quantize(
         cache: The cache, or its file. If the cache has a record, the record must be of the same model.
         exclude: The layers to keep in float: by their names, by types like "Gemm" ("Add" keeps the residual connections
             in float), or by a tensor that they read. Patterns like "/model.22/*" stand for all that fit.
+        int8_weights: Whether to store the weights that would have a pair as INT8, a quarter of their size, with a
+            DequantizeLinear alone. The outputs stay the same.
 
     Returns:
         The new model with all its weights, external ones included.
@@ -71,13 +74,17 @@ def quantize(
         FastcalError: A layer to exclude is not in the model.
     """
     model = Model.of(model)
-    quantized = add_pairs(model, cache, exclude)
+    quantized = add_pairs(model, cache, exclude, int8_weights=int8_weights)
     model.external.load(quantized.graph)
     return quantized
 
 
 def add_pairs(
-    model: Model, cache: CalibrationCache | str | os.PathLike[str], exclude: Iterable[str] = ()
+    model: Model,
+    cache: CalibrationCache | str | os.PathLike[str],
+    exclude: Iterable[str] = (),
+    *,
+    int8_weights: bool = False,
 ) -> onnx.ModelProto:
     """Return the model of `quantize`, whose external data stays where the model has it; errors as there."""
     scales = load_for(model, cache).scales
@@ -93,7 +100,7 @@ def add_pairs(
         )
     if in_float:
         _log.warning("layers that stay in float: %s", in_float)
-    graph.insert_pairs(placement.axes, scales)
+    graph.insert_pairs(placement.axes, scales, int8_weights=int8_weights)
     return graph.proto
 
 

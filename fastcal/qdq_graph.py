@@ -99,10 +99,13 @@ class Graph:
             label = node_label(self.nodes[error.args[1][0]])
             raise self.model.invalid(f"node {label!r} depends on its own output") from error
 
-    def insert_pairs(self, axes: Mapping[Edge, int | None], scales: Mapping[str, float]) -> None:
+    def insert_pairs(
+        self, axes: Mapping[Edge, int | None], scales: Mapping[str, float], *, int8_weights: bool = False
+    ) -> None:
         """Insert Q/DQ pairs into the copy, each before the first node that reads through it.
 
         `axes` has the edges that get a pair, with the axis along which a constant's scales lie; None for one scale.
+        If `int8_weights`, constants are stored as INT8, in the place of the pair's QuantizeLinear.
         """
         taken = set(_names(self.proto.graph))
         dequantized: dict[tuple[str, int | None], str] = {}
@@ -114,10 +117,13 @@ class Graph:
                 axis = axes[number, index]
                 if (name, axis) not in dequantized:
                     weights = self.constant(name)
-                    if weights is not None:
-                        self._fold(name)
                     scale = np.asarray(scales[name], "f4") if weights is None else _weight_scales(weights, axis)
                     pair, parameters = _pair(name, taken, scale, axis, self._names_output_type(name))
+                    if weights is not None and int8_weights:
+                        stored = pair.pop(0).output[0]
+                        parameters.append(numpy_helper.from_array(_rounded(weights, scale, axis), stored))
+                    elif weights is not None:
+                        self._fold(name)
                     nodes += pair
                     self.proto.graph.initializer.extend(parameters)
                     dequantized[name, axis] = pair[-1].output[0]
@@ -126,7 +132,7 @@ class Graph:
         self.proto.ir_version = max(self.proto.ir_version, _FIRST_IR)
         self.proto.graph.ClearField("node")
         self.proto.graph.node.extend(node for node in nodes if self._folded.isdisjoint(node.output))
-        if self._folded:
+        if self._folded or int8_weights:
             self._drop_unread()
 
     def _names_output_type(self, name: str) -> bool:
@@ -146,15 +152,18 @@ class Graph:
                 self.proto.graph.initializer.append(numpy_helper.from_array(np.asarray(self.constant(output)), output))
 
     def _drop_unread(self) -> None:
-        """Drop the constants that nothing reads: other constants were computed from them."""
+        """Drop the constants that nothing reads: other constants were computed from them, or hold them as INT8."""
         graph, varying = self.proto.graph, self.model.varying.keys()
-        read, kept = {*self.outputs, *(value.name for value in graph.input)}, []
+        read, kept = {*self.outputs, *(name for value in graph.input if (name := value.name) in varying)}, []
         for node in reversed(graph.node):
             if not (node.output and read.isdisjoint(node.output) and varying.isdisjoint(node.output)):
                 kept.append(node)
                 read.update(reads(node))
-        initializers = [tensor for tensor in graph.initializer if tensor.name in read]
-        for field, values in (("node", kept[::-1]), ("initializer", initializers)):
+        for field, values in (
+            ("node", kept[::-1]),
+            ("initializer", [tensor for tensor in graph.initializer if tensor.name in read]),
+            ("input", [value for value in graph.input if value.name in read]),
+        ):
             graph.ClearField(field)
             getattr(graph, field).extend(values)
 
@@ -226,3 +235,13 @@ def _weight_scales(weights: npt.NDArray[np.float32], axis: int | None) -> npt.ND
     largest = np.maximum(weights.max(axis=others), -weights.min(axis=others))  # without a copy of all weights
     scales = np.asarray(largest / np.float32(127), np.float32)
     return np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales)
+
+
+def _rounded(
+    weights: npt.NDArray[np.float32], scales: npt.NDArray[np.float32], axis: int | None
+) -> npt.NDArray[np.int8]:
+    """Return weights as QuantizeLinear rounds them, a half to the even number; scales of amax / 127 saturate none."""
+    if axis is not None:
+        scales = scales.reshape([-1 if other == axis else 1 for other in range(weights.ndim)])
+    rounded: npt.NDArray[np.int8] = np.rint(weights / scales).astype(np.int8)
+    return rounded

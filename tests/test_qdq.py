@@ -433,10 +433,13 @@ def test_the_command_takes_a_cache_or_images(run_fastcal, tmp_path):
     assert run_fastcal("calibrate", model, images, "-o", tmp_path / "x.cache", "--algorithm", "minmax").returncode == 0
     done = run_fastcal("quantize", model, tmp_path / "x.cache", "-o", tmp_path / "1.onnx", "--exclude", "Gemm")
     assert (done.returncode, done.stderr) == (0, "")
+    size = os.path.getsize(tmp_path / "1.onnx")
     assert done.stdout.splitlines() == [
         f"scales     {tmp_path / 'x.cache'}",
         "INT8       7 of 8 Conv, ConvTranspose, Gemm, MatMul",
         f"model      {tmp_path / '1.onnx'}",
+        f"size       {size / 1e6:.3g} MB, weights in float32, since TensorRT rounds them itself; --int8-weights stores "
+        "INT8",
     ]
     options = ("--exclude", "/8/Gemm", "--algorithm", "minmax", "--preprocess", "imagenet")
     done = run_fastcal("quantize", model, images, "-o", tmp_path / "2.onnx", *options)
@@ -644,3 +647,119 @@ def test_a_model_of_the_oldest_format(onnx_file):
     model = fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5}))
     onnx.checker.check_model(model, full_check=True)
     assert count_quantized(model) == (1, 1)
+
+
+def stored_weights(model):
+    """The INT8 weights of a model by the names of the float ones, and the scales and the axis of each."""
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in values:
+            name = node.input[0].removesuffix("_QuantizeLinear_Output")
+            axis = next((value.i for value in node.attribute), 1)
+            yield name, values[node.input[0]], *[values[each] for each in node.input[1:]], axis
+
+
+def quantized_by_onnxruntime(weights, scales, zero_point, axis):
+    node = onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"], axis=axis)
+    tensors = [numpy_helper.from_array(scales, "scale"), numpy_helper.from_array(zero_point, "zero")]
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, weights.shape)
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT8, weights.shape)
+    graph = onnx.helper.make_graph([node], "g", [value], [output], tensors)
+    return run(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), [{"x": weights}]
+    )
+
+
+def test_weights_stored_as_int8(residual, tmp_path):
+    cache = calibrate(residual, residual_batches())
+    pairs, model = fastcal.quantize(residual, cache), fastcal.quantize(residual, cache, int8_weights=True)
+    onnx.checker.check_model(model, full_check=True)
+    batches = list(residual_batches())
+    assert run(model, batches).tobytes() == run(pairs, batches).tobytes()
+    floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(residual).graph.initializer}
+    stored = list(stored_weights(model))
+    assert sorted(name for name, *_ in stored) == ["w0", "w1", "w2", "w_dense", "w_last", "w_short", "w_up"]
+    for name, values, scales, zero_point, axis in stored:
+        assert values.dtype == np.int8
+        assert values.tobytes() == quantized_by_onnxruntime(floats[name], scales, zero_point, axis).tobytes()
+    kept = {tensor.name for tensor in model.graph.initializer} & floats.keys()
+    assert kept == {"b", "b_last", "scale", "shift", "mean", "variance"}
+    assert count_quantized(model) == (10, 10)
+    assert Model.of(residual).proto == onnx.load(residual)
+    onnx.save(model, tmp_path / "twice.onnx")
+    with pytest.raises(ModelError, match="has QuantizeLinear or DequantizeLinear already"):
+        fastcal.quantize(tmp_path / "twice.onnx", fastcal.CalibrationCache(cache.scales))
+
+
+def test_int8_weights_are_rounded_half_to_even(onnx_file):
+    weights = np.float32([[127, -127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 0], [0] * 10, [1e-42] * 10])
+    path = onnx_file("f (float[N, 10] x) => (float[N, 3] y) { y = Gemm<transB = 1>(x, w) }", {"w": weights})
+    ((_, values, scales, zero_point, axis),) = stored_weights(
+        fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5}), int8_weights=True)
+    )
+    assert values[0].tolist() == [127, -127, 0, 2, 2, 0, -2, -2, 126, 0]
+    assert not values[1:].any()
+    assert values.tobytes() == quantized_by_onnxruntime(weights, scales, zero_point, axis).tobytes()
+
+
+def test_float_weights_stay_only_where_a_layer_reads_them(onnx_file):
+    path = onnx_file(
+        "f (float[N, 4] x) => (float[N, 4] y, float[N, 4] z, float[4, 4] out) {"
+        "  c = Constant<value = float[4, 4] {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}>()"
+        "  wt = Transpose<perm = [1, 0]>(w) a = MatMul(x, wt) b = MatMul(a, c) [kept] t = MatMul(b, v)"
+        "  y = Relu(t) z = MatMul(y, v) out = Identity(u) d = MatMul(y, u) }",
+        {name: np.eye(4, dtype="f4") * (1 + number) for number, name in enumerate("wvu")},
+    )
+    proto = onnx.load(path)
+    proto.ir_version = 3
+    proto.graph.input.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (4, 4)) for name in "wvu")
+    onnx.save(proto, path)
+    cache = fastcal.CalibrationCache(dict.fromkeys("xabyt", 0.5))
+    model = fastcal.quantize(path, cache, exclude=["kept"], int8_weights=True)
+    onnx.checker.check_model(model, full_check=True)
+    assert sorted(name for name, *_ in stored_weights(model)) == ["c", "u", "v", "wt"]
+    floats = {each.name for each in model.graph.initializer} & {"w", "wt", "v", "u", "c"}
+    assert floats == {"v", "u"}  # "kept" reads one, and the other is an output
+    assert [value.name for value in model.graph.input] == ["x", "v", "u"]
+    assert not {"Transpose", "Constant"} & {node.op_type for node in model.graph.node}
+    batches = [{"x": np.random.default_rng(1).standard_normal((3, 4), dtype="f4")}]
+    pairs = fastcal.quantize(path, cache, exclude=["kept"])
+    assert run(model, batches).tobytes() == run(pairs, batches).tobytes()
+
+
+def test_int8_weights_of_external_data(residual):
+    cache = fastcal.CalibrationCache(calibrate(residual, residual_batches()).scales)
+    want = fastcal.quantize(residual, cache, int8_weights=True)
+    onnx.save(onnx.load(residual), residual, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    batches = list(residual_batches())
+    found = fastcal.quantize(residual, cache, int8_weights=True)
+    assert run(found, batches).tobytes() == run(want, batches).tobytes()
+
+
+@pytest.mark.parametrize("int8_weights", [False, True])
+def test_tensorrt_builds_either_form_of_weights(residual, rtx, int8_weights):
+    model = fastcal.quantize(residual, calibrate(residual, residual_batches()), int8_weights=int8_weights)
+    logger = rtx.Logger(rtx.Logger.ERROR)
+    builder = rtx.Builder(logger)
+    network = builder.create_network(0)
+    parser = rtx.OnnxParser(network, logger)
+    assert parser.parse(model.SerializeToString()), parser.get_error(0)
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(rtx.ComputeCapability.SM89, 0)
+    profile.set_shape("image", *[(4, 3, 16, 16)] * 3)
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
+
+
+def test_the_command_stores_int8_weights(run_fastcal, tmp_path):
+    path = DIGITS / "digits.onnx"
+    cache = calibrate(path, digits_batches())
+    cache.save(tmp_path / "x.cache")
+    for options in ([], ["--int8-weights"]):
+        done = run_fastcal("quantize", path, tmp_path / "x.cache", "-o", tmp_path / "y.onnx", *options)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert onnx.load(tmp_path / "y.onnx") == fastcal.quantize(path, cache, int8_weights=bool(options))
+    size = os.path.getsize(tmp_path / "y.onnx")
+    assert done.stdout.splitlines()[-1] == f"size       {size / 1e6:.3g} MB, weights in INT8"
+    assert size < path.stat().st_size / 3

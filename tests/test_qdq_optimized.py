@@ -91,14 +91,21 @@ def test_a_quantized_layer_runs_optimized(tmp_path, name, opset):
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), tmp_path / "m")
     scales = dict.fromkeys([*inputs, *(each.output[0] for each in nodes)], 0.03)
     model = fastcal.quantize(tmp_path / "m", fastcal.CalibrationCache(scales))
+    stored = fastcal.quantize(tmp_path / "m", fastcal.CalibrationCache(scales), int8_weights=True)
+    assert count_quantized(stored) == count_quantized(model)
     assert count_quantized(model)[0] == count_quantized(model)[1] > 0
     level = onnxruntime.GraphOptimizationLevel
     found = []
     for chosen in (level.ORT_DISABLE_ALL, level.ORT_ENABLE_ALL):
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = chosen
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        found.append(session.run(None, inputs)[0])
+        outputs = []
+        for each in (model, stored):
+            content = each.SerializeToString()
+            session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            outputs.append(session.run(None, inputs)[0])
+        assert outputs[0].tobytes() == outputs[1].tobytes()
+        found.append(outputs[0])
     exact, optimized = found
     assert optimized.shape == exact.shape
     assert np.abs(optimized - exact).max() <= 0.03 * np.abs(exact).max()  # the optimized one rounds biases too

@@ -164,3 +164,11 @@ def test_block(tmp_path, monkeypatch, run_fastcal, sample, folder, language, cod
 def test_links_lead_somewhere(path):
     links = [link for link in LINK.findall(path.read_text()) if "://" not in link]
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_two_commands_show_how_far_they_are():
+    """Installing takes a minute: pip must not be quiet."""
+    commands = re.findall(r"^python3 -m venv .*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert re.search(r"pip install (?!-)", command)

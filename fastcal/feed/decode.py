@@ -9,6 +9,7 @@ no image.
 import io
 import os
 import re
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,19 @@ _JPEG_2000 = (b"\0\0\0\x0cjP  \r\n\x87\n", _CODE_STREAM)
 
 _PNM = tuple(b"P%d" % number for number in range(1, 8))
 
-# The header of a PNM file of 8-bit pixels with 1 (P5) or 3 channels (P6).
-_PLAIN_PNM = re.compile(rb"P([56])\s+(\d{1,6})\s+(\d{1,6})\s+255\s")
+# The first bytes of other formats, by Pillow's name for them.
+_PLUGINS: dict[str, bytes | tuple[bytes, ...]] = {
+    "Ppm": _PNM,
+    "Gif": _GIF,
+    "WebP": b"RIFF",
+    "Jpeg": b"\xff\xd8",
+    "Png": b"\x89PNG",
+    "Bmp": b"BM",
+    "Tiff": (b"II", b"MM"),
+}
+
+# The header of a PNM file of 8-bit or 16-bit pixels with 1 (P5) or 3 channels (P6).
+_PLAIN_PNM = re.compile(rb"P([56])\s+(\d{1,6})\s+(\d{1,6})\s+(255|65535)\s")
 
 # The memory that decoding takes: 4 bytes for each of 4 channels.
 _BYTES_PER_PIXEL = 16
@@ -38,13 +50,13 @@ def is_hazardous(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).lower().endswith(_EXTENSIONS)
 
 
-def make_safe(content: bytes) -> bytes:
-    """Return an encoded image that DALI decodes safely: `content` itself, or its 8-bit RGB pixels as a PPM file.
+def make_safe(content: bytes, *, has_alpha: bool = False) -> bytes:
+    """Return an encoded image that DALI decodes safely: `content` itself, or a file of its pixels.
 
-    The pixels are upright. Of an animation they are the first picture. A ValueError gives the reason if the image
-    cannot be decoded.
+    The pixels are upright, of 8 bits RGB or of 16 bits grey, as a PNM file; if `has_alpha`, of 8 bits RGBA, as a PNG
+    file. Of an animation they are the first picture. A ValueError gives the reason if the image cannot be decoded.
     """
-    if _is_safe(content):
+    if not has_alpha and _is_safe(content):
         return content
     from PIL import ImageOps
 
@@ -52,23 +64,24 @@ def make_safe(content: bytes) -> bytes:
         with _plugin(content)(io.BytesIO(content)) as image:
             _check(image, content)
             ImageOps.exif_transpose(image, in_place=True)
-            pixels = _rgb(image)
+            return _png(image) if has_alpha else _pnm(image)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and many others
         raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
-    height, width, _ = pixels.shape
-    return b"P6 %d %d 255\n" % (width, height) + bytes(pixels.data)
+
+
+def has_16_bits(content: bytes) -> bool:
+    """Return whether an image has 16 bits a channel; False if Pillow cannot tell."""
+    try:
+        with _plugin(content)(io.BytesIO(content)) as image:
+            return "16" in image.mode or ";16" in str(image.tile) or "65535" in str(image.tile)
+    except Exception:  # as above
+        return False
 
 
 def _plugin(content: bytes) -> Any:
     """Return Pillow's class of an image's format; its own choice among all formats would let in more decoders."""
-    from PIL.GifImagePlugin import GifImageFile
-    from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
-    from PIL.PpmImagePlugin import PpmImageFile
-    from PIL.WebPImagePlugin import WebPImageFile
-
-    if content.startswith(_PNM):
-        return PpmImageFile
-    return GifImageFile if content.startswith(_GIF) else WebPImageFile if content[8:12] == b"WEBP" else Jpeg2KImageFile
+    name = next((name for name, beginnings in _PLUGINS.items() if content.startswith(beginnings)), "Jpeg2K")
+    return getattr(import_module(f"PIL.{name}ImagePlugin"), f"{name}ImageFile")
 
 
 def _is_plain_webp(content: bytes) -> bool:
@@ -94,8 +107,8 @@ def _is_safe(content: bytes) -> bool:
     header = _PLAIN_PNM.match(content)
     if header is None:
         return False
-    channels = 1 if header[1] == b"5" else 3
-    return len(content) - header.end() >= int(header[2]) * int(header[3]) * channels > 0
+    pixel = (1 if header[1] == b"5" else 3) * (1 if header[4] == b"255" else 2)
+    return len(content) - header.end() >= int(header[2]) * int(header[3]) * pixel > 0
 
 
 def _check(image: Any, content: bytes) -> None:
@@ -112,8 +125,21 @@ def _check(image: Any, content: bytes) -> None:
         raise ValueError(f"{width}x{height} pixels do not fit the free memory")
 
 
-def _rgb(image: Any) -> Any:
-    if image.mode in ("I", "I;16"):  # 16 bits, which Pillow would clip to 8
-        grey = np.rint(np.asarray(image) / 257).astype(np.uint8)
-        return np.stack([grey] * 3, axis=-1)
-    return np.asarray(image.convert("RGB"))
+def _pnm(image: Any) -> bytes:
+    is_deep = image.mode in ("I", "I;16")  # 16 bits, which Pillow would clip to 8
+    pixels = np.asarray(image).astype(">u2") if is_deep else np.asarray(image.convert("RGB"))
+    height, width, *_ = pixels.shape
+    header = (b"P5 %d %d 65535\n" if is_deep else b"P6 %d %d 255\n") % (width, height)
+    return header + pixels.tobytes()
+
+
+def _png(image: Any) -> bytes:
+    from PIL import Image
+
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError("32 bits are not supported, convert it to 8 bits")
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    file = io.BytesIO()
+    image.convert("RGBA").save(file, "PNG", compress_level=1)
+    return file.getvalue()

@@ -21,6 +21,7 @@ from fastcal.feed.inputs import (
 )
 from fastcal.feed.plan import PlannedFeed, check_settings, default_batch_size
 from fastcal.feed.preprocess import Preprocess
+from fastcal.feed.sources import ImageSource
 from fastcal.model import Model
 
 
@@ -131,6 +132,11 @@ class ImageFeed(PlannedFeed):
         named = name_inputs(data, input_name, network, fixed)
         sources = open_sources(named, key, shuffle=shuffle, seed=seed, balance=balance, limit=limit, spread=spread)
         preprocesses = fit_preprocesses(sources, preprocess, network)
+        sources |= {
+            name: source.with_alpha()
+            for name, source in sources.items()
+            if isinstance(source, ImageSource) and preprocesses[name].channels == "RGBA"
+        }
         gpu = resolve(device)
         batch_size = batch_size or fixed_batch_size(network, preprocesses) or default_batch_size(gpu)
         count = len(next(iter(sources.values())).names)

@@ -104,6 +104,11 @@ def fit_preprocesses(
             fitted = _fit(fitted, model, _input_of(model, name))
         if remark := fitted.remark:
             _log.warning("%s", remark)
+        if fitted.bits == 8 and (deep := images[name].first_of_16_bits()):
+            _log.warning(
+                "%s has 16 bits a channel, and 8 of them are kept; to keep all, set bits to 16 in the preprocessing",
+                deep,
+            )
         preprocesses[name] = fitted
     if line:
         _log.info("%s", line)

@@ -33,7 +33,8 @@ _INTERPOLATIONS = {
     "bicubic": types.INTERP_CUBIC,
     "lanczos": types.INTERP_LANCZOS3,
 }
-_DECODED = {"RGB": types.RGB, "BGR": types.BGR, "GRAY": types.GRAY}
+_DECODED = {"RGB": types.RGB, "BGR": types.BGR, "GRAY": types.GRAY, "RGBA": types.ANY_DATA}
+_DEPTHS = {8: types.UINT8, 16: types.UINT16}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class ImagePipeline:
         self.process = os.getpid()
         self._gpu = gpu is not None
         decoder: dict[str, Any] = {"device": "cpu"}
-        if self._gpu and not decode_on_cpu:
+        is_plain = all(value.preprocess.bits == 8 and not value.source.has_alpha for value in inputs.values())
+        if self._gpu and is_plain and not decode_on_cpu:
             # Fancy upsampling interpolates colours; on the CPU there is no other way.
             decoder = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
         self._pipeline = Pipeline(batch_size=most, num_threads=threads, device_id=gpu, prefetch_queue_depth=ahead)
@@ -90,9 +92,11 @@ class ImagePipeline:
             for name, image_input in inputs.items():
                 fetched = fn.external_source(name=name, ndim=1, dtype=types.UINT8)
                 encoded = image_input.source.read_with_dali(fetched)
-                images = fn.decoders.image(encoded, output_type=_DECODED[image_input.preprocess.channels], **decoder)
+                preprocess = image_input.preprocess
+                decoded = {"output_type": _DECODED[preprocess.channels], "dtype": _DEPTHS[preprocess.bits]}
+                images = fn.decoders.image(encoded, **decoded, **decoder)
                 shape = fn.peek_image_shape(encoded)
-                outputs.append(_prepare(images.gpu() if self._gpu else images, shape, image_input.preprocess))
+                outputs.append(_prepare(images.gpu() if self._gpu else images, shape, preprocess))
                 if self._gpu:  # which decodes a JPEG file that breaks off as far as it goes, without an error
                     outputs.append(encoded[-2:])
             self._pipeline.set_outputs(*outputs)
@@ -196,6 +200,7 @@ def _prepare(images: Any, shape: Any, preprocess: Preprocess) -> Any:
     mean, std = (np.resize(values, preprocess.channel_count).tolist() for values in (preprocess.mean, preprocess.std))
     fill = preprocess.fill
     zero = [0.0] * preprocess.channel_count
+    step = 1 if preprocess.bits == 8 else 257  # DALI's 16-bit pixels are 0 to 65535
     return fn.crop_mirror_normalize(
         images,
         crop=preprocess.padded,
@@ -207,8 +212,8 @@ def _prepare(images: Any, shape: Any, preprocess: Preprocess) -> Any:
         else [(fill * preprocess.scale - m) / s for m, s in zip(mean, std, strict=True)],
         dtype=types.UINT8 if preprocess.dtype == "uint8" else types.FLOAT,
         output_layout="CHW" if preprocess.layout == "NCHW" else "HWC",
-        mean=[m / preprocess.scale for m in mean],
-        std=[s / preprocess.scale for s in std],
+        mean=[m * step / preprocess.scale for m in mean],
+        std=[s * step / preprocess.scale for s in std],
     )
 
 

@@ -12,7 +12,8 @@ from fastcal.feed import preprocess_files
 _CHOICES = {
     "resize": ("stretch", "crop", "letterbox"),
     "interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
-    "channels": ("RGB", "BGR", "GRAY"),
+    "channels": ("RGB", "BGR", "GRAY", "RGBA"),
+    "bits": (8, 16),
     "layout": ("NCHW", "NHWC"),
     "padding": ("both", "end"),
     "dtype": ("float32", "uint8"),
@@ -42,8 +43,8 @@ def _check_number(name: str, value: Any) -> None:
 class Preprocess:
     """The preprocessing that turns an image into a network's input.
 
-    An image is decoded to 8 bits a channel, turned upright by its EXIF orientation and resized to `size` with 8-bit
-    results, as PIL does it. Its values are then (pixel * scale - mean) / std in float32.
+    An image is decoded to `bits` a channel, turned upright by its EXIF orientation and resized to `size` with results
+    of as many bits, as PIL does it. Its values are then (pixel * scale - mean) / std in float32.
 
     Attributes:
         size: Height and width, in pixels.
@@ -54,7 +55,8 @@ class Preprocess:
         fill: For "letterbox", the padding's pixel value, 0 to 255; or "mean": 0 after normalization.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos", PIL's filters of these names.
         antialias: Whether the filter widens for an image that shrinks, as PIL's filters do and OpenCV's do not.
-        channels: "RGB", "BGR" or "GRAY" (one channel: ITU-R 601 luma, as PIL's "L").
+        channels: "RGB", "BGR", "GRAY" (one channel: ITU-R 601 luma, as PIL's "L") or "RGBA" (the fourth channel is the
+            alpha, 255 for images without one; each channel is resized and padded like the others).
         scale: Factor on pixel values 0 to 255.
         mean: Per channel, in the order of `channels`, subtracted after scaling; one value stands for all channels.
         std: Per channel, the divisor after subtracting the mean; one value stands for all channels.
@@ -64,6 +66,8 @@ class Preprocess:
         divisor: For "letterbox", the number whose multiples height and width are padded to: images are resized to fit
             `size`, and 32 makes a size of 800x1333 one of 800x1344.
         dtype: "float32"; or "uint8" for a network that normalizes the pixels itself: scale 1, mean 0 and std 1.
+        bits: 8; or 16 to keep the depth of 16-bit images. Pixels are 0 to 255 either way, with 16 bits in steps of
+            1 / 257: `scale`, `fill` and the presets mean the same, and a scale of 257 gives 0 to 65535. Not for "RGBA".
 
     Raises:
         DataError: A value is not one of the above.
@@ -83,11 +87,14 @@ class Preprocess:
     padding: str = "both"
     divisor: int = 1
     dtype: str = "float32"
+    bits: int = 8
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise DataError(f"there is no {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
+                raise DataError(
+                    f"there is no {name} {getattr(self, name)!r}; choose one of {', '.join(map(str, known))}"
+                )
         whole = isinstance(self.size, Sequence) and all(
             isinstance(side, numbers.Integral) and not isinstance(side, bool) for side in self.size
         )
@@ -99,6 +106,10 @@ class Preprocess:
             raise DataError(f"fill {self.fill!r} is not a pixel value from 0 to 255, nor 'mean'")
         if not isinstance(self.divisor, int) or isinstance(self.divisor, bool) or self.divisor < 1:
             raise DataError(f"divisor {self.divisor!r} is not a number of pixels, e.g. 32")
+        if self.bits == 16 and (self.dtype == "uint8" or self.channels == "RGBA"):
+            raise DataError(
+                "bits 16 is for float32 and the channels RGB, BGR or GRAY; use 8, or feed arrays, .npy files"
+            )
         self._check_values()
 
     def _check_values(self) -> None:
@@ -118,10 +129,10 @@ class Preprocess:
         if not hasattr(values, "__len__") or isinstance(values, str):
             raise DataError(f"{name} is {values!r}; give a sequence of numbers")
         if len(values) not in (1, self.channel_count):
+            several = "" if self.channel_count == 1 else f" or {self.channel_count}"
             raise DataError(
-                f"{name} {values} has {len(values)} values, {self.channels} needs "
-                f"{'1' if self.channel_count == 1 else '1 or 3'}; choose another preprocessing: the presets unit and "
-                "raw fit all channels"
+                f"{name} {values} has {len(values)} values, {self.channels} needs 1{several}; choose another "
+                "preprocessing: the presets unit and raw fit all channels"
             )
         for value in values:
             _check_number(name, value)
@@ -205,9 +216,8 @@ class Preprocess:
         antialias = "" if self.antialias else "not antialiased, "
         values = f"(x * {self.scale:{_DIGITS}} - {_values(self.mean)}) / {_values(self.std)}"
         values = "uint8" if self.dtype == "uint8" else values
-        return (
-            f"{resize} to {height}x{width}{divisor}, {interpolation}{antialias}{self.channels}, {values}, {self.layout}"
-        )
+        channels = self.channels if self.bits == 8 else f"{self.channels} of {self.bits} bits"
+        return f"{resize} to {height}x{width}{divisor}, {interpolation}{antialias}{channels}, {values}, {self.layout}"
 
     @property
     def remark(self) -> str:
@@ -226,8 +236,8 @@ class Preprocess:
 
     @property
     def channel_count(self) -> int:
-        """The number of channels: 1 or 3."""
-        return 1 if self.channels == "GRAY" else 3
+        """The number of channels: 1, 3 or 4."""
+        return {"GRAY": 1, "RGBA": 4}.get(self.channels, 3)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -252,13 +262,16 @@ class Preprocess:
                 default the type stays.
 
         Raises:
-            DataError: The input takes no images of 1 or 3 channels, or mean and std are for another number of channels.
+            DataError: The input takes no images of 1 or 3 channels (4 for "RGBA"), or mean and std are for another
+                number of channels.
         """
-        if len(shape) != 4 or not {shape[1], shape[3]} & {1, 3}:
+        counts = {1, 3, self.channel_count}
+        if len(shape) != 4 or not {shape[1], shape[3]} & counts:
             if len(shape) == 4 and None in (shape[1], shape[3]):
                 raise DataError("its number of channels is dynamic; export it with a fixed one, or feed it arrays")
-            raise DataError("it takes no images of 1 or 3 channels; feed it arrays instead")
-        layout = "NCHW" if shape[1] in (1, 3) else "NHWC"
+            rgba = " (or set channels to RGBA for those)" if len(shape) == 4 and 4 in (shape[1], shape[3]) else ""
+            raise DataError(f"it takes no images of 1 or 3 channels; feed it arrays instead{rgba}")
+        layout = "NCHW" if shape[1] in counts else "NHWC"
         channel_count, height, width = (shape[1], *shape[2:]) if layout == "NCHW" else (shape[3], *shape[1:3])
         channels = self.channels
         if channel_count != self.channel_count:

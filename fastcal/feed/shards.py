@@ -40,6 +40,7 @@ class Shards(ImageSource):
     places: list[_Place]
     key: str | None
     feature: str | None
+    has_alpha: bool = False
 
     def content(self, number: int, most: int = -1) -> bytes:
         """Return an encoded image, or its first `most` bytes."""

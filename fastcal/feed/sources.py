@@ -5,6 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from nvidia.dali import fn
 from fastcal.device import as_array
 from fastcal.errors import DataError
 from fastcal.feed.dataset import add_files
-from fastcal.feed.decode import is_hazardous, make_safe
+from fastcal.feed.decode import has_16_bits, is_hazardous, make_safe
 
 
 class UnreadableError(DataError):
@@ -55,7 +56,9 @@ class Source(ABC):
 
 
 class ImageSource(Source):
-    """Encoded images."""
+    """Encoded images; if `has_alpha`, `fetch` decodes them to RGBA."""
+
+    has_alpha: bool
 
     @property
     def is_read_by_dali(self) -> bool:
@@ -69,6 +72,10 @@ class ImageSource(Source):
     def read_here(self) -> "ImageSource":
         """Return a source of the same images that `fetch` reads, and makes safe if their content is hazardous."""
         return self
+
+    def with_alpha(self) -> "ImageSource":
+        """Return a source of the same images whose `fetch` decodes them to RGBA."""
+        return replace(self, has_alpha=True)  # type: ignore[type-var]  # all kinds are dataclasses
 
     def fetch(self, numbers: Sequence[int]) -> Any:
         """Return the encoded images."""
@@ -91,9 +98,17 @@ class ImageSource(Source):
                 numbers.append(number)
         return kinds
 
+    def first_of_16_bits(self) -> str:
+        """Return the name of an image of 16 bits a channel, if one is the first of its kind; else an empty text."""
+        for (number,) in self.first_of_each_kind(1).values():
+            with suppress(UnreadableError):
+                if has_16_bits(self.content(number)):
+                    return self.names[number]
+        return ""
+
     def _safe(self, number: int) -> Any:
         try:
-            return np.frombuffer(make_safe(self.content(number)), np.uint8)
+            return np.frombuffer(make_safe(self.content(number), has_alpha=self.has_alpha), np.uint8)
         except ValueError as error:
             raise UnreadableError(
                 number, f"{self.names[number]} cannot be decoded: {error}; replace or remove it"
@@ -109,11 +124,12 @@ class ImageFiles(ImageSource):
 
     names: list[str]
     is_read_here: bool = False
+    has_alpha: bool = False
 
     @cached_property
     def is_read_by_dali(self) -> bool:
         """True if DALI may read and decode all files."""
-        return not self.is_read_here and not any(map(is_hazardous, self.names))
+        return not (self.is_read_here or self.has_alpha) and not any(map(is_hazardous, self.names))
 
     def read_here(self) -> "ImageFiles":
         """Return a source of the same files that DALI does not read."""

@@ -34,7 +34,7 @@ class Channel:
     """The values of one channel over all previewed images, as the network gets them.
 
     Attributes:
-        name: "R", "G", "B" or "GRAY", by the preprocessing.
+        name: "R", "G", "B", "A" or "GRAY", by the preprocessing.
         min: The smallest value.
         max: The largest.
         mean: The mean.
@@ -118,7 +118,8 @@ class Preview:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Draw the sheet: the notes, the values of each channel, the images with their names below.
 
-        The network's first channel is drawn red, the second green, the third blue; pixels outside 0..255 are clipped.
+        The network's first channel is drawn red, the second green, the third blue, and a fourth is the alpha;
+        pixels outside 0..255 are clipped.
 
         Args:
             path: The file; its suffix chooses the format: .png, .jpg, .webp, .pdf or .svg.

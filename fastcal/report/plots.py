@@ -62,7 +62,7 @@ def draw_sheet(
     names: Sequence[str],
     images: npt.NDArray[np.uint8],
 ) -> bytes:
-    """Return a file with images, grey or of three channels, and the name of each below it.
+    """Return a file with images, grey, RGB or RGBA, and the name of each below it.
 
     Above them are notes, line by line, and the values of each channel as the network gets them, by the text to write.
     """
@@ -112,7 +112,8 @@ def _draw_values(axes: Axes, channels: Mapping[str, npt.NDArray[np.float32]]) ->
     """Draw the distribution of the values of each channel, on an axis that is the same for every preprocessing."""
     far = np.geomspace(_LINEAR, _FAR, 50)
     edges = np.concatenate([-far[:0:-1], np.linspace(-_LINEAR, _LINEAR, 101), far[1:]])
-    for color, (label, values) in zip(_DRAWN[:3] if len(channels) == 3 else _DRAWN[3:], channels.items(), strict=True):
+    colors = _DRAWN[3:] if len(channels) == 1 else _DRAWN[: len(channels)]
+    for color, (label, values) in zip(colors, channels.items(), strict=True):
         counts, _ = np.histogram(values.clip(-_FAR, _FAR), edges)
         axes.stairs(counts, edges, color=color, label=label)
     axes.axvspan(-_LINEAR, _LINEAR, color="black", alpha=0.06, linewidth=0, label="range of values with mean 0, std 1")

@@ -548,15 +548,15 @@ def test_version_and_help(run_fastcal):
         assert re.search(rf"default: \(?{default}", helped)
 
 
-def test_progress_is_shown_on_a_terminal(tmp_path):
+def shown_on_a_terminal(*arguments, **options):
+    """Run the command line with a terminal for its standard error; return exit status and text without its colours."""
     import pty
 
     main, terminal = pty.openpty()
-    (tmp_path / "list.txt").write_text("\n".join(map(str, sorted((DIGITS / "images").rglob("*.jpg")) * 20)))
-    command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, "list.txt", "-o", "x.cache"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=terminal, env={**os.environ, "COLUMNS": "150"}
-    )
+        [sys.executable, "-m", "fastcal", *map(str, arguments)],
+        stdout=subprocess.DEVNULL, stderr=terminal, env={**os.environ, "COLUMNS": "150"}, **options,
+    )  # fmt: skip
     os.close(terminal)
     shown = b""
     while True:
@@ -567,9 +567,21 @@ def test_progress_is_shown_on_a_terminal(tmp_path):
         if not chunk:
             break
         shown += chunk
-    assert process.wait(60) == 0
-    text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode()
+    os.close(main)
+    return process.wait(60), re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode()
+
+
+def test_progress_is_shown_on_a_terminal(tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(map(str, sorted((DIGITS / "images").rglob("*.jpg")) * 20)))
+    status, text = shown_on_a_terminal("calibrate", MODEL, "list.txt", "-o", "x.cache", cwd=tmp_path)
+    assert status == 0
     assert re.search(r"calibrating .* \d+/160 batches, \d+ images/s, \d+% of the time waiting for data, .* left", text)
+
+
+def test_the_doctor_shows_on_a_terminal_what_it_tries():
+    _, text = shown_on_a_terminal("doctor")
+    tried = list(dict.fromkeys(re.findall(r"trying ([A-Za-z ]+)", text)))
+    assert {"ONNX Runtime", "numba", "DALI", "Matplotlib"} <= set(tried)
 
 
 def test_no_traceback_follows_ctrl_c_from_where_none_can_be_handled():

@@ -194,7 +194,14 @@ def test_json_lines_tell_the_progress_and_the_outcome(run_fastcal, tmp_path):
     assert "note: 256 images in batches of 48: the last is completed" in done.stderr  # still for people
 
     done = run_fastcal("quantize", MODEL, "x.cache", "-o", "x.onnx", "--json", "--quiet", cwd=tmp_path)
-    assert json.loads(done.stdout) == {"event": "done", "model": "x.onnx", "quantized": 8, "layers": 8}
+    assert json.loads(done.stdout) == {
+        "event": "done",
+        "model": "x.onnx",
+        "quantized": 8,
+        "layers": 8,
+        "int8_weights": False,
+        "bytes": (tmp_path / "x.onnx").stat().st_size,
+    }
     done = run_fastcal(*words, "--json", "--quiet", cwd=tmp_path)
     assert [json.loads(line)["event"] for line in done.stdout.splitlines()] == ["done"]
     done = run_fastcal(*words, "--json", "--algorithm", "mse", cwd=tmp_path)

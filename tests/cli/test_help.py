@@ -56,7 +56,7 @@ def test_help_imports_no_library():
 def test_the_documentations_page_has_every_option():
     """The page of the command line names every option of the commands that calibrate, and no other."""
     page = (ROOT / ".docs" / "pages" / "command-line.md").read_text()
-    named = set(re.findall(r"--[a-z][a-z-]+", page))
+    named = set(re.findall(r"--[a-z][a-z0-9-]+", page))
     commands = ("calibrate", "compare", "quantize", "preview")
     options = {text for command in commands for option in OPTIONS[command].values() for text in option.opts}
     rare = {"--output", "--tf32", "--tactic-sources", "--cache", "--model"}  # --help has them

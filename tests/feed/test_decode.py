@@ -23,8 +23,11 @@ def flat(level):
     return Image.new("RGB", (30, 20), (level, 0, 255))
 
 
-def pixels(ppm):
-    with Image.open(io.BytesIO(ppm)) as image:
+def pixels(pnm):
+    """The 8-bit RGB pixels of a file: those of 16 bits are scaled as DALI does."""
+    with Image.open(io.BytesIO(pnm)) as image:
+        if image.mode == "I":
+            return np.rint(np.asarray(image) / 257)[..., None].repeat(3, axis=2)
         assert image.mode == "RGB"
         return np.asarray(image)
 
@@ -42,7 +45,8 @@ def noise(mode, size=(31, 19)):
 
 
 @pytest.mark.parametrize("content", [encode(flat(7), "JPEG"), encode(flat(7), "PNG"), encode(flat(7), "PPM"), b"",
-                                     b"P6 2 1 255 123456 and more", b"P5\n1\t1 255\n1"])  # fmt: skip
+                                     b"P6 2 1 255 123456 and more", b"P5\n1\t1 255\n1", b"P5 2 1 65535 1234",
+                                     b"P6 1 1 65535\n123456"])  # fmt: skip
 def test_safe_images_stay_as_they_are(content):
     assert make_safe(content) is content
 
@@ -56,10 +60,10 @@ def test_jpeg_2000(mode, options, size):
 
 
 @pytest.mark.parametrize("kind", ["JPEG2000", "PPM"])
-def test_16_bits_are_scaled_as_by_dali(kind):
+def test_16_bits_are_kept(kind):
     image = noise("16")
-    expected = np.rint(np.asarray(image) / 257)[..., None].repeat(3, axis=2)
-    np.testing.assert_array_equal(pixels(make_safe(encode(image, kind))), expected)
+    with Image.open(io.BytesIO(make_safe(encode(image, kind)))) as kept:
+        np.testing.assert_array_equal(np.asarray(kept), np.asarray(image))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,8 @@ def test_pnm(content, expected):
 
 @pytest.mark.parametrize(
     "content",
-    [b"P6 2 1 255 12345", b"P6 0 1 255 1", b"P5 9999999 1 255 ", b"P6", b"P7\nWIDTH 1\n", encode(flat(7))[:90],
+    [b"P6 2 1 255 12345", b"P6 2 1 65535 12345678901", b"P5 2 1 65535 123", b"P6 0 1 255 1",
+     b"P5 9999999 1 255 ", b"P6", b"P7\nWIDTH 1\n", encode(flat(7))[:90],
      encode(flat(7))[:-9], encode(flat(7), no_jp2=True)[:60], encode(flat(7), no_jp2=True)[:42]],
 )  # fmt: skip
 def test_damaged_images_are_an_error(content):
@@ -124,3 +129,26 @@ def test_a_damaged_image_is_named_or_skipped(tmp_path):
     with feed:
         assert [int(batch["input"][0, 0, 0, 0]) for batch in feed] == [0, 1, 2, 4, 5]
     assert feed.skipped == [str(tmp_path / "3.jp2")]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1", "16"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "BMP", "WEBP", "GIF", "JPEG2000", "PPM"])
+def test_images_with_alpha_are_pils(kind, mode):
+    image = noise("RGB").quantize(7) if mode == "P" else noise(mode)
+    try:
+        encoded = encode(image, kind)
+    except (OSError, KeyError, ValueError):
+        pytest.skip(f"Pillow writes no {kind} of mode {mode}")
+    with Image.open(io.BytesIO(encoded)) as opened:
+        if opened.mode.startswith("I"):
+            opened = Image.fromarray(np.rint(np.asarray(opened) / 257).astype("u1"))
+        expected = np.asarray(opened.convert("RGBA"))
+    with Image.open(io.BytesIO(make_safe(encoded, has_alpha=True))) as safe:
+        assert (safe.format, safe.mode) == ("PNG", "RGBA")
+        np.testing.assert_array_equal(np.asarray(safe), expected)
+
+
+@pytest.mark.parametrize("values", [np.ones((2, 2), "f4"), np.full((2, 2), 70000, "i4")])
+def test_32_bits_are_no_pixels_with_alpha(values):
+    with pytest.raises(ValueError, match="32 bits are not supported, convert it to 8 bits"):
+        make_safe(encode(Image.fromarray(values), "TIFF"), has_alpha=True)

@@ -109,6 +109,20 @@ def test_pixels_are_pils(in_each_format, channels):
         assert np.percentile(difference, 99.9) <= 1, path
 
 
+def test_pixels_with_alpha_are_pils(in_each_format):
+    feed = ImageFeed(in_each_format, preprocess=Preprocess(size=NATIVE.size, channels="RGBA"), batch_size=1)
+    opaque = 0
+    for path, values in zip(feed.paths, all_of(feed), strict=True):
+        if path.endswith("turned.jpg"):
+            continue
+        with Image.open(path) as image:
+            image = reference(path) if image.mode.startswith("I") else image
+            expected = np.asarray(image.convert("RGBA"))
+        np.testing.assert_array_equal(values, expected.transpose(2, 0, 1), path)
+        opaque += int((values[3] == 255).all())
+    assert 0 < opaque < len(feed.paths) - 5
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_of_every_format(in_each_format, preset):
     feed = ImageFeed(in_each_format, preprocess=preset, batch_size=1)

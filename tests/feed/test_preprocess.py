@@ -14,7 +14,7 @@ from fastcal.feed.preprocess import PRESETS, Preprocess
     ("values", "message"),
     [
         ({"resize": "squash"}, "no resize 'squash'; choose one of stretch, crop, letterbox"),
-        ({"channels": "RGBA"}, "no channels 'RGBA'; choose one of RGB, BGR, GRAY"),
+        ({"channels": "ARGB"}, "no channels 'ARGB'; choose one of RGB, BGR, GRAY, RGBA"),
         ({"interpolation": "cubic"}, "no interpolation 'cubic'; choose one of nearest, bilinear, bicubic, lanczos"),
         ({"layout": "CHW"}, "no layout 'CHW'; choose one of NCHW, NHWC"),
         ({"size": (0, 5)}, r"size \(0, 5\)"),
@@ -121,7 +121,7 @@ def test_files_that_describe_it(tmp_path, name, text, expected):
     [
         ("p.toml", "size = [", r"p.toml describes no preprocessing: .*; see fastcal.Preprocess"),
         ("p.json", "[1, 2]", r"p.json: it holds no table of names and values"),
-        ("p.json", '{"sise": 3}', r"p.json: there is no 'sise'; choose from preset, antialias, channels, "),
+        ("p.json", '{"sise": 3}', r"p.json: there is no 'sise'; choose from preset, antialias, bits, channels, "),
         ("p.json", '{"preset": "imagnet"}', r"p.json: there is no preset 'imagnet'"),
         ("p.json", '{"size": "large"}', r"p.json: size \('large', 'large'\) is not \(height, width\)"),
         ("p.json", '{"crop_fraction": "large"}', r"p.json describes no preprocessing: "),
