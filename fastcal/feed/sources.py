@@ -101,7 +101,7 @@ class ImageSource(Source):
     def first_of_16_bits(self) -> str:
         """Return the name of an image of 16 bits a channel, if one is the first of its kind; else an empty text."""
         for (number,) in self.first_of_each_kind(1).values():
-            with suppress(UnreadableError):
+            with suppress(DataError):
                 if has_16_bits(self.content(number)):
                     return self.names[number]
         return ""
