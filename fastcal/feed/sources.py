@@ -102,7 +102,7 @@ class ImageSource(Source):
         """Return the name of an image of 16 bits a channel, if one is the first of its kind; else an empty text."""
         for (number,) in self.first_of_each_kind(1).values():
             with suppress(DataError):
-                if has_16_bits(self.content(number)):
+                if self.size(number) and has_16_bits(self.content(number)):  # a pipe, of size 0, would never end
                     return self.names[number]
         return ""
 
