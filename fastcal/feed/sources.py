@@ -101,8 +101,8 @@ class ImageSource(Source):
     def first_of_16_bits(self) -> str:
         """Return the name of an image of 16 bits a channel, if one is the first of its kind; else an empty text."""
         for (number,) in self.first_of_each_kind(1).values():
-            with suppress(UnreadableError):
-                if has_16_bits(self.content(number)):
+            with suppress(DataError):
+                if self.size(number) and has_16_bits(self.content(number)):  # a pipe, of size 0, would never end
                     return self.names[number]
         return ""
 
