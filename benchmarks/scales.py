@@ -22,7 +22,7 @@ import tensorrt as trt
 from int8 import CLASSES, TACTICS, build, make_calibrator
 
 import fastcal
-from fastcal.algorithm import Algorithm, divergences
+from fastcal.algorithm import Algorithm
 from fastcal.cache.cache import CalibrationCache
 from fastcal.model import Definition, Model
 from fastcal.network import Logger, parse, start_builder
@@ -30,6 +30,7 @@ from fastcal.observe.backends import OnnxRuntimeBackend
 from fastcal.observe.histogram import BINS
 from fastcal.observe.parsed import Parsed, ParsedBackend
 from fastcal.observe.with_tensorrt import TensorRTObserver
+from fastcal.thresholds import divergences
 
 
 class Warnings(logging.Handler):

@@ -43,6 +43,7 @@ def calibrate(
     *,
     algorithm: str | Algorithm = "entropy2",
     quantile: float = DEFAULT_QUANTILE,
+    exact: bool = False,
     backend: str = "auto",
     tf32: bool = False,
     optimization_level: int | None = None,
@@ -70,8 +71,11 @@ def calibrate(
         feed: The batches: a `Feed`, for instance an `ImageFeed`; or anything that `ArrayFeed` takes, named after the
             network's inputs, in batches of any size.
         algorithm: "entropy2" (which TensorRT recommends for convolutional networks), "entropy", "minmax", "percentile",
-            or an `Algorithm`.
+            "mse", or an `Algorithm`.
         quantile: For "percentile", the share of values that is not clipped.
+        exact: Whether to clip the network's outputs and the tensors with a known range as TensorRT does, too. By
+            default their scales cover the largest |x|, or 1 behind a Sigmoid or Tanh, and the log names the tensors for
+            which that makes a difference. An `Algorithm` says so itself.
         backend: What runs the network: "onnxruntime" (on a GPU if one, CuPy and onnxruntime-gpu are present),
             "tensorrt", or "auto": ONNX Runtime; but TensorRT if a GPU and TensorRT before 11 are present and ONNX
             Runtime cannot run the network, or has no CUDA provider.
@@ -96,9 +100,6 @@ def calibrate(
         ray_address: The Ray cluster to connect to: "auto" for one that runs on this machine, or "host:port"; by default
             the environment variable RAY_ADDRESS, else Ray is started on this machine for the time of the calibration.
             Ignored if the program is connected to Ray already.
-        cache: A file to keep the cache in. If it is up to date (made from the same model, samples and settings, by the
-            record beside it), it is returned and the network does not run; else it is replaced when the new one is
-            complete, and the log names the difference.
         cache: A file to keep the cache in. If it is up to date, which the record beside it tells, it is returned, and
             the network does not run. Otherwise it is replaced when the new cache is complete, and the log says why.
         progress: Called after every batch; with workers after every few seconds' work of a worker.
@@ -114,7 +115,7 @@ def calibrate(
         FastcalError: A setting is out of range.
         Exception: As the feed.
     """
-    picked = Algorithm.of(algorithm, quantile)
+    picked = Algorithm.of(algorithm, quantile, exact=exact)
     check_range("threads", threads, 1, MOST_THREADS)
     check_range("memory", memory, 1)
     if until_stable is not None and not until_stable > 0:
@@ -241,6 +242,7 @@ class Calibration:
         _warn_of_inputs(network, observed.histograms)
         _warn_of_nonfinite(observed.histograms)
         cache = self.cache(self.algorithm.scales(observed))
+        _tell_of_ranges(self.algorithm.kept_ranges(observed))
         _warn_of_extremes(cache.scales, observed.histograms)
         if isinstance(network, Model):
             _warn_of_missing(network, cache.scales)
@@ -304,6 +306,16 @@ def _tensorrt_version(asked: str | None) -> str:
     here = "TensorRT is not installed here" if installed is None else f"TensorRT {installed} reads no caches"
     _log.info("%s: the cache is written for TensorRT %s", here, DEFAULT_TENSORRT_VERSION)
     return DEFAULT_TENSORRT_VERSION
+
+
+def _tell_of_ranges(kept: Mapping[str, tuple[float, float]]) -> None:
+    """Name the tensors that are not clipped though the algorithm alone would clip them."""
+    if kept:
+        texts = [f"{name} ({127 * before:.3g} to {127 * after:.3g})" for name, (before, after) in kept.items()]
+        _log.info(
+            "not clipped, as outputs or by their known range: %s; with exact (--exact) they are, as TensorRT does it",
+            first_few(texts),
+        )
 
 
 def _warn_of_inputs(network: Network, histograms: Mapping[str, Histogram]) -> None:

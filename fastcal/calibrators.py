@@ -127,7 +127,19 @@ _ALGORITHMS = {
     trt.CalibrationAlgoType.LEGACY_CALIBRATION: Algorithm("percentile", math.nan, math.nan),
 }
 
-_CLASSES = {"entropy2": EntropyCalibrator2, "entropy": EntropyCalibrator, "minmax": MinMaxCalibrator}
+
+class ErrorCalibrator(EntropyCalibrator2):
+    """TensorRT's `IInt8EntropyCalibrator2` with the scales of algorithm "mse", which `calibrate` must pick."""
+
+    _algorithm = Algorithm("mse")
+
+
+_CLASSES = {
+    "entropy2": EntropyCalibrator2,
+    "entropy": EntropyCalibrator,
+    "minmax": MinMaxCalibrator,
+    "mse": ErrorCalibrator,
+}
 
 
 def make_calibrator(algorithm: Algorithm, feed: Feed, **options: Any) -> FeedCalibrator:

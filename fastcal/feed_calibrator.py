@@ -16,7 +16,7 @@ import numpy as np
 from fastcal.algorithm import Algorithm
 from fastcal.cache.cache import CalibrationCache
 from fastcal.calibration import Calibration
-from fastcal.errors import ModelError, UnavailableError, first_few
+from fastcal.errors import FastcalError, ModelError, UnavailableError, first_few
 from fastcal.feed.arrays import ArrayFeed
 from fastcal.feed.feed import Feed
 from fastcal.handout import CalibratorStats, Handout
@@ -114,6 +114,11 @@ class FeedCalibrator:
         if self._error is not None:
             return None
         try:
+            if not self._algorithm.is_tensorrts:
+                raise FastcalError(
+                    f"TensorRT has no algorithm {self._algorithm.name}: call calibrate before the build, or choose "
+                    "another algorithm"
+                )
             return self._handout.next(names)
         except BaseException as error:  # even Ctrl-C: TensorRT would take it for the end of the data
             self._fail(error)

@@ -19,6 +19,7 @@ from fastcal.errors import ModelError, first_few
 from fastcal.external import ExternalData
 from fastcal.functions import inline_functions
 from fastcal.graph import constants_of, damaged_text, graphs_within, nodes_within, varying_in
+from fastcal.ranges import least_thresholds
 
 #: The element types that count as float.
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -303,6 +304,11 @@ class Model:
                 pools[node.output[0]] = pools.get(node.input[0], node.input[0])
         return pools
 
+    @cached_property
+    def least_thresholds(self) -> Mapping[str, float]:
+        """The tensors that must not be clipped: see `fastcal.ranges.least_thresholds`."""
+        return least_thresholds(self.proto.graph)
+
     @property
     def external_files(self) -> list[Path]:
         """The paths of the files with external data."""
@@ -359,6 +365,11 @@ class Definition:
         """The names of `inputs`."""
         return [self.raw.get_input(index).name for index in range(self.raw.num_inputs)]
 
+    @property
+    def least_thresholds(self) -> Mapping[str, float]:
+        """The tensors that must not be clipped: the network's outputs, by their largest |x|."""
+        return {self.raw.get_output(index).name: 0.0 for index in range(self.raw.num_outputs)}
+
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
         """The network's inputs, in order."""
@@ -368,7 +379,8 @@ class Definition:
         return tuple(Input(value.name, known_sizes(value.shape), np.dtype(nptype(value.dtype))) for value in values)
 
 
-#: A network in either form. Both forms have `label`, `inputs`, `input_names`, `activations`, `digest` and `has_pairs`.
+#: A network in either form. Both have `label`, `inputs`, `input_names`, `activations`, `least_thresholds`, `digest` and
+#: `has_pairs`.
 Network = Model | Definition
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from conftest import DATA
-from fastcal.algorithm import Algorithm, divergences, entropy_scales
+from fastcal.algorithm import Algorithm
 from fastcal.errors import FastcalError
 from fastcal.observe.histogram import Histogram
+from fastcal.thresholds import divergences, entropy_scales
 
 CASES = json.loads((DATA / "tensorrt_scales.json").read_text())["cases"]
 SHAPE = (4, 1, 256, 256)
@@ -45,6 +46,29 @@ def test_scales_are_tensorrts_to_the_last_bit(case):
         picked[setting] = Algorithm.of(algorithm, 0.9999).pick_all({"x": histogram})["x"]
     as_written = {setting: struct.pack(">f", scale).hex().lstrip("0") or "0" for setting, scale in picked.items()}
     assert as_written == {setting: case["scale"][setting] for setting in picked}
+
+
+def error(values, scale):
+    """The sum of |x - rounded x|^2.4, in float64, by the definition."""
+    return (np.abs(values - np.minimum(np.rint(values / scale), 127) * scale) ** 2.4).sum()
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_mse_has_the_least_error_of_all_thresholds(case):
+    histogram = Histogram()
+    values = [batch_of(case, number) for number in range(4)]
+    for each in values:
+        histogram.update(each)
+    picked = Algorithm("mse").pick(histogram)
+    if not histogram.amax:
+        assert picked == 0
+        return
+    values = np.abs(np.concatenate(values, axis=None).astype("f8"))
+    step = histogram.width / 127
+    coarse = min(range(32, 2049, 16), key=lambda bins: error(values, bins * step))
+    near = range(max(1, coarse - 20), min(2048, coarse + 20) + 1, 4)
+    least = min(error(values, bins * step) for bins in near)
+    assert error(values, picked) <= 1.001 * least + 1e-9
 
 
 SMALL = json.loads((DATA / "tensorrt_small_tensors.json").read_text())

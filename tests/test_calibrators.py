@@ -483,6 +483,7 @@ def test_a_calibrator_by_the_name_of_its_algorithm(trt_bindings):
         "entropy": "ENTROPY_CALIBRATION",
         "minmax": "MINMAX_CALIBRATION",
         "percentile": "LEGACY_CALIBRATION",
+        "mse": "ENTROPY_CALIBRATION_2",
     }
     quantiles = {name: made[name].get_quantile() for name in made if hasattr(made[name], "get_quantile")}
     assert quantiles == {"percentile": 0.25}
@@ -531,7 +532,7 @@ def test_a_calibration_by_fastcal_describes_the_feed_once_and_is_handed_over(
         served = serve(calibrator)
     version = trt_bindings.__version__
     expected = fastcal.calibrate(
-        model, feed, algorithm=algorithm, backend="onnxruntime", tensorrt_version=version, **options
+        model, feed, algorithm=algorithm, exact=True, backend="onnxruntime", tensorrt_version=version, **options
     )
     assert served == Path("x.cache").read_bytes() == expected.to_bytes()
     passes = feed.passes

@@ -82,8 +82,8 @@ def calibrate_on(
     """Calibrate with a progress bar; return the cache and the last state of the progress."""
     with Bar(console, "preparing the network", "picking the scales") as progress:
         cache = fastcal.calibrate(
-            network, feed, algorithm=options.algorithm, quantile=options.quantile, threads=options.threads,
-            progress=progress, **options.for_tensorrt(), **more,
+            network, feed, algorithm=options.algorithm, quantile=options.quantile, exact=options.exact,
+            threads=options.threads, progress=progress, **options.for_tensorrt(), **more,
         )  # fmt: skip
     return cache, progress.last
 

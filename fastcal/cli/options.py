@@ -170,12 +170,14 @@ class CalibrationOptions(FeedOptions):
     algorithm: Annotated[
         str,
         typer.Option(
-            help="How scales are picked: entropy2, entropy, minmax, percentile. "
-            "For convolutional networks entropy2; for transformers, or if accuracy falls, minmax or percentile: "
-            "fastcal compare measures all."
+            help="How scales are picked: entropy2, entropy, minmax, percentile, mse. The first four are TensorRT's; "
+            "mse has the least error. fastcal compare measures all."
         ),
     ] = "entropy2"
     quantile: QuantileOption = 0.9999
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Clip outputs and tensors with a known range too, as TensorRT does.")
+    ] = False
     tf32: Annotated[bool, typer.Option("--tf32", help="On a GPU: run the network in TF32, which is faster.")] = False
     tactic_sources: Annotated[
         str | None, typer.Option(metavar="NAMES", help="TensorRT's sources of kernels, e.g. JIT_CONVOLUTIONS,CUDNN.")

@@ -87,7 +87,10 @@ class LocalBackend(Backend):
             for batch in batches:
                 observer.observe(batch)
             histograms = dict(observer.histograms())
-        return Observations(network.label, self.name, self.precision, histograms, observer.shared_scales, timeline)
+        return Observations(
+            network.label, self.name, self.precision, histograms, observer.shared_scales, timeline,
+            network.least_thresholds,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -199,6 +199,8 @@ class Observations:
         histograms: The histogram of every tensor's |x|, by tensor name.
         shared_scales: Tensors that take the scale of another one: name to the other tensor's name.
         progress: The state of the calibration after each batch.
+        least_thresholds: Tensors that must not be clipped: name to the least threshold that the scale must cover; 0 for
+            the largest |x|.
     """
 
     network: str
@@ -207,3 +209,4 @@ class Observations:
     histograms: Mapping[str, Histogram]
     shared_scales: Mapping[str, str]
     progress: Sequence[Progress]
+    least_thresholds: Mapping[str, float] = field(default_factory=dict)

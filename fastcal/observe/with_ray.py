@@ -87,8 +87,9 @@ class RayBackend(Backend):
                 backend = replace(backend, threads=threads, tf32=backend.tf32 and on_gpus and has_provider)
             found = _Crew(_Job(network, feed, backend, self.workers, threads, on_gpus), progress).observe()
         return Observations(
-            network.label, backend.name, backend.precision, found.histograms, found.shared_scales, found.timeline
-        )
+            network.label, backend.name, backend.precision, found.histograms, found.shared_scales, found.timeline,
+            network.least_thresholds,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -12,10 +12,11 @@ import pytest
 import fastcal
 from conftest import DATA, DIGITS, ROOT, SQUEEZENET, needs_squeezenet, squeezenet_batches
 from fastcal import FastcalError, ImageFeed
-from fastcal.algorithm import Algorithm, divergences
+from fastcal.algorithm import Algorithm
 from fastcal.cache.cache import CalibrationCache
 from fastcal.model import Model
 from fastcal.observe.histogram import BINS
+from fastcal.thresholds import divergences
 
 pytestmark = pytest.mark.gpu
 
