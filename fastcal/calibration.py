@@ -99,8 +99,6 @@ def calibrate(
         cache: A file to keep the cache in. If it is up to date (made from the same model, samples and settings, by the
             record beside it), it is returned and the network does not run; else it is replaced when the new one is
             complete, and the log names the difference.
-        cache: A file to keep the cache in. If it is up to date, which the record beside it tells, it is returned, and
-            the network does not run. Otherwise it is replaced when the new cache is complete, and the log says why.
         progress: Called after every batch; with workers after every few seconds' work of a worker.
 
     Returns:
