@@ -116,11 +116,11 @@ class Algorithm:
 
         Raises:
             FastcalError: There is no such version, or none is given where the header needs one; or the quantile or the
-                cutoff is not a number that a float64 holds.
+                cutoff is not a finite number that a float64 holds.
         """
         kind = _HEADERS["entropy2" if self.name == "mse" else self.name]
         if kind is None:
-            return f"0 {to_hex(self.cutoff, '>d', 'the cutoff')} {to_hex(self.quantile, '>d', 'the quantile')}"
+            return f"0 {_finite_hex(self.cutoff, 'the cutoff')} {_finite_hex(self.quantile, 'the quantile')}"
         if tensorrt_version is None:
             raise CacheError(f"a cache of algorithm {self.name} needs a TensorRT version, e.g. 10.16.1")
         return f"TRT-{version_number(tensorrt_version)}-{kind}"
@@ -218,6 +218,13 @@ def packed(value: Any, form: str, label: str) -> bytes:
 def to_hex(value: Any, form: str, label: str) -> str:
     """Return the hexadecimal digits of a number as TensorRT's caches have them: big-endian, without leading zeros."""
     return packed(value, form, label).hex().lstrip("0") or "0"
+
+
+def _finite_hex(value: Any, label: str) -> str:
+    digits = to_hex(value, ">d", label)
+    if not math.isfinite(value):
+        raise CacheError(f"{label} is {float(value)}; it must be a finite number")
+    return digits
 
 
 def from_hex(digits: str, form: str) -> float:

@@ -100,8 +100,9 @@ def calibrate(
         ray_address: The Ray cluster to connect to: "auto" for one that runs on this machine, or "host:port"; by default
             the environment variable RAY_ADDRESS, else Ray is started on this machine for the time of the calibration.
             Ignored if the program is connected to Ray already.
-        cache: A file to keep the cache in. If it is up to date, which the record beside it tells, it is returned, and
-            the network does not run. Otherwise it is replaced when the new cache is complete, and the log says why.
+        cache: A file to keep the cache in. If it is up to date (made from the same model, samples and settings, by the
+            record beside it), it is returned and the network does not run; else it is replaced when the new one is
+            complete, and the log names the difference.
         progress: Called after every batch; with workers after every few seconds' work of a worker.
 
     Returns:

@@ -51,7 +51,7 @@ class ExternalData:
         root: The folder that all real files lie below.
 
     Raises:
-        ModelError: A location leads out of the folder.
+        ModelError: A location leads out of the folder, or is no path.
     """
 
     def __init__(self, graph: onnx.GraphProto, folder: Path, label: str) -> None:
@@ -60,7 +60,7 @@ class ExternalData:
         locations = sorted({_entries(tensor).get("location", "") for tensor in tensors})
         for location in locations:
             path = PurePosixPath(location)
-            if path.is_absolute() or ".." in path.parts:
+            if path.is_absolute() or ".." in path.parts or "\0" in location:
                 raise ModelError(f"{label} has external data outside its folder: {location}; keep it beside the model")
         self.files = [folder / location for location in locations]
         real = {location: Path(os.path.realpath(folder / location)) for location in locations}

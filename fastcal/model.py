@@ -78,7 +78,7 @@ class Model:
 
     def invalid(self, reason: str) -> ModelError:
         """Return the error to raise if the graph breaks a rule of ONNX; `reason` names the rule."""
-        return ModelError(f"{self.label} is not a valid ONNX model: {reason}; export the network again")
+        return ModelError(f"{self.label} is not a valid ONNX model: {reason.rstrip('.')}; export the network again")
 
     def _check_nodes(self) -> None:
         """Raise ModelError if a node has fewer inputs or outputs than code that reads the graph relies on."""
@@ -235,7 +235,7 @@ class Model:
         """
         try:
             inferred = self._infer({})
-        except onnx.shape_inference.InferenceError as error:
+        except Exception as error:  # of many kinds
             raise self.invalid(" ".join(str(error).split())) from error
         graphs = (*graphs_within(inferred.node), inferred)
         known = (value for graph in graphs for value in (*graph.input, *graph.value_info, *graph.output))
@@ -253,7 +253,7 @@ class Model:
         """Return the shape and the bytes of an element of the nodes' outputs."""
         try:
             inferred = self._infer(shapes)
-        except onnx.shape_inference.InferenceError:  # the backend reports the error
+        except Exception:  # of many kinds; the backend reports the error
             return {}
         outputs = {}
         for value in (*inferred.value_info, *inferred.output):

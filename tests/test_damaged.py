@@ -1,5 +1,9 @@
 """Damaged models and caches: each ends well, or in one line."""
 
+import logging
+import resource
+import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -42,6 +46,21 @@ def test_a_lost_file_is_seen(tmp_path, capsys):
     assert "lost or changed" in capsys.readouterr().out
 
 
+def test_the_script_fails_if_there_is_a_fault(monkeypatch):
+    def main(use):
+        monkeypatch.setitem(fuzz.KINDS, "lists", replace(fuzz.KINDS["lists"], use=use))
+        with warnings.catch_warnings():
+            return fuzz.main()
+
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--kind", "lists", "--count", "2"])
+    monkeypatch.setattr(resource, "setrlimit", lambda *limits: None)  # which other tests may be beyond
+    level = logging.getLogger("fastcal").level
+    try:
+        assert [main(use) for use in (lambda path: None, lambda path: 1 / 0)] == [0, 1]
+    finally:
+        logging.getLogger("fastcal").setLevel(level)
+
+
 @pytest.mark.parametrize(
     ("text", "field"),
     [
@@ -82,6 +101,17 @@ def test_an_input_of_no_type(tmp_path, kind):
     onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
     with pytest.raises(ModelError, match=r"m.onnx: input 'x' has no type that ONNX knows; export .* of known type"):
         _ = Model(tmp_path / "m.onnx").inputs
+
+
+def test_a_constant_of_no_type(onnx_file):
+    path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")
+    proto = onnx.load(path)
+    proto.graph.initializer.append(TensorProto(name="w", data_type=2**31 - 1, dims=[1]))
+    proto.graph.node.append(helper.make_node("Reshape", ["y", "w"], ["z"]))
+    onnx.save(proto, path)
+    with pytest.raises(ModelError, match=r"^[^\n]*model.onnx is not a valid ONNX model: [^\n]*[^.]; export the"):
+        fastcal.check_cache(fastcal.CalibrationCache(), path)
+    assert Model(path).sizes({"x": (3, 2)}) == {}
 
 
 def test_sizes_leave_out_what_has_no_type(onnx_file):

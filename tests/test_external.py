@@ -125,7 +125,7 @@ def test_files_behind_links_anywhere(tmp_path):
         fastcal.compare(path, [X])
 
 
-@pytest.mark.parametrize("location", ["../weights.bin", "/weights.bin", "sub/../../weights.bin"])
+@pytest.mark.parametrize("location", ["../weights.bin", "/weights.bin", "sub/../../weights.bin", "a\0b"])
 def test_a_file_outside_the_folder(tmp_path, location):
     model = network()
     tensor = model.graph.initializer[0]

@@ -120,7 +120,7 @@ class CalibrationCache:
             FastcalError: As `header`.
         """
         read_back = Algorithm.of_header(self.header)  # the settings as the numbers of a header
-        assert read_back is not None
+        assert read_back is not None  # else there is no header
         algorithm, version = read_back
         settings = (algorithm.name, version, algorithm.quantile, algorithm.cutoff)
         content: dict[str, Any] = {

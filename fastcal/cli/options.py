@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 # command's start and keep the doctor from finding NumPy broken.
 BackendOption = Annotated[
     str,
-    typer.Option(help="What runs the network: tensorrt, onnxruntime, or auto (TensorRT if it and a GPU are present)."),
+    typer.Option(
+        help="What runs the network: onnxruntime, tensorrt, or auto (ONNX Runtime; but TensorRT before 11, if it and a "
+        "GPU are present and ONNX Runtime cannot run the network there)."
+    ),
 ]
 QuantileOption = Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")]
 UntilStableOption = Annotated[

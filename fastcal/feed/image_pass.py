@@ -110,6 +110,8 @@ class ImagePasses(Passes):
         for error in errors:
             if most is None:
                 raise error
+            # The frames of a traceback would keep the pipeline and its threads.
+            error = UnreadableError(error.number, str(error))
             if error.number not in self.unreadable:
                 self.unreadable[error.number] = error
                 if len(self.unreadable) <= _LOGGED:

@@ -19,7 +19,6 @@ from fastcal.progress import Progress
 #: The number of bins of a histogram.
 BINS = 2048
 
-
 #: The share of clipped values from which on a tensor deserves a look.
 MANY_CLIPPED = 0.0005
 
@@ -163,10 +162,6 @@ def _paired(counts: npt.NDArray[np.int64], times: int) -> npt.NDArray[np.int64]:
         paired[: BINS // 2] = counts.reshape(-1, 2).sum(axis=1)
         counts = paired
     return counts
-
-
-#: The share of clipped values from which on a tensor deserves a look.
-MANY_CLIPPED = 0.0005
 
 
 class Histograms(dict[str, Histogram], AbstractContextManager["Histograms"]):

@@ -73,6 +73,10 @@ def test_a_loaded_cache_has_its_record(tmp_path):
             '{"scales": {}, "algorithm": "percentile", "quantile": 1, "cutoff": 1' + 400 * "0" + "}",
             "the cutoff is too large for a float64",
         ),
+        (
+            '{"scales": {}, "algorithm": "percentile", "quantile": 1e999, "cutoff": 1}',
+            "the quantile is inf; it must be a finite number",
+        ),
         ('{"scales": ' + 100_000 * "[", "neither a calibration cache nor JSON: maximum recursion depth"),
         ('{"scales": {}, "tensorrt_version": null}', "needs a TensorRT version"),
         ('{"scales": {}, "made_from": 1}', '"made_from" is no object'),
@@ -106,6 +110,8 @@ def test_what_a_form_cannot_hold(tmp_path):
             (("minmax", "11.0"), "TensorRT 11.0 takes no calibration cache"),
             ((Algorithm("percentile", 10**400), None), "^the quantile is too large for a float64$"),
             ((Algorithm("percentile", 0.9999, "1"), None), "^the cutoff is '1'; it must be a number$"),
+            ((Algorithm("percentile", float("nan")), None), "^the quantile is nan; it must be a finite number$"),
+            ((Algorithm("percentile", 0.9999, np.float32("inf")), None), "^the cutoff is inf; it must be a finite"),
         ):
             with pytest.raises(FastcalError, match=message):
                 CalibrationCache({"x": 1.0}, *settings).save(tmp_path / "x", form=form)

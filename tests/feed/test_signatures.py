@@ -93,6 +93,18 @@ def test_content_decides(tmp_path, content, kind):
     assert found == kind or (kind and "Git LFS" in found and found.startswith(kind))
 
 
+def test_damaged_archives_end_in_no_error(tmp_path):
+    intact = bytearray(zipped("\u00fc.npy"))
+    for place in range(len(intact)):
+        for value in (0, 0xFF):
+            damaged = intact.copy()
+            damaged[place] = value
+            (tmp_path / "file").write_bytes(damaged)
+            identify(tmp_path / "file")
+    (tmp_path / "file").write_bytes(bytes(intact).replace("\u00fc".encode(), b"\xad\xad"))
+    assert identify(tmp_path / "file") == ""
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

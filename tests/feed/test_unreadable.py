@@ -1,5 +1,6 @@
 """Going on without images that cannot be read, and what is said of them."""
 
+import gc
 import json
 import logging
 import pickle
@@ -14,6 +15,7 @@ from conftest import DIGITS
 from fastcal import FastcalError, ImageFeed, Preprocess
 from fastcal.feed.image_pass import ImagePass
 from fastcal.feed.image_plan import Decoding
+from fastcal.feed.pipeline import ImagePipeline
 from fastcal.feed.sources import UnreadableError
 
 SMALL = Preprocess(size=(8, 8))
@@ -215,6 +217,27 @@ def test_the_command_says_and_records_it(digits, tmp_path, run_fastcal):
 def test_mutated_images(tmp_path, extension):
     intact = fuzz.write_images(tmp_path, extension, 48, seed=3)
     assert 0 < fuzz.read_images(tmp_path, intact) <= 48 - len(intact)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "webp", "ppm"])
+def test_no_pipeline_is_kept_for_what_cannot_be_read(tmp_path, extension):
+    fuzz.write_images(tmp_path, extension, 48, seed=3)
+
+    def count_pipelines():
+        return sum(isinstance(each, ImagePipeline) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = count_pipelines()
+        with feed_of(tmp_path, max_unreadable=100) as feed:
+            for _ in range(2):
+                assert sum(len(batch["input"]) for batch in feed) > 0
+                assert feed.skipped
+                assert count_pipelines() == before + 1
+        assert count_pipelines() == before
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_read_can_be_told_to_another_process():
