@@ -1,16 +1,13 @@
 """The noise that INT8 adds to a network's outputs."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from fastcal.accuracy.base import Outputs
 from fastcal.accuracy.outputs import Part
-
-#: Arrays by the names of outputs, the first axis for the samples.
-Outputs = Mapping[str, npt.NDArray[Any]]
 
 
 class Noise:
@@ -85,4 +82,4 @@ def _power(values: npt.NDArray[np.float64]) -> float:
 def _ratio(noise: float, signal: float) -> float:
     if noise == 0:
         return 0.0
-    return noise / signal if signal else math.inf
+    return float(noise / signal) if signal else math.inf

@@ -58,11 +58,6 @@ class Part:
     label: str
     index: tuple[slice, ...] = ()
 
-    @property
-    def axis(self) -> int:
-        """The axis along which the output's parts lie."""
-        return len(self.index) - 1
-
 
 class _Pieces(NamedTuple):
     """Pieces along an axis of a tensor, each of one kind of values: the kinds and the sizes."""
@@ -81,7 +76,7 @@ def parts_of(model: Model, shapes: Shapes | None = None) -> tuple[Part, ...]:
 
     Args:
         model: The float model.
-        shapes: The shapes of the inputs by name, if the model's are dynamic and parts may depend on them.
+        shapes: The shapes of the inputs by name, if the model's are dynamic, and perhaps those of the outputs.
     """
     ends = Ends(model, shapes)
     return tuple(part for name in ends.outputs for part in _split(name, ends.pieces(name)))
@@ -105,6 +100,7 @@ class Ends:
     Attributes:
         model: The model.
         outputs: The names of the float outputs that depend on the inputs.
+        shapes: The shapes of the tensors by name, as far as they are known.
     """
 
     def __init__(self, model: Model, shapes: Shapes | None = None) -> None:
@@ -114,7 +110,7 @@ class Ends:
         self._producers = {name: node for node in model.proto.graph.node for name in node.output if name}
         inputs = {value.name: _known(value.shape) for value in model.inputs}
         inputs |= {name: shape for name, shape in (shapes or {}).items() if name in inputs}
-        self._shapes = inputs | model.shapes(inputs)
+        self.shapes = {**inputs, **model.shapes(inputs), **(shapes or {})}
 
     def source(self, name: str) -> onnx.NodeProto | None:
         """Return the node that computes a tensor's values, whatever changes their shape afterwards."""
@@ -136,9 +132,9 @@ class Ends:
 
     def _joined(self, node: onnx.NodeProto) -> _Pieces | None:
         """Return the pieces of a Concat's output."""
-        rank = len(self._shapes.get(node.output[0], ()))
+        rank = len(self.shapes.get(node.output[0], ()))
         axis = _attribute(node, "axis", 0) % max(rank, 1)
-        if axis == 0 or any(len(self._shapes.get(name, ())) != rank for name in node.input):
+        if axis == 0 or any(len(self.shapes.get(name, ())) != rank for name in node.input):
             return None
         inner = [self.pieces(name) for name in node.input]
         first = inner[0]
@@ -148,7 +144,7 @@ class Ends:
         sizes: list[int] = []
         for name, found in zip(node.input, inner, strict=True):
             if found is None or found.axis != axis:
-                found = _Pieces(axis, (self._kind(name, axis),), (self._shapes[name][axis],))
+                found = _Pieces(axis, (self._kind(name, axis),), (self.shapes[name][axis],))
             for kind, size in zip(found.kinds, found.sizes, strict=True):
                 if kinds[-1:] == [kind]:
                     sizes[-1] += size
@@ -165,7 +161,7 @@ class Ends:
         operators: list[str] = []
         tensor = name
         while len(operators) < _DEPTH and (node := self._producers.get(tensor)) is not None:
-            rank = len(self._shapes.get(tensor, ()))
+            rank = len(self.shapes.get(tensor, ()))
             if node.op_type in _CHANNELS:
                 is_channel = axis is not None and rank and axis == _CHANNELS[node.op_type] % rank
                 return name if is_channel else (*operators, node.op_type)
@@ -184,7 +180,7 @@ class Ends:
         if node.op_type == "Transpose":
             perm = self._perm(node)
             return perm.index(axis) if axis in perm else None
-        return _same_axis(self._shapes.get(node.input[0], ()), axis, self._shapes.get(node.output[0], ()))
+        return _same_axis(self.shapes.get(node.input[0], ()), axis, self.shapes.get(node.output[0], ()))
 
     def _axis_before(self, node: onnx.NodeProto, axis: int) -> int | None:
         """Return the axis of the input of a node that changes the shape, for an axis of its output."""
@@ -193,10 +189,10 @@ class Ends:
         if node.op_type == "Transpose":
             perm = self._perm(node)
             return perm[axis] if axis < len(perm) else None
-        return _same_axis(self._shapes.get(node.output[0], ()), axis, self._shapes.get(node.input[0], ()))
+        return _same_axis(self.shapes.get(node.output[0], ()), axis, self.shapes.get(node.input[0], ()))
 
     def _perm(self, node: onnx.NodeProto) -> list[int]:
-        rank = len(self._shapes.get(node.input[0], ()))
+        rank = len(self.shapes.get(node.input[0], ()))
         return list(_attribute(node, "perm", range(rank)[::-1]))
 
 
