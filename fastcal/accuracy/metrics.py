@@ -44,21 +44,28 @@ def metric_for(
         The metric, without batches; None if the outputs fit none.
 
     Raises:
-        ModelError: No output fits the metric that was named.
-        FastcalError: The name is unknown, or the threshold is out of range.
+        ModelError: No output fits the metric that was named, or the threshold.
+        FastcalError: As `check_metric`.
     """
-    if threshold is not None and not 0 < threshold < 1:
-        raise FastcalError(f"the threshold is {threshold}; it must be above 0 and below 1")
-    if name is not None and name not in METRICS:
-        raise FastcalError(f"there is no metric {name!r}; take one of {', '.join(METRICS)}, or a function of your own")
+    check_metric(name, threshold)
     ends = Ends(model, shapes)
     names = METRICS if name is None else [name]
     found = next(filter(None, (METRICS[each](ends, each == name) for each in names)), None)
     if found is None and name is not None:
         raise ModelError(f"no output of {model.label} fits metric {name!r}; take another, or a function of your own")
-    if threshold is not None and isinstance(found, Detections | Masks):
+    if threshold is not None:
+        if not isinstance(found, Detections | Masks):
+            raise ModelError(f"{model.label} has neither boxes nor masks; leave the threshold out")
         found.threshold = threshold
     return found
+
+
+def check_metric(name: str | None, threshold: float | None) -> None:
+    """Raise FastcalError if the name of a metric is unknown, or a threshold out of range."""
+    if threshold is not None and not 0 < threshold < 1:
+        raise FastcalError(f"the threshold is {threshold}; it must be above 0 and below 1")
+    if name is not None and name not in METRICS:
+        raise FastcalError(f"there is no metric {name!r}; take one of {', '.join(METRICS)}, or a function of your own")
 
 
 def _boxes(ends: Ends, is_named: bool) -> Metric | None:

@@ -19,13 +19,14 @@ class Noise:
         parts: The parts.
         elements: The number of exact values, by the part's label.
         left_out: The number of those that are NaN or infinite.
+        signal: The sum of the squares of the others.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
         self.elements = {part.label: 0 for part in parts}
         self.left_out = {part.label: 0 for part in parts}
-        self._signal = {part.label: 0.0 for part in parts}
+        self.signal = {part.label: 0.0 for part in parts}
         self._noise = {part.label: 0.0 for part in parts}
 
     def add(self, exact: Outputs, other: Outputs) -> None:
@@ -40,7 +41,7 @@ class Noise:
             noise = _power(values - others)
             self.elements[part.label] += finite.size
             self.left_out[part.label] += finite.size - values.size
-            self._signal[part.label] += _power(values)
+            self.signal[part.label] += _power(values)
             self._noise[part.label] += math.inf if math.isnan(noise) else noise
 
     @property
@@ -50,7 +51,7 @@ class Noise:
         Parts without a finite exact value are left out. Infinite if a part should be 0 everywhere and is not.
         """
         known = (part.label for part in self.parts if not 0 < self.elements[part.label] == self.left_out[part.label])
-        return {label: _ratio(self._noise[label], self._signal[label]) for label in known}
+        return {label: _ratio(self._noise[label], self.signal[label]) for label in known}
 
     @property
     def error(self) -> float:

@@ -1,8 +1,8 @@
 """The parts of a network's outputs that are compared apart: the boxes and the scores of a detector, for instance."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import onnx
@@ -43,6 +43,9 @@ _KEEP_AXES = (
 #: The most operators that are looked at behind a tensor, and the most parts of an output: more are not kinds of values.
 _DEPTH, _MOST = 6, 8
 
+#: The most channels of an output that are looked at one by one.
+_MOST_CHANNELS = 1024
+
 
 @dataclass(frozen=True)
 class Part:
@@ -56,7 +59,7 @@ class Part:
 
     output: str
     label: str
-    index: tuple[slice, ...] = ()
+    index: tuple[slice, ...] = field(default=(), hash=False)  # before Python 3.12, slices have none
 
 
 class _Pieces(NamedTuple):
@@ -80,6 +83,26 @@ def parts_of(model: Model, shapes: Shapes | None = None) -> tuple[Part, ...]:
     """
     ends = Ends(model, shapes)
     return tuple(part for name in ends.outputs for part in _split(name, ends.pieces(name)))
+
+
+def channels_of(parts: Sequence[Part], shapes: Shapes) -> tuple[Part, ...]:
+    """Return each channel of the outputs with these parts: along the axis of the parts, else the second.
+
+    Outputs of three axes without several parts have no channels, since any axis may be theirs, nor have outputs with
+    more than 1024. `shapes` are those of the outputs by name.
+    """
+    found = []
+    for output in dict.fromkeys(part.output for part in parts):
+        axis = next(len(part.index) - 1 for part in parts if part.output == output)
+        rank = len(shapes[output])
+        if axis < 0 and (rank < 2 or rank == 3):
+            continue
+        axis = max(axis, 1)
+        if 1 < shapes[output][axis] <= _MOST_CHANNELS:
+            before = (slice(None),) * axis
+            places = ((index, (*before, slice(index, index + 1))) for index in range(shapes[output][axis]))
+            found += [Part(output, f"{output}[{':, ' * axis}{index}]", place) for index, place in places]
+    return tuple(found)
 
 
 def _split(output: str, pieces: _Pieces | None) -> list[Part]:
