@@ -1,7 +1,7 @@
 """The parts of a network's outputs that are compared apart: the boxes and the scores of a detector, for instance."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -85,24 +85,24 @@ def parts_of(model: Model, shapes: Shapes | None = None) -> tuple[Part, ...]:
     return tuple(part for name in ends.outputs for part in _split(name, ends.pieces(name)))
 
 
-def channels_of(parts: Sequence[Part], shapes: Shapes) -> tuple[Part, ...]:
-    """Return each channel of the outputs with these parts: along the axis of the parts, else the second.
+def channels_of(part: Part, shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """Return each channel of a part of an output of this shape: along the axis of the parts, else the second.
 
-    Outputs of three axes without several parts have no channels, since any axis may be theirs, nor have outputs with
-    more than 1024. `shapes` are those of the outputs by name.
+    An output of three axes that is one part has no channels, since any axis may be theirs, nor has a part with more
+    than 1024 or only one.
     """
-    found = []
-    for output in dict.fromkeys(part.output for part in parts):
-        axis = next(len(part.index) - 1 for part in parts if part.output == output)
-        rank = len(shapes[output])
-        if axis < 0 and (rank < 2 or rank == 3):
-            continue
-        axis = max(axis, 1)
-        if 1 < shapes[output][axis] <= _MOST_CHANNELS:
-            before = (slice(None),) * axis
-            places = ((index, (*before, slice(index, index + 1))) for index in range(shapes[output][axis]))
-            found += [Part(output, f"{output}[{':, ' * axis}{index}]", place) for index, place in places]
-    return tuple(found)
+    axis = max(len(part.index) - 1, 1)
+    if len(shape) <= axis or (len(shape) == 3 and not part.index):
+        return ()
+    channels = range(shape[axis])[part.index[axis] if part.index else slice(None)]
+    if not 1 < len(channels) <= _MOST_CHANNELS:
+        return ()
+    before = (slice(None),) * axis
+    labels = (f"{part.output}[{':, ' * axis}{channel}]" for channel in channels)
+    return tuple(
+        Part(part.output, label, (*before, slice(channel, channel + 1)))
+        for label, channel in zip(labels, channels, strict=True)
+    )
 
 
 def _split(output: str, pieces: _Pieces | None) -> list[Part]:

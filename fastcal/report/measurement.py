@@ -114,9 +114,9 @@ class Measurement(AbstractContextManager["Measurement"]):
         picked = metric_for(self._network, shapes) if has_samples else None
         for label in self._ways:
             metric = chosen.fresh() if chosen and (has_samples or isinstance(chosen, OwnMetric)) else None
-            classes = [each for each in (metric, picked and picked.fresh()) if isinstance(each, TopOne)]
-            known = next((each for each in classes if not each.tokens), None)
-            self._seen[label] = Seen(self._outputs, parts, shapes, metric, known)
+            both = (metric, picked and picked.fresh())
+            classes = next((each for each in both if isinstance(each, TopOne) and not each.tokens), None)
+            self._seen[label] = Seen(self._outputs, parts, shapes, metric, classes)
 
     def _run_float(self, arrays: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
         """Run the float network, round each of its tensors with each set of scales, and return the float outputs."""

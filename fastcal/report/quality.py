@@ -38,7 +38,8 @@ class Quality:
             the folders are not the classes.
         parts: The SQNR of each part of the outputs, in dB: values of different kinds that a Concat puts together, such
             as boxes and scores, are parts. An output of one kind of values is one part.
-        channels: The SQNR of each channel of the outputs, in dB, without channels that are almost 0 in FP32.
+        channels: The SQNR of each channel of the outputs, in dB, without channels that are almost 0 in FP32: those with
+            less than 1 % of the mean power of a channel of their part.
         metric: The value of the comparison's metric; None if there is no metric, or nothing to see.
     """
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from fastcal.accuracy.noise import Noise, decibels
 from fastcal.accuracy.outputs import Part, Shapes, channels_of
 from fastcal.report.quality import Quality, TensorQuality
 
-#: A channel with less than this share of the mean power of its output's channels is not listed.
+#: A channel with less than this share of the mean power of its part's channels is not listed.
 _SILENT = 0.01
 
 #: The classes of samples.
@@ -37,11 +38,11 @@ class Seen:
         metric: Metric | None,
         classes: TopOne | None,
     ) -> None:
-        channels = channels_of(parts, shapes)
+        channels = {part.label: channels_of(part, shapes[part.output]) for part in parts}
         wholes = [Part(name, name) for name in outputs]
         self._outputs, self._parts = outputs, [part.label for part in parts]
-        self._channels = {name: [each.label for each in channels if each.output == name] for name in outputs}
-        self.noise = Noise(tuple(dict.fromkeys([*wholes, *parts, *channels])))
+        self._channels = [[channel.label for channel in found] for found in channels.values()]
+        self.noise = Noise(tuple(dict.fromkeys([*wholes, *parts, *chain(*channels.values())])))
         self.metric, self.classes = metric, classes
 
     def add(self, exact: Outputs, other: Outputs, samples: int) -> None:
@@ -81,7 +82,7 @@ class Seen:
         power = self.noise.signal
         return [
             label
-            for labels in self._channels.values()
+            for labels in self._channels
             for label in labels
             if power[label] > _SILENT * sum(power[each] for each in labels) / len(labels)
         ]
