@@ -85,13 +85,17 @@ def add_pairs(
     exclude: Iterable[str] = (),
     *,
     int8_weights: bool = False,
+    placing: type[Placement] = Placement,
 ) -> onnx.ModelProto:
-    """Return the model of `quantize`, whose external data stays where the model has it; errors as there."""
+    """Return the model of `quantize`, whose external data stays where the model has it; errors as there.
+
+    `placing` places the pairs.
+    """
     scales = load_for(model, cache).scales
     model = _modern(model)
     excluded = check_quantizable(model, exclude)
     graph = Graph(model)
-    placement = Placement(graph, scales, excluded)
+    placement = placing(graph, scales, excluded)
     in_float = first_few([f"{name} ({reason})" for name, reason in (placement.in_float | _within(model)).items()])
     if not placement.axes:
         raise ModelError(

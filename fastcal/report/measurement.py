@@ -1,92 +1,122 @@
-"""`Measurement`: a network in float and in INT8 on the same batches, and the noise that INT8 adds."""
+"""`Measurement`: a network in float and in INT8 on the same batches, and the differences that users see."""
 
 import logging
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
+import onnx
 
+from fastcal.accuracy.base import Metric, Outputs
+from fastcal.accuracy.labels import TopOne
+from fastcal.accuracy.metrics import metric_for
+from fastcal.accuracy.noise import without_padding
+from fastcal.accuracy.outputs import Part, Shapes, parts_of
+from fastcal.accuracy.own import OwnMetric
 from fastcal.batch import format_shape, match_batch
-from fastcal.cache.cache import CalibrationCache
 from fastcal.errors import ModelError, first_few, quoted
 from fastcal.feed.feed import Feed
 from fastcal.model import Model
-from fastcal.observe.count import rounded
 from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner, PartedRunner
-from fastcal.qdq import add_pairs
-from fastcal.report.quality import Quality, TensorQuality
+from fastcal.report.quality import Quality
+from fastcal.report.rounding import Rounding
+from fastcal.report.seen import Seen
 
 _log = logging.getLogger("fastcal")
 
-#: The label of the float network among those of the caches.
-_FLOAT = None
+
+class Int8(NamedTuple):
+    """A network in INT8.
+
+    Attributes:
+        model: The float model, or a Q/DQ model of its own.
+        variant: The float model with pairs, or the Q/DQ model's content.
+        scales: The scales of the tensors by name; empty for a Q/DQ model.
+    """
+
+    model: Model
+    variant: onnx.ModelProto
+    scales: Mapping[str, float]
+
+
+class _Way(NamedTuple):
+    """A network in INT8 that runs."""
+
+    runner: OnnxRuntimeRunner
+    model: Model
+    scales: Mapping[str, float]
 
 
 class Measurement(AbstractContextManager["Measurement"]):
-    """Runs batches through a network in float and in INT8 with the scales of each cache, and adds up the differences.
+    """Runs batches through a network in float and in INT8 in several ways, and adds up the differences.
 
     Attributes:
         images: The number of samples so far, without those that only complete the last batch.
     """
 
-    def __init__(self, network: Model, caches: Mapping[str, CalibrationCache], feed: Feed, threads: int | None) -> None:
+    def __init__(
+        self,
+        network: Model,
+        ways: Mapping[str, Int8],
+        feed: Feed,
+        choose: Callable[[Shapes], Metric | None],
+        threads: int | None = None,
+        memory: int | None = None,
+    ) -> None:
         self.images = 0
-        self._network, self._feed = network, feed
-        self._scales = {label: cache.scales for label, cache in caches.items()}
-        variants = {label: add_pairs(network, cache) for label, cache in caches.items()}
+        self._network, self._feed, self._choose = network, feed, choose
         with ExitStack() as stack:
-            self._float = stack.enter_context(PartedRunner(network, threads))
-            self._int8 = {
-                label: stack.enter_context(OnnxRuntimeRunner(network, threads, variant=variant))
-                for label, variant in variants.items()
+            self._float = stack.enter_context(PartedRunner(network, threads, memory))
+            runners = [
+                stack.enter_context(OnnxRuntimeRunner(way.model, threads, variant=way.variant)) for way in ways.values()
+            ]
+            self._ways = {
+                label: _Way(runner, way.model, way.scales)
+                for runner, (label, way) in zip(runners, ways.items(), strict=True)
             }
             workers = threads or len(os.sched_getaffinity(0))
             self._pool = stack.enter_context(ThreadPoolExecutor(workers, "fastcal-rounding"))
             self._stack = stack.pop_all()
-        self._tensors = {name: _Sums(len(caches)) for name in self._float.tensors}
-        outputs = [name for name in self._float.outputs if name in self._tensors]
-        self._outputs = {name: _Sums(len(caches)) for name in outputs}
-        self._decided: dict[str | None, list[npt.NDArray[np.intp]]] = {}  # the classes of the samples, by label
-        self._classes = 0
+        self._tensors = {name: Rounding(len(ways)) for name in self._float.tensors}
+        self._outputs = [name for name in self._float.outputs if name in self._tensors]
+        self._seen: dict[str, Seen] = {}
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Run one batch."""
-        arrays = match_batch(self._network.inputs, str(self._network.path), batch)
-        exact = self._run_float(arrays)
-        int8 = {label: runner.run(arrays) for label, runner in self._int8.items()}
-        for name, sums in self._outputs.items():
-            for outputs in int8.values():
-                self._check_shapes(name, exact[name], outputs[name])
-            sums.add(exact[name], [outputs[name] for outputs in int8.values()])
-        samples = self._feed.samples_of(batch)
+        arrays = match_batch(self._network.inputs, self._network.label, batch)
+        size = self._feed.samples_of(batch)
         known = self._feed.samples
-        new = samples if known is None else min(samples, known - self.images)
+        new = size if known is None else min(size, known - self.images)
+        exact = self._run_float(arrays)
+        if not self._seen:
+            self._look({name: tuple(array.shape) for name, array in {**arrays, **exact}.items()}, exact, size)
         self.images += new
-        if len(self._outputs) == 1:
-            (name,) = self._outputs
-            for label, outputs in ((_FLOAT, exact), *int8.items()):
-                if outputs[name].shape[:1] == (samples,):
-                    self._decide(label, outputs[name][:new])
+        real = without_padding(exact, size, new)
+        for label, (runner, model, _) in self._ways.items():
+            outputs = runner.run(arrays if model is self._network else match_batch(model.inputs, model.label, arrays))
+            for name in self._outputs:
+                self._check_shapes(name, exact[name], outputs[name])
+            self._seen[label].add(real, without_padding(outputs, size, new), new)
 
-    def _decide(self, label: str | None, output: npt.NDArray[Any]) -> None:
-        """Keep the class of each sample if the output is a classifier's: of shape (N, classes, 1, ...).
-
-        The class of a sample is -1 if its output is not a number.
-        """
-        if output.ndim >= 2 and output.shape[1] > 1 and math.prod(output.shape[2:]) == 1:
-            self._classes = output.shape[1]
-            rows = output.reshape(-1, self._classes)
-            classes = np.where(np.isnan(rows).any(axis=1), -1, rows.argmax(axis=1))
-            self._decided.setdefault(label, []).append(classes)
+    def _look(self, shapes: Shapes, exact: Outputs, size: int) -> None:
+        """Prepare for outputs of these shapes, of `size` samples."""
+        parts = [part for part in parts_of(self._network, shapes) if part.output in self._outputs]
+        known = {part.output for part in parts}
+        parts += [Part(name, name) for name in self._outputs if name not in known]  # where the graph is cut
+        has_samples = all(exact[name].shape[:1] == (size,) for name in self._outputs)
+        chosen = self._choose(shapes)
+        picked = metric_for(self._network, shapes) if has_samples else None
+        for label in self._ways:
+            metric = chosen.fresh() if chosen and (has_samples or isinstance(chosen, OwnMetric)) else None
+            both = (metric, picked and picked.fresh())
+            classes = next((each for each in both if isinstance(each, TopOne) and not each.tokens), None)
+            self._seen[label] = Seen(self._outputs, parts, shapes, metric, classes)
 
     def _run_float(self, arrays: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
         """Run the float network, round each of its tensors with each set of scales, and return the float outputs."""
@@ -94,7 +124,7 @@ class Measurement(AbstractContextManager["Measurement"]):
         for tensors in self._float.run(arrays):
             rounding = [
                 self._pool.submit(
-                    self._tensors[name].add_rounded, values, [scales.get(name, 0.0) for scales in self._scales.values()]
+                    self._tensors[name].add, values, [way.scales.get(name, 0.0) for way in self._ways.values()]
                 )
                 for name, values in tensors.items()
             ]
@@ -104,19 +134,18 @@ class Measurement(AbstractContextManager["Measurement"]):
             del tensors, rounding  # frees the memory before the next tensors are computed
         return exact
 
-    def _measured_outputs(self) -> dict[str, "_Sums"]:
-        """Return the outputs that have finite values in float; warn of NaN and infinite ones."""
-        bad = {name: sums for name, sums in self._outputs.items() if sums.left_out}
+    def _warn_of_nonfinite(self) -> None:
+        """Warn of outputs with NaN and infinite values in float; raise ModelError if no output has others."""
+        noise = self._first.noise
+        bad = {name: noise.left_out[name] for name in self._outputs if noise.left_out[name]}
         if bad:
-            counts = [f"{name} ({sums.left_out} of {sums.elements} values)" for name, sums in bad.items()]
+            counts = [f"{name} ({count} of {noise.elements[name]} values)" for name, count in bad.items()]
             _log.warning("NaN and infinite values of FP32's outputs are not compared: %s", first_few(counts))
-        measured = {name: sums for name, sums in self._outputs.items() if not 0 < sums.elements == sums.left_out}
-        if not measured:
+        if noise.errors.keys().isdisjoint(self._outputs):
             raise ModelError(
                 f"{self._network.label} gives nothing but NaN or infinite values in FP32 (output {quoted(bad)}), so "
                 "INT8 cannot be compared; check the images and the network in float"
             )
-        return measured
 
     def _check_shapes(self, name: str, exact: npt.NDArray[Any], int8: npt.NDArray[Any]) -> None:
         if exact.shape != int8.shape:
@@ -127,97 +156,29 @@ class Measurement(AbstractContextManager["Measurement"]):
             )
 
     def results(self) -> tuple[dict[str, Quality], float | None]:
-        """Return the quality with each set of scales, and the share that float classifies right (None: not known).
+        """Return the quality in each way, and the share that float classifies right (None: not known).
 
         Raises:
             ModelError: The float network's outputs have no finite value.
         """
-        measured = self._measured_outputs()
-        decided = {label: np.concatenate(classes) for label, classes in self._decided.items()}
-        exact = decided.get(_FLOAT)
-        folders = None if exact is None else _folders((self._feed.sample_names or [])[: exact.size], self._classes)
+        self._warn_of_nonfinite()
+        paths = self._feed.sample_names or []
         qualities = {}
-        for index, (label, scales) in enumerate(self._scales.items()):
+        for index, (label, way) in enumerate(self._ways.items()):
             tensors = {
-                name: sums.quality(index, scales[name]) for name, sums in self._tensors.items() if name in scales
+                name: rounding.quality(index, way.scales[name])
+                for name, rounding in self._tensors.items()
+                if name in way.scales
             }
-            outputs = {name: sums.sqnr(index) for name, sums in measured.items()}
-            classes = decided.get(label)
-            qualities[label] = Quality(outputs, tensors, _share(classes, exact), _share(classes, folders))
-        return qualities, _share(exact, folders)
+            qualities[label] = self._seen[label].quality(tensors, paths)
+        return qualities, self._first.float_top1(paths)
 
+    @property
+    def metric(self) -> str | None:
+        """The name of the metric to show; None if there is none."""
+        return self._first.metric.name if self._first.metric else None
 
-def _share(decided: npt.NDArray[np.intp] | None, right: npt.NDArray[np.intp] | None) -> float | None:
-    if decided is None or right is None or not (right >= 0).any():
-        return None
-    return float(np.mean((decided == right)[right >= 0]))
-
-
-def _folders(paths: Sequence[str], classes: int) -> npt.NDArray[np.intp] | None:
-    """Return the classes of the samples by their folders; None if there is not one folder for each class."""
-    folders = [Path(os.path.abspath(path)).parent for path in paths]
-    if len(set(folders)) <= 1 or len({folder.parent for folder in folders}) > 1 or not folders[0].parent.is_dir():
-        return None
-    names = sorted(entry.name for entry in folders[0].parent.iterdir() if entry.is_dir())
-    if len(names) != classes or not {folder.name for folder in folders} <= {*names}:
-        return None
-    return np.array([names.index(folder.name) for folder in folders])
-
-
-class _Sums:
-    """Sums over a tensor's finite values: their squares, and the squares of the noise of several ways to round them.
-
-    Values that float32 cannot hold count as infinite.
-
-    Attributes:
-        elements: The number of values.
-        left_out: The number of those that are NaN or infinite.
-    """
-
-    def __init__(self, ways: int) -> None:
-        self.elements = 0
-        self.left_out = 0
-        self._signal = 0.0
-        self._noise = [0.0] * ways
-        self._clipped = [0] * ways
-
-    def add(self, values: npt.NDArray[Any], rounded: Sequence[npt.NDArray[Any]]) -> None:
-        """Add values of any shape, and the values that each way to round makes of them, of the same shape."""
-        exact = np.asarray(values, np.float64).reshape(-1)
-        finite = np.abs(exact) <= np.finfo(np.float32).max
-        exact = exact[finite]
-        self.elements += finite.size
-        self.left_out += finite.size - exact.size
-        self._signal += _power(exact)
-        for way, others in enumerate(rounded):
-            noise = _power(exact - np.asarray(others, np.float64).reshape(-1)[finite])
-            self._noise[way] += math.inf if math.isnan(noise) else noise
-
-    def add_rounded(self, values: npt.NDArray[Any], scales: Sequence[float]) -> None:
-        """Add values of any shape, rounded with the scale of each way; a scale of 0 does not round."""
-        with np.errstate(over="ignore"):
-            flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-        self.add(flat, [])
-        if not np.isfinite(flat).all():
-            flat = flat[np.isfinite(flat)]
-        for way, scale in enumerate(scales):
-            if scale > 0:
-                noise, clipped = rounded(flat, np.float32(scale))
-                self._noise[way] += noise
-                self._clipped[way] += clipped
-
-    def sqnr(self, way: int) -> float:
-        """Return the signal-to-quantization-noise ratio of one way to round, in dB."""
-        if self._noise[way] == 0:
-            return math.inf
-        ratio = self._signal / self._noise[way]
-        return 10 * math.log10(ratio) if ratio else -math.inf
-
-    def quality(self, way: int, scale: float) -> TensorQuality:
-        """Return the quality of the tensor rounded one way, with this scale."""
-        sqnr = self.sqnr(way) if 0 < scale < math.inf and self._signal > 0 else None
-        return TensorQuality(scale, sqnr, self._clipped[way] / max(self.elements, 1))
-
-
-def _power(values: npt.NDArray[np.float64]) -> float:
-    return float(np.einsum("i,i->", values, values))
+    @property
+    def _first(self) -> Seen:
+        """The differences in the first way; the exact values are the same in all."""
+        return next(iter(self._seen.values()))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -31,22 +31,36 @@ class Quality:
     Attributes:
         outputs: The SQNR of each float output, in dB, if all INT8 layers round; -infinity if that makes a finite
             output NaN or infinite. Outputs without finite values are left out.
-        tensors: The quality of each tensor, in the order of the scales.
+        tensors: The quality of each tensor, in the order of the scales; empty for a Q/DQ model.
         agreement: For a classifier, the share of images to which the INT8 network gives the class that the float
             network gives; else None.
         top1: For a classifier, the share of images to which the INT8 network gives the class of their folder; None if
             the folders are not the classes.
+        parts: The SQNR of each part of the outputs, in dB: values of different kinds that a Concat puts together, such
+            as boxes and scores, are parts. An output of one kind of values is one part.
+        channels: The SQNR of each channel of the outputs, in dB, without channels that are almost 0 in FP32: those with
+            less than 1 % of the mean power of a channel of their part.
+        metric: The value of the comparison's metric; None if there is no metric, or nothing to see.
     """
 
     outputs: Mapping[str, float]
     tensors: Mapping[str, TensorQuality]
     agreement: float | None = None
     top1: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    channels: Mapping[str, float] = field(default_factory=dict)
+    metric: float | None = None
 
     @property
     def sqnr(self) -> float:
-        """The lowest SQNR of an output, in dB."""
-        return min(self.outputs.values())
+        """The lowest SQNR of a part of the outputs, in dB."""
+        return min((self.parts or self.outputs).values())
+
+    @property
+    def worst_part(self) -> str:
+        """The label of the part with the lowest SQNR."""
+        parts = self.parts or self.outputs
+        return min(parts, key=parts.__getitem__)
 
     @property
     def worst(self) -> list[str]:
@@ -71,16 +85,18 @@ class Comparison:
         float_top1: The share of images to which the float network gives the class of their folder; None if the folders
             are not the classes.
         verdict: The conclusion, in one line.
+        metric: The name of the metric of what the network's users see; None if there is none.
     """
 
     images: int
     qualities: Mapping[str, Quality]
     float_top1: float | None
     verdict: str
+    metric: str | None = None
 
     @property
     def best(self) -> str:
-        """The name of the scales with the highest SQNR at the output; the first of several equal ones."""
+        """The name of the scales with the highest SQNR at their worst part; the first of several equal ones."""
         return max(self.qualities, key=lambda label: self.qualities[label].sqnr)
 
     def as_json(self) -> dict[str, Any]:
