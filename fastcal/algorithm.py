@@ -8,7 +8,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,22 +152,21 @@ class Algorithm:
 
     def pick(self, histogram: Histogram) -> float:
         """Return the scale for a tensor's `histogram`, exactly a float32; 0.0 for a tensor that is always 0."""
-        whole = float(np.float32(histogram.amax) / INT8_MAX)
         if self.name == "minmax":
-            return whole
+            return _whole(histogram)
+        if self.name == "mse":
+            return _by_error([histogram])[0]
         if histogram.range == 0.0:
             return 0.0
         counts, widths = histogram.counts[None], np.array([histogram.width], np.float32)
         if self.name == "percentile":
             return float(percentile_scales(counts, widths, self.quantile or 1.0)[0])
-        if self.name == "mse":
-            scale = float(error_scales(counts, widths)[0])
-            # Many values may be equal to the largest one, as behind a Clip: they are to be exact.
-            return whole if abs(127 * (scale - whole)) <= histogram.width else scale
         return float(entropy_scales(counts, widths)[0])
 
     def pick_all(self, histograms: Mapping[str, Histogram]) -> dict[str, float]:
         """Return the scale of every tensor in `histograms`, in the same order, picked on all cores."""
+        if self.name == "mse":
+            return dict(zip(histograms, _by_error(list(histograms.values())), strict=True))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "fastcal-scales") as pool:
             return dict(zip(histograms, pool.map(self.pick, histograms.values()), strict=True))
 
@@ -189,6 +188,25 @@ class Algorithm:
             if 0 < scale < whole:
                 kept[name] = scale, whole
         return kept
+
+
+def _whole(histogram: Histogram) -> float:
+    """Return the scale that clips nothing."""
+    return float(np.float32(histogram.amax) / INT8_MAX)
+
+
+def _by_error(histograms: Sequence[Histogram]) -> list[float]:
+    """Return the scales of algorithm "mse": one product of matrices picks them all."""
+    if not histograms:
+        return []
+    counts = np.stack([histogram.counts for histogram in histograms])
+    widths = np.array([histogram.width for histogram in histograms], np.float32)
+    scales = []
+    for histogram, scale in zip(histograms, error_scales(counts, widths).tolist(), strict=True):
+        # Many values may be equal to the largest one, as behind a Clip: they are to be exact.
+        is_whole = abs(127 * (scale - _whole(histogram))) <= histogram.width
+        scales.append(_whole(histogram) if is_whole else scale)
+    return scales
 
 
 def fault_of_scale(scale: float) -> str:

@@ -117,11 +117,11 @@ class Graph:
                 axis = axes[number, index]
                 if (name, axis) not in dequantized:
                     weights = self.constant(name)
-                    scale = np.asarray(scales[name], "f4") if weights is None else _weight_scales(weights, axis)
+                    scale = np.asarray(scales[name], "f4") if weights is None else weight_scales(weights, axis)
                     pair, parameters = _pair(name, taken, scale, axis, self._names_output_type(name))
                     if weights is not None and int8_weights:
                         stored = pair.pop(0).output[0]
-                        parameters.append(numpy_helper.from_array(_rounded(weights, scale, axis), stored))
+                        parameters.append(numpy_helper.from_array(round_weights(weights, scale, axis), stored))
                     elif weights is not None:
                         self._fold(name)
                     nodes += pair
@@ -226,7 +226,7 @@ def _names(graph: onnx.GraphProto) -> Iterator[str]:
                 yield from _names(subgraph)
 
 
-def _weight_scales(weights: npt.NDArray[np.float32], axis: int | None) -> npt.NDArray[np.float32]:
+def weight_scales(weights: npt.NDArray[np.float32], axis: int | None) -> npt.NDArray[np.float32]:
     """Return a scale, amax / 127, for each index of an axis, or one scale for all weights.
 
     A scale must not be 0, so the scale is 1 if all its weights are 0.
@@ -237,7 +237,7 @@ def _weight_scales(weights: npt.NDArray[np.float32], axis: int | None) -> npt.ND
     return np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales)
 
 
-def _rounded(
+def round_weights(
     weights: npt.NDArray[np.float32], scales: npt.NDArray[np.float32], axis: int | None
 ) -> npt.NDArray[np.int8]:
     """Return weights as QuantizeLinear rounds them, a half to the even number; scales of amax / 127 saturate none."""

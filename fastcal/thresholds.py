@@ -59,7 +59,7 @@ def error_scales(counts: Any, widths: Any, exponent: float = EXPONENT) -> Any:
     A threshold is the upper end of one of the 2048 bins, and the values of a bin are spread evenly over the bin. Among
     equal errors, the smallest threshold wins.
     """
-    best = np.argmin(counts @ _expected_errors(exponent), axis=1)
+    best = np.argmin(counts.astype(np.float64) @ _expected_errors(exponent), axis=1)
     return _scales(best + 1.0, widths)
 
 

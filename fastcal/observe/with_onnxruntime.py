@@ -168,7 +168,7 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         data = proto.SerializeToString() if shown is None else with_outputs(proto, shown)
         self._thread = thread or _new_thread()
         # An arena would keep as much memory from the other runners as large weights take.
-        self._session = _Session(model, data, threads, self._thread, has_arena=not model.external.files)
+        self._session = Session(model, data, threads, self._thread, has_arena=not model.external.files)
         self.types = self._session.outputs
         self.inputs = [name for name, type_ in self._session.inputs.items() if type_ in FLOAT_TYPES]
         self.activations = [name for name in shown or self.types if self.types.get(name) in FLOAT_TYPES]
@@ -204,7 +204,7 @@ class _SegmentRunner:
         self._shown = list(dict.fromkeys([*self.activations, *passed_on]))
         data = with_outputs(segment.model(proto, types), self._shown)
         # An arena would keep memory from the other segments.
-        self._session = _Session(model, data, threads, thread, has_arena=False)
+        self._session = Session(model, data, threads, thread, has_arena=False)
 
     def compute(self, alive: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Run one batch; return the float activations by name.
@@ -218,7 +218,7 @@ class _SegmentRunner:
         return {name: values[name] for name in self.activations}
 
 
-class _Session:
+class Session:
     """A session of a serialized variant of a model; `inputs` and `outputs` are ONNX Runtime's types of these.
 
     It runs in `thread` with `threads` more, so that the calling thread stays open to Ctrl-C.
