@@ -21,7 +21,7 @@ _load, _names, __all__ = lazy_loader.attach_stub(__name__, __file__)
 _NEEDS = {
     **dict.fromkeys(("Calibrator", "EntropyCalibrator", "EntropyCalibrator2", "FeedCalibrator"), ("tensorrt",)),
     **dict.fromkeys(("CalibratorStats", "LegacyCalibrator", "MinMaxCalibrator", "build_engine"), ("tensorrt",)),
-    "compare": ("onnxruntime", "numba"),
+    **dict.fromkeys(("compare", "tune"), ("onnxruntime", "numba")),
     **dict.fromkeys(("Channel", "Preview", "preview"), ("matplotlib",)),
     "ImageFeed": ("nvidia.dali",),
     "write_report": ("matplotlib", "jinja2"),

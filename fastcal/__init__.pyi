@@ -38,3 +38,7 @@ from .report.quality import Comparison as Comparison
 from .report.quality import Quality as Quality
 from .report.quality import TensorQuality as TensorQuality
 from .report.report import write_report as write_report
+from .tune import tune as tune
+from .tuning.tuned import RankedLayer as RankedLayer
+from .tuning.tuned import Tuning as Tuning
+from .tuning.tuned import TuningPoint as TuningPoint

@@ -28,8 +28,8 @@ _HEADERS = {
     "percentile": None,
 }
 
-#: The names of the algorithms. TensorRT takes a cache of "mse" under the header of "entropy2".
-ALGORITHMS = (*_HEADERS, "mse")
+#: The names of the algorithms. TensorRT takes a cache of "mse" or "best" under the header of "entropy2".
+ALGORITHMS = (*_HEADERS, "mse", "best")
 
 #: The names of TensorRT's algorithms whose header has a TensorRT version.
 VERSIONED = tuple(name for name, header in _HEADERS.items() if header is not None)
@@ -52,7 +52,8 @@ class Algorithm:
     Attributes:
         name: "entropy2" (which TensorRT recommends for convolutional networks), "entropy" (picks the scales of
             "entropy2" and has a header of its own), "minmax" (clips nothing), "percentile" (TensorRT's Legacy
-            calibration) or "mse" (the least expected error of rounding and clipping; no algorithm of TensorRT's).
+            calibration), "mse" (the least expected error of rounding and clipping; no algorithm of TensorRT's) or
+            "best" (those scales of the others that cost the network's outputs least: a calibration must find them).
         quantile: For "percentile", the share of values that is not clipped, in (0, 1]; by default 0.9999. None for the
             others.
         cutoff: For "percentile", Legacy calibration's regression cutoff; by default 1, for none. None for the others.
@@ -118,7 +119,7 @@ class Algorithm:
             FastcalError: There is no such version, or none is given where the header needs one; or the quantile or the
                 cutoff is not a finite number that a float64 holds.
         """
-        kind = _HEADERS["entropy2" if self.name == "mse" else self.name]
+        kind = _HEADERS[self.name if self.is_tensorrts else "entropy2"]
         if kind is None:
             return f"0 {_finite_hex(self.cutoff, 'the cutoff')} {_finite_hex(self.quantile, 'the quantile')}"
         if tensorrt_version is None:
@@ -146,12 +147,19 @@ class Algorithm:
         return self.cutoff in (None, _NO_REGRESSION)
 
     @property
+    def is_measured(self) -> bool:
+        """True if the network must run in INT8 to find the scales, on samples that are held out."""
+        return self.name == "best"
+
+    @property
     def is_tensorrts(self) -> bool:
         """True if TensorRT can pick the scales."""
         return self.name in _HEADERS
 
     def pick(self, histogram: Histogram) -> float:
         """Return the scale for a tensor's `histogram`, exactly a float32; 0.0 for a tensor that is always 0."""
+        if self.is_measured:
+            raise FastcalError("algorithm best looks at the whole network: use calibrate or tune, or another algorithm")
         if self.name == "minmax":
             return _whole(histogram)
         if self.name == "mse":

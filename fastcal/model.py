@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,6 +143,12 @@ class Model:
         proto.graph.node.extend(nodes)
         proto.graph.initializer.extend(initializers)
         return self._variant(proto)
+
+    def showing(self, tensors: Iterable[str]) -> "Model":
+        """Return the model with fewer `activations`, those among `tensors`: a calibration observes no others."""
+        variant, shown = self._variant(self.proto), frozenset(tensors)
+        variant.__dict__["activations"] = tuple(name for name in self.activations if name in shown)
+        return variant
 
     def _variant(self, proto: onnx.ModelProto) -> "Model":
         variant = copy(self)

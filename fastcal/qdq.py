@@ -10,6 +10,7 @@ import operator
 import os
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import onnx
 
 from fastcal.cache.cache import CalibrationCache
@@ -17,28 +18,28 @@ from fastcal.cache.record import record_path
 from fastcal.errors import CacheError, FastcalError, ModelError, first_few
 from fastcal.graph import nodes_within
 from fastcal.model import Model, node_label
-from fastcal.qdq_graph import Graph
+from fastcal.qdq_graph import Graph, modern
 from fastcal.qdq_placement import PAIRED, WEIGHTED, Placement
+from fastcal.tuning.layers import depthwise_in
+from fastcal.tuning.tuned import Tuning
 
 __all__ = ["WEIGHTED", "add_pairs", "check_quantizable", "count_quantized", "load_for", "quantize"]
 
 #: `WEIGHTED` for a message.
 _LAYERS = ", ".join(WEIGHTED[:-1]) + f" or {WEIGHTED[-1]}"
 
-#: The first opset whose QuantizeLinear takes a scale per channel.
-_FIRST_OPSET = 13
-
 _log = logging.getLogger("fastcal")
 
 
 def quantize(
     model: str | os.PathLike[str] | Model,
-    cache: CalibrationCache | str | os.PathLike[str],
+    cache: CalibrationCache | Tuning | str | os.PathLike[str],
     *,
     exclude: Iterable[str] = (),
+    depthwise: bool = False,
     int8_weights: bool = False,
 ) -> onnx.ModelProto:
-    """Return a copy of a model with Q/DQ pairs that hold the scales of a calibration cache.
+    """Return a copy of a model with Q/DQ pairs that hold the scales of a calibration cache or of a tuning.
 
     The pairs are where TensorRT's documentation recommends them ("Explicit Quantization"):
 
@@ -51,6 +52,9 @@ def quantize(
     - An average pooling has a pair on its input if its output is quantized too. MaxPool, Concat and the layers that
       only change the shape need no pair: TensorRT moves the next pair through them.
 
+    Depthwise convolutions stay in float unless `depthwise`: in INT8 they make an engine larger and no faster. With a
+    tuning, the layers that it leaves in float have no pairs, and the biases that it corrects are corrected.
+
     Weights may be any constant: an expression that depends on no input, such as a Cast or the DequantizeLinear of
     stored INT8, is computed and stored. Local functions are inlined. A layer stays in float if the cache has no scale
     for the layer's input, or the scale 0, if the layer's weights depend on the inputs or are not float32, or if the
@@ -58,9 +62,11 @@ def quantize(
 
     Args:
         model: The ONNX file.
-        cache: The cache, or its file. If the cache has a record, the record must be of the same model.
+        cache: The cache, or a `Tuning`, or the file of either. If it has a record, the record must be of the same
+            model.
         exclude: The layers to keep in float: by their names, by types like "Gemm" ("Add" keeps the residual connections
             in float), or by a tensor that they read. Patterns like "/model.22/*" stand for all that fit.
+        depthwise: Whether depthwise convolutions are in INT8 too.
         int8_weights: Whether to store the weights that would have a pair as INT8, a quarter of their size, with a
             DequantizeLinear alone. The outputs stay the same.
 
@@ -74,16 +80,17 @@ def quantize(
         FastcalError: A layer to exclude is not in the model.
     """
     model = Model.of(model)
-    quantized = add_pairs(model, cache, exclude, int8_weights=int8_weights)
+    quantized = add_pairs(model, cache, exclude, depthwise=depthwise, int8_weights=int8_weights)
     model.external.load(quantized.graph)
     return quantized
 
 
 def add_pairs(
     model: Model,
-    cache: CalibrationCache | str | os.PathLike[str],
+    cache: CalibrationCache | Tuning | str | os.PathLike[str],
     exclude: Iterable[str] = (),
     *,
+    depthwise: bool = False,
     int8_weights: bool = False,
     placing: type[Placement] = Placement,
 ) -> onnx.ModelProto:
@@ -91,10 +98,14 @@ def add_pairs(
 
     `placing` places the pairs.
     """
-    scales = load_for(model, cache).scales
-    model = _modern(model)
+    tuning = load_for(model, cache)
+    scales = tuning.cache.scales
+    model = modern(model)
     excluded = check_quantizable(model, exclude)
     graph = Graph(model)
+    excluded |= _tuned(graph, tuning)
+    if tuning.in_float is None and not depthwise:
+        excluded |= depthwise_in(graph)
     placement = placing(graph, scales, excluded)
     in_float = first_few([f"{name} ({reason})" for name, reason in (placement.in_float | _within(model)).items()])
     if not placement.axes:
@@ -104,8 +115,22 @@ def add_pairs(
         )
     if in_float:
         _log.warning("layers that stay in float: %s", in_float)
+    for name, correction in tuning.bias.items():
+        graph.correct_bias(graph.producers[name], np.asarray(correction, np.float32))
     graph.insert_pairs(placement.axes, scales, int8_weights=int8_weights)
     return graph.proto
+
+
+def _tuned(graph: Graph, tuning: Tuning) -> set[int]:
+    """Return the numbers of the layers that a tuning leaves in float, after checking its names."""
+    in_float = tuning.in_float or ()
+    names = [*in_float, *tuning.bias]
+    if unknown := [name for name in names if name not in graph.producers]:
+        raise CacheError(f"the tuning has layers that {graph.model.label} lacks: {first_few(unknown)}; tune this model")
+    for name in tuning.bias:
+        if graph.bias_of(graph.producers[name]) is None:
+            raise CacheError(f"the tuning corrects the bias of {name}, which has none; tune this model")
+    return {graph.producers[name] for name in in_float}
 
 
 def count_quantized(model: onnx.ModelProto) -> tuple[int, int]:
@@ -120,7 +145,7 @@ def count_quantized(model: onnx.ModelProto) -> tuple[int, int]:
 
 def check_quantizable(model: Model, exclude: Iterable[str] = ()) -> set[int]:
     """Return the numbers of the nodes to exclude, in the graph's order, if `quantize` accepts the model."""
-    model = _modern(model)
+    model = modern(model)
     if model.has_pairs:
         raise ModelError(
             f"{model.label} has QuantizeLinear or DequantizeLinear already; quantize the float model that it was made "
@@ -165,27 +190,16 @@ def _named(name: str, nodes: Sequence[onnx.NodeProto]) -> set[int]:
     return set()
 
 
-def _modern(model: Model) -> Model:
-    """Return a model of an opset that has a scale per channel: the model, or what ONNX's converter makes of it."""
-    if model.opset >= _FIRST_OPSET:
-        return model
-    try:
-        return model.to_opset(_FIRST_OPSET)
-    except ModelError as error:
-        raise ModelError(
-            f"{model.label} has opset {model.opset}, and a scale per channel needs opset {_FIRST_OPSET}; export the "
-            f"network with opset 17 and calibrate again, since it cannot be converted: {error}"
-        ) from error
-
-
-def load_for(model: Model, cache: CalibrationCache | str | os.PathLike[str]) -> CalibrationCache:
-    """Return a cache, or load it from its file, after checking that its record is not of another model."""
-    if isinstance(cache, CalibrationCache):
-        label, remedy, loaded = "the cache", "calibrate this one", cache
+def load_for(model: Model, cache: CalibrationCache | Tuning | str | os.PathLike[str]) -> Tuning:
+    """Return a tuning, or a cache as one, perhaps from a file, after checking that its record is of the model."""
+    loaded = Tuning.of(cache)
+    if isinstance(cache, CalibrationCache | Tuning):
+        label, remedy = "the cache", "calibrate this one"
     else:
-        label, loaded = str(cache), CalibrationCache.load(cache)
+        label = str(cache)
         remedy = f"calibrate this one, or remove {record_path(cache)} if both are the same network"
-    made_from = loaded.record.entries.get("model") if loaded.record else None
+    record = loaded.cache.record
+    made_from = record.entries.get("model") if record else None
     if made_from is not None and made_from != model.digest:
         raise CacheError(f"{label} was calibrated with another model than {model.label}, by its record; {remedy}")
     return loaded

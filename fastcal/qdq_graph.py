@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.ops.op_dequantize_linear import DequantizeLinear_21
 
+from fastcal.errors import ModelError
 from fastcal.graph import reads
 from fastcal.model import Model, node_label
 
@@ -19,6 +20,9 @@ Edge = tuple[int, int]
 
 #: The index of an input that a node's subgraphs read.
 IN_SUBGRAPH = -1
+
+#: The first opset whose QuantizeLinear takes a scale per channel.
+_FIRST_OPSET = 13
 
 #: The first opset whose QuantizeLinear may name its output type. From there on, ONNX Runtime 1.32 cannot optimize a
 #: MatMul and Add that read more than two dimensions through a pair with a zero point of INT8.
@@ -50,6 +54,7 @@ class Graph:
         self._initializers = {tensor.name: tensor for tensor in self.proto.graph.initializer}
         self._constants: dict[str, npt.NDArray[Any] | None] = {}
         self._folded: set[str] = set()
+        self._has_unread = False
         self._check_for_cycles()
 
     def constant(self, name: str) -> npt.NDArray[Any] | None:
@@ -87,6 +92,39 @@ class Graph:
         with np.errstate(all="ignore"):
             found: Any = ReferenceEvaluator(model, new_ops=[DequantizeLinear]).run(None, values)
         return np.asarray(found[0])
+
+    def bias_of(self, number: int) -> Edge | None:
+        """Return the input that holds the bias of a layer, a constant or one that can be added; None if there is none.
+
+        It is the third input of a convolution or a Gemm, or the constant of the Add behind a MatMul.
+        """
+        node = self.nodes[number]
+        if node.op_type == "MatMul":
+            readers = self.readers.get(node.output[0], [])
+            if len(readers) != 1 or node.output[0] in self.outputs or self.nodes[readers[0][0]].op_type != "Add":
+                return None
+            place = readers[0][0], 1 - readers[0][1]
+            bias = self.constant(self.nodes[place[0]].input[place[1]])
+            return None if bias is None or bias.dtype != np.float32 else place
+        if node.op_type == "Gemm" and (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)) != (1, 1):
+            return None
+        if len(node.input) > 2 and node.input[2] and self.constant(node.input[2]) is None:
+            return None
+        return number, 2
+
+    def correct_bias(self, number: int, correction: npt.NDArray[np.float32]) -> None:
+        """Add to the bias of a layer that has one: a value for each output channel."""
+        place = self.bias_of(number)
+        assert place is not None
+        node, index = self.nodes[place[0]], place[1]
+        name = node.input[index] if len(node.input) > index else ""
+        bias = self.constant(name) if name else None
+        corrected = f"{self.nodes[number].output[0]}_corrected_bias"
+        value = correction if bias is None else (bias + correction).astype(np.float32)
+        self.proto.graph.initializer.append(numpy_helper.from_array(value, corrected))
+        self._has_unread |= bias is not None
+        del node.input[index : index + 1]
+        node.input.insert(index, corrected)
 
     def _check_for_cycles(self) -> None:
         read = {
@@ -132,7 +170,7 @@ class Graph:
         self.proto.ir_version = max(self.proto.ir_version, _FIRST_IR)
         self.proto.graph.ClearField("node")
         self.proto.graph.node.extend(node for node in nodes if self._folded.isdisjoint(node.output))
-        if self._folded or int8_weights:
+        if self._folded or int8_weights or self._has_unread:
             self._drop_unread()
 
     def _names_output_type(self, name: str) -> bool:
@@ -166,6 +204,19 @@ class Graph:
         ):
             graph.ClearField(field)
             getattr(graph, field).extend(values)
+
+
+def modern(model: Model) -> Model:
+    """Return a model of an opset that has a scale per channel: the model, or what ONNX's converter makes of it."""
+    if model.opset >= _FIRST_OPSET:
+        return model
+    try:
+        return model.to_opset(_FIRST_OPSET)
+    except ModelError as error:
+        raise ModelError(
+            f"{model.label} has opset {model.opset}, and a scale per channel needs opset {_FIRST_OPSET}; export the "
+            f"network with opset 17 and calibrate again, since it cannot be converted: {error}"
+        ) from error
 
 
 class DequantizeLinear(DequantizeLinear_21):

@@ -150,7 +150,7 @@ class CalibrationCache:
         scales = content.get("scales")
         if not isinstance(scales, dict):
             raise CacheError(f'{origin} is no calibration cache in JSON: it has no "scales", an object')
-        unknown = content.keys() - {*_SETTINGS, "scales", "made_from"}
+        unknown = content.keys() - {*_SETTINGS, "scales", "made_from", "tuning"}
         if unknown:
             raise CacheError(f"{origin} is no calibration cache in JSON: it has {min(unknown)!r}; a cache has not")
         if not isinstance(content.get("made_from", {}), dict):

@@ -13,6 +13,7 @@ from fastcal.cli.doctor import doctor
 from fastcal.cli.options import with_options
 from fastcal.cli.preview import preview
 from fastcal.cli.quantize import quantize
+from fastcal.cli.tune import tune
 
 _STATUS = (
     "Exit status: 0 done; 1 a check failed (caches differ, a cache is not in order, the doctor found something to "
@@ -48,7 +49,8 @@ for _command, _example in (
     (preview, "fastcal preview images/ --model model.onnx -o sheet.png"),
     (calibrate, "fastcal calibrate model.onnx images/ -o model.cache --limit 500"),
     (compare, "fastcal compare model.onnx images/ --cache model.cache"),
-    (quantize, "fastcal quantize model.onnx model.cache -o model.qdq.onnx"),
+    (quantize, "fastcal quantize model.onnx images/ -o model.qdq.onnx"),
+    (tune, "fastcal tune model.onnx images/ --target 99% -o model.tuned.json"),
     (build, "fastcal build model.onnx images/ -o model.engine --cache model.cache"),
     (doctor, "fastcal doctor > report.txt"),
 ):

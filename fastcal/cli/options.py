@@ -192,6 +192,37 @@ class CalibrationOptions(FeedOptions):
         return {"tf32": self.tf32, "tactic_sources": tactic_sources}
 
 
+@dataclass
+class TuningOptions:
+    """Options of every command that tunes."""
+
+    float_share: Annotated[
+        float,
+        typer.Option(help="The share of the multiply-adds that may stay in float, where INT8 costs most; 0 for none."),
+    ] = 0.15
+    bias_correction: Annotated[
+        bool,
+        typer.Option(help="Take the mean shift of rounding out of the biases, if that keeps more."),
+    ] = True
+    depthwise: Annotated[
+        bool, typer.Option("--depthwise", help="Run depthwise convolutions in INT8 too: larger, and seldom faster.")
+    ] = False
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What to keep in float: a layer, a type of layers, or the layers that read a tensor; with patterns "
+            "like '/model.22/*'; may be repeated.",
+        ),
+    ] = None
+
+    def for_images(self) -> str | None:
+        """Return the first option for images that is not at its default, as the command line has it."""
+        if self.float_share != type(self).float_share:
+            return "--float-share"
+        return None if self.bias_correction else "--no-bias-correction"
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command as typer takes it: with fields in place of dataclasses, and those of `Output` at the end."""
     groups: dict[str, Any] = {}

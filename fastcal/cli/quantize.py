@@ -1,6 +1,7 @@
 """`fastcal quantize`: a model with Q/DQ layers from a cache or images."""
 
 import contextlib
+import logging
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,18 +17,20 @@ from fastcal.cli.options import (
     CalibrationOptions,
     MemoryOption,
     ReportOption,
+    TuningOptions,
     UntilStableOption,
     check_outputs,
     read_memory,
 )
-from fastcal.cli.summary import outcome, print_summary
+from fastcal.cli.summary import data_rows, outcome, print_summary, speed, tuning_rows
 from fastcal.cli.terminal import finish, print_rows, terminal
+from fastcal.cli.tune import tune_on, tuning_outcome
 from fastcal.errors import CacheError, FastcalError
 from fastcal.files import check_writable, write_atomically, write_together
 from fastcal.versions import DEFAULT_TENSORRT_VERSION, check_tensorrt_version
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import onnx
 
     from fastcal.model import Model
 
@@ -40,8 +43,18 @@ class QuantizeOptions(CalibrationOptions):
     """Options of `quantize`: those of a calibration; a cache may take the place of the images."""
 
     data: Annotated[
-        str, typer.Argument(metavar="CACHE|DATA", help="A calibration cache, or images as calibrate takes them.")
+        str,
+        typer.Argument(
+            metavar="CACHE|DATA", help="A calibration cache, or what tune wrote, or images as calibrate takes them."
+        ),
     ]
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            help="best: the scales, the few layers in float and the biases that keep most on held-out images. Or the "
+            "scales of entropy2, entropy, minmax, percentile or mse, and all layers in INT8."
+        ),
+    ] = "best"
     backend: BackendOption = "auto"
     memory: MemoryOption = None
     until_stable: UntilStableOption = None
@@ -51,8 +64,8 @@ class QuantizeOptions(CalibrationOptions):
         typer.Option(metavar="CACHE", help="The calibration cache: reused if it is up to date, else written."),
     ] = None
 
-    def has_cache(self) -> bool:
-        """Return whether the second argument is a calibration cache."""
+    def has_cache(self, tuning_options: TuningOptions) -> bool:
+        """Return whether the second argument is a calibration cache or a tuning, after checking the other options."""
         from fastcal.cache.cache import CalibrationCache
         from fastcal.feed.signatures import CACHE, TEXT, identify
 
@@ -69,7 +82,8 @@ class QuantizeOptions(CalibrationOptions):
             if kind == CACHE or (content.startswith(b"{") and b'"images"' not in content):  # COCO's JSON
                 raise
             return False
-        if option := self.first_given(field.name for field in fields(self)[2:]):
+        option = self.first_given(field.name for field in fields(self)[2:])
+        if option := option or tuning_options.for_images():
             raise FastcalError(f"{self.data} is a calibration cache, and {option} is for images; leave one of them out")
         return True
 
@@ -78,14 +92,7 @@ def quantize(
     *,
     output: Annotated[str, typer.Option("--output", "-o", metavar="MODEL", help="The quantized model to write.")],
     options: QuantizeOptions,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="What to keep in float: a layer, a type of layers, or the layers that read a tensor; with patterns "
-            "like '/model.22/*'; may be repeated.",
-        ),
-    ] = None,
+    tuning_options: TuningOptions,
     int8_weights: Annotated[
         bool,
         typer.Option(
@@ -100,9 +107,8 @@ def quantize(
         from fastcal.qdq import check_quantizable
 
         network = Model(options.model)
-        excluded = exclude or ()
-        check_quantizable(network, excluded)
-        has_cache = options.has_cache()
+        check_quantizable(network, tuning_options.exclude or ())
+        has_cache = options.has_cache(tuning_options)
         outputs = {"quantized model": output, "report": options.report, "cache": options.cache}
         size = network.path.stat().st_size + network.external.size(network.proto.graph)
         if size > _MOST_IN_A_FILE:
@@ -114,25 +120,71 @@ def quantize(
         check_report(options.report)
         if options.cache is not None and not os.path.exists(options.cache):  # an existing one may be reused
             check_cache_writable(options.cache, network.activations)
+        writer = _Writer(network, output, tuning_options, int8_weights)
         if has_cache:
-            made, rows = _write_model(network, options.data, excluded, output, int8_weights)
+            made, rows = writer.write(options.data)
             print_rows(scales=options.data, **rows)
             finish(**made)
+        elif _is_measured(network, options):
+            _tune(console, writer, options)
         else:
-            with options.feed(network) as feed:
-                cache, progress = _calibrate(console, network, feed, options)
-            made, rows = _write_model(network, cache, excluded, output, int8_weights)
-            if options.cache is not None:
-                rows["cache"] = made["cache"] = options.cache
-            if cache.observed is None:
-                print_rows(images="none: the cache was reused", tensors=str(len(cache.scales)), **rows)
-                finish(**made, report=None, header=cache.header, tensors=len(cache.scales), batches=0)
-                return
-            print_summary(cache, feed, progress, **rows, **save_report(options.report, cache, options))
-            finish(**made, report=options.report, **outcome(cache, feed, progress))
+            _calibrate(console, writer, options)
 
 
-def _calibrate(
+def _is_measured(network: "Model", options: QuantizeOptions) -> bool:
+    """Return True if INT8 is to be measured; if that was asked for and ONNX Runtime cannot, say so."""
+    from fastcal.observe.backends import unknown_to_onnxruntime
+
+    if options.algorithm != "best":
+        return False
+    foreign = unknown_to_onnxruntime(network)
+    if options.backend != "tensorrt" and not foreign:
+        return True
+    reason = f"it does not know {', '.join(foreign)}" if foreign else "TensorRT is to run the network"
+    logging.getLogger("fastcal").info("ONNX Runtime cannot measure INT8, since %s: scales by entropy2", reason)
+    options.algorithm = "entropy2"
+    return False
+
+
+def _tune(console: Console, writer: "_Writer", options: QuantizeOptions) -> None:
+    """Write the model with what costs its outputs least."""
+    with options.feed(writer.network) as feed:
+        tuning, progress = tune_on(
+            console, writer.network, feed, options, writer.tuning, memory=read_memory(options.memory),
+            cache=None if options.report else options.cache, until_stable=options.until_stable,
+            all_tensors=options.report is not None,
+        )  # fmt: skip
+    made, rows = writer.write(tuning)
+    rows |= tuning_rows(tuning)
+    if options.cache is not None:
+        if options.report is not None:
+            tuning.cache.save(options.cache)
+        rows["cache"] = made["cache"] = options.cache
+    if progress.batches:
+        rows = data_rows(feed, progress) | {"speed": speed(progress)} | rows
+    else:
+        rows = {"images": "none: the cache was reused"} | rows
+    print_rows(**rows, **save_report(options.report, tuning.cache, options))
+    found = outcome(tuning.cache, feed, progress) | tuning_outcome(tuning)
+    finish(**made, report=options.report, **found)
+
+
+def _calibrate(console: Console, writer: "_Writer", options: QuantizeOptions) -> None:
+    """Write the model with the scales of an algorithm."""
+    with options.feed(writer.network) as feed:
+        cache, progress = _cache(console, writer.network, feed, options)
+    made, rows = writer.write(cache)
+    if options.cache is not None:
+        rows["cache"] = made["cache"] = options.cache
+    if cache.observed is None:
+        print_rows(images="none: the cache was reused", tensors=str(len(cache.scales)), **rows)
+        finish(**made, report=None, header=cache.header, tensors=len(cache.scales), batches=0)
+        return
+    print_summary(cache, feed, progress, **rows, **save_report(options.report, cache, options))
+    finish(**made, report=options.report, **outcome(cache, feed, progress))
+
+
+def _cache(
     console: Console, network: "Model", feed: "fastcal.Feed", options: QuantizeOptions
 ) -> "tuple[fastcal.CalibrationCache, fastcal.Progress]":
     """Return the cache, kept in the file that was asked for, and the last state of the progress.
@@ -157,30 +209,49 @@ def _calibrate(
     return cache, progress
 
 
-def _write_model(
-    network: "Model", cache: "str | fastcal.CalibrationCache", exclude: "Sequence[str]", output: str, int8_weights: bool
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Write the quantized model; return the summary of it as JSON entries and as rows.
+@dataclass
+class _Writer:
+    """Writes the quantized model."""
 
-    Its weights are in the same file, or in one beside it if they are too large.
-    """
-    from fastcal.qdq import WEIGHTED, add_pairs, count_quantized
+    network: "Model"
+    output: str
+    tuning: TuningOptions
+    int8_weights: bool
 
-    model = add_pairs(network, cache, exclude, int8_weights=int8_weights)
-    quantized, layers = count_quantized(model)
-    rows = {"INT8": f"{quantized} of {layers} {', '.join(WEIGHTED)}", "model": output}
-    entries = {"model": output, "quantized": quantized, "layers": layers, "int8_weights": int8_weights}
-    if network.external.size(model.graph) <= _MOST_IN_A_FILE:
-        network.external.load(model.graph)
-        write_atomically(output, model.SerializeToString())
-        size = os.path.getsize(output)
-    else:
+    def write(self, cache: "str | fastcal.CalibrationCache | fastcal.Tuning") -> tuple[dict[str, Any], dict[str, str]]:
+        """Write the model; return the summary of it as JSON entries and as rows.
+
+        Its weights are in the same file, or in one beside it if they are too large.
+        """
+        from fastcal.qdq import WEIGHTED, add_pairs, count_quantized
+
+        model = add_pairs(
+            self.network, cache, self.tuning.exclude or (), depthwise=self.tuning.depthwise,
+            int8_weights=self.int8_weights,
+        )  # fmt: skip
+        quantized, layers = count_quantized(model)
+        rows = {"INT8": f"{quantized} of {layers} {', '.join(WEIGHTED)}", "model": self.output}
+        entries = {
+            "model": self.output, "quantized": quantized, "layers": layers, "int8_weights": self.int8_weights,
+        }  # fmt: skip
+        size, data = self._save(model)
+        if data is not None:
+            entries["external_data"] = rows["weights"] = data
+        stored = (
+            "INT8" if self.int8_weights else "float32, since TensorRT rounds them itself; --int8-weights stores INT8"
+        )
+        return entries | {"bytes": size}, rows | {"size": f"{size / 1e6:.3g} MB, weights in {stored}"}
+
+    def _save(self, model: "onnx.ModelProto") -> tuple[int, str | None]:
+        """Write the files; return the number of bytes, and the name of the second file if there is one."""
+        external, output = self.network.external, self.output
+        if external.size(model.graph) <= _MOST_IN_A_FILE:
+            external.load(model.graph)
+            write_atomically(output, model.SerializeToString())
+            return os.path.getsize(output), None
         data = f"{output}.data"
         write_together({
-            data: lambda file: network.external.move(model.graph, os.path.basename(data), file),
+            data: lambda file: external.move(model.graph, os.path.basename(data), file),
             output: lambda file: file.write(model.SerializeToString()),
         })  # fmt: skip
-        size = os.path.getsize(output) + os.path.getsize(data)
-        entries, rows = entries | {"external_data": data}, rows | {"weights": data}
-    stored = "INT8" if int8_weights else "float32, since TensorRT rounds them itself; --int8-weights stores INT8"
-    return entries | {"bytes": size}, rows | {"size": f"{size / 1e6:.3g} MB, weights in {stored}"}
+        return os.path.getsize(output) + os.path.getsize(data), data

@@ -1,5 +1,6 @@
 """The summary of a calibration, for people and as JSON."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,29 @@ def _dead(cache: "fastcal.CalibrationCache") -> list[str]:
     """Return the tensors whose values are always 0."""
     histograms = {} if cache.observed is None else cache.observed.histograms
     return [name for name in cache.scales if name in histograms and not histograms[name].amax]
+
+
+def tuning_rows(tuning: "fastcal.Tuning") -> dict[str, str]:
+    """Return the row of a summary that says what INT8 keeps, and what to do if it is little."""
+    result = tuning.result
+    if result is None:
+        return {}
+    seen = "" if result.metric is None else f", {tuning.metric} {result.metric:.4g}"
+    kind = "held-out samples" if tuning.are_held_out else "samples, which the calibration saw too"
+    text = f"{decibels_text(result.sqnr)} at the outputs{seen}, on {tuning.samples} {kind}"
+    changes = [f"{counted(result.in_float, 'layer')} in float ({1 - result.int8_share:.0%} of the multiply-adds)"]
+    if tuning.bias:
+        changes.append(f"{counted(len(tuning.bias), 'bias')} corrected")
+    if tuning.target is not None and not tuning.is_reached:
+        text += f"; the target {tuning.target:.4g} is out of reach, even with every layer in float that costs something"
+    elif tuning.target is None and not tuning.is_good:
+        text += "; fastcal tune --target 99% leaves as many layers in float as it takes"
+    return {"keeps": text, "repaired": ", ".join(changes)}
+
+
+def decibels_text(value: float) -> str:
+    """Return a signal-to-quantization-noise ratio as text."""
+    return "exact" if value == math.inf else f"{value:.1f} dB"
 
 
 def outcome(cache: "fastcal.CalibrationCache", feed: "fastcal.Feed", progress: fastcal.Progress) -> dict[str, Any]:

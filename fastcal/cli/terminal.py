@@ -166,6 +166,10 @@ class Bar(Progress):
             _print_event("progress", **asdict(state))
         self.update(self._batches, total=state.total, completed=state.batches, rate=rate(state), wait=waiting(state))
 
+    def status(self, text: str) -> None:
+        """Show what is done after the batches."""
+        self._after = text
+
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yield the parts that rich shows now."""
         task = self.tasks[0] if self.tasks else None

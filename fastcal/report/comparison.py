@@ -4,14 +4,10 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from fastcal.accuracy.base import Metric
+from fastcal.accuracy.chooser import chooser
 from fastcal.accuracy.labels import TopOne
-from fastcal.accuracy.metrics import check_metric, metric_for
-from fastcal.accuracy.outputs import Shapes
-from fastcal.accuracy.own import OwnMetric, load_metric
 from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record
@@ -120,13 +116,13 @@ def compare(
     network = Model.of(model)
     check_quantizable(network)
     _check_outputs(network)
-    choose = _chooser(network, metric, threshold)
+    choose = chooser(network, metric, threshold)
     if rounding not in _ROUNDING:
         raise FastcalError(f"rounding is {rounding!r}; it must be {' or '.join(_ROUNDING)}")
     if isinstance(feed, Iterator):
         raise DataError(_GONE)
     _check_names(caches or {}, quantized or {})
-    given = {label: load_for(network, cache) for label, cache in (caches or {}).items()}
+    given = {label: load_for(network, cache).cache for label, cache in (caches or {}).items()}
     others = {label: _load_quantized(network, other) for label, other in (quantized or {}).items()}
     counting, comparing = _in_two_passes(progress)
     with as_feed(feed, network, "cpu") as batches:
@@ -160,19 +156,6 @@ def _check_outputs(network: Model) -> None:
         raise ModelError(f"{network.path} has no float output to compare; export it without its last layer, an ArgMax")
     if outputs.isdisjoint([*network.input_names, *network.activations]):
         raise ModelError(f"{network.path} computes no float output: there is nothing to compare")
-
-
-def _chooser(
-    network: Model, metric: str | Callable[..., Any] | None, threshold: float | None
-) -> Callable[[Shapes], Metric | None]:
-    """Return a function that returns the metric for outputs of given shapes."""
-    if metric is None or (isinstance(metric, str) and ":" not in metric):
-        check_metric(metric, threshold)
-        return partial(metric_for, network, name=metric, threshold=threshold)
-    own = load_metric(metric) if isinstance(metric, str) else OwnMetric(metric)
-    if threshold is not None:
-        raise FastcalError(f"metric {own.name} takes no threshold; leave the threshold out")
-    return lambda shapes: own
 
 
 def _check_names(caches: Mapping[str, Any], quantized: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """`Simulation`: a network on the CPU with any of its layers in INT8, as ONNX Runtime rounds."""
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from fastcal.accuracy.base import Outputs
 from fastcal.model import Model
 from fastcal.observe.segments import Segment, cut
-from fastcal.observe.with_onnxruntime import FLOAT_TYPES, OnnxRuntimeRunner, Session, as_arrays, with_outputs
+from fastcal.observe.with_onnxruntime import FLOAT_TYPES, Session, as_arrays, with_outputs
 from fastcal.tuning.switches import IS_INT8, SCALES, Switched
 
 #: The number of segments that a network is cut into, about: a run with one layer in INT8 begins at the layer's segment.
@@ -28,13 +29,11 @@ class Exact:
 
     Attributes:
         outputs: The network's float outputs by name.
-        alive: For each segment, the tensors that it or a later one reads.
-        samples: The number of real samples in the batch.
+        alive: For each segment, or for the first alone, the tensors that it or a later one reads.
     """
 
     outputs: Outputs
     alive: Sequence[Mapping[str, npt.NDArray[Any]]]
-    samples: int
 
 
 class Simulation(AbstractContextManager["Simulation"]):
@@ -45,43 +44,41 @@ class Simulation(AbstractContextManager["Simulation"]):
         outputs: The names of the float outputs.
     """
 
-    def __init__(self, model: Model, switched: Switched, batch: Mapping[str, Any], threads: int | None = None) -> None:
-        """Prepare for batches like `batch`."""
+    def __init__(self, model: Model, switched: Switched, types: Mapping[str, str], threads: int | None = None) -> None:
+        """Prepare a model; `types` are ONNX Runtime's types of its activations."""
         self._model, self.switched = model, switched
         self._thread = ThreadPoolExecutor(1, "fastcal-runner")
-        types = OnnxRuntimeRunner(model, threads, thread=self._thread).types
-        proto = switched.proto
-        shapes = {name: tuple(array.shape) for name, array in as_arrays(model, batch).items()}
-        sizes = model.sizes(shapes)
-        memory = sum(sizes.values()) // _SEGMENTS
-        segments = cut(proto.graph, sizes, types, memory) if memory else cut(proto.graph, {}, types, 1)
+        proto, nodes = switched.proto, model.proto.graph.node
+        first = {nodes[number].output[0]: 1 for number in switched.numbers}
+        segments = cut(proto.graph, first, types, math.ceil(len(first) / _SEGMENTS))  # as many layers in each
         final = [value.name for value in proto.graph.output]
         self.outputs = [name for name in final if types.get(name) in FLOAT_TYPES]
         self._parts = [
             _Part(model, segment, segment.model(proto, types), final, threads, self._thread) for segment in segments
         ]
         made = {name: index for index, segment in enumerate(segments) for name in segment.computed}
-        nodes = model.proto.graph.node
-        self._first = np.array([made[nodes[number].output[0]] for number in switched.numbers])
+        self._first = np.array([made[name] for name in first])
 
-    def exact(self, batch: Mapping[str, Any], samples: int) -> Exact:
-        """Run a batch of so many real samples in float."""
+    def exact(self, batch: Mapping[str, Any], *, keep: bool) -> Exact:
+        """Run a batch in float; `keep` tells whether to keep what each segment begins with."""
         alive = as_arrays(self._model, batch) | self._settings(np.zeros(len(self._first), bool), None)
         found: dict[str, npt.NDArray[Any]] = {}
         kept = []
-        for part in self._parts:
-            kept.append(dict(alive))
+        for index, part in enumerate(self._parts):
+            if keep or not index:
+                kept.append(dict(alive))
             found |= part.run(alive)
-        return Exact({name: found[name] for name in self.outputs}, kept, samples)
+        return Exact({name: found[name] for name in self.outputs}, kept)
 
     def run(self, exact: Exact, is_int8: Choice, scales: npt.NDArray[np.float32]) -> Outputs:
         """Run the batch again with some layers in INT8, and return the outputs."""
-        first = int(self._first[is_int8].min(initial=len(self._parts)))
+        if not is_int8.any():
+            return exact.outputs
+        first = min(int(self._first[is_int8].min()), len(exact.alive) - 1)
         found: dict[str, npt.NDArray[Any]] = dict(exact.outputs)
-        if first < len(self._parts):
-            alive = dict(exact.alive[first]) | self._settings(is_int8, scales)
-            for part in self._parts[first:]:
-                found |= part.run(alive)
+        alive = dict(exact.alive[first]) | self._settings(is_int8, scales)
+        for part in self._parts[first:]:
+            found |= part.run(alive)
         return {name: found[name] for name in self.outputs}
 
     def _settings(self, is_int8: Choice, scales: npt.NDArray[np.float32] | None) -> dict[str, npt.NDArray[Any]]:

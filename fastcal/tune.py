@@ -1,0 +1,212 @@
+"""`tune`: the scales, the few layers in float and the biases with which a network keeps its accuracy in INT8."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from fastcal.accuracy.base import Metric
+from fastcal.accuracy.chooser import chooser
+from fastcal.accuracy.outputs import Shapes
+from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm
+from fastcal.cache.cache import CalibrationCache
+from fastcal.calibration import Calibration
+from fastcal.errors import MOST_THREADS, FastcalError, check_range
+from fastcal.feed.arrays import as_feed
+from fastcal.feed.sampled import HELD_OUT, Sampled
+from fastcal.model import Model
+from fastcal.observe.backends import OnnxRuntimeBackend
+from fastcal.observe.histogram import Observations
+from fastcal.progress import Progress
+from fastcal.qdq import add_pairs, check_quantizable
+from fastcal.qdq_graph import Graph, modern
+from fastcal.qdq_placement import Placement
+from fastcal.tuning.bias import corrections
+from fastcal.tuning.choice import best, candidates, rank
+from fastcal.tuning.curve import Curve
+from fastcal.tuning.layers import depthwise_in
+from fastcal.tuning.meter import NoiseMeter, meter_for
+from fastcal.tuning.tuned import RankedLayer, Tuning
+from fastcal.versions import DEFAULT_TENSORRT_VERSION
+
+#: The share of the multiply-adds that may stay in float, if no target asks for more.
+FLOAT_SHARE = 0.15
+
+#: The samples that are held out if a target is to be reached: a metric counts samples.
+_FOR_TARGET = 96
+
+_log = logging.getLogger("fastcal")
+
+
+def tune(
+    model: str | os.PathLike[str] | Model,
+    feed: Any,
+    *,
+    target: float | None = None,
+    metric: str | Callable[..., Any] | None = None,
+    threshold: float | None = None,
+    float_share: float = FLOAT_SHARE,
+    bias_correction: bool = True,
+    depthwise: bool = False,
+    exclude: Iterable[str] = (),
+    algorithm: str = "best",
+    quantile: float = DEFAULT_QUANTILE,
+    exact: bool = False,
+    tf32: bool = False,
+    threads: int | None = None,
+    memory: int | None = None,
+    until_stable: float | None = None,
+    all_tensors: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    status: Callable[[str], None] | None = None,
+) -> Tuning:
+    """Find the scales and the few layers in float with which INT8 keeps a network's outputs.
+
+    One pass over the batches takes the histograms that scales are picked from, and holds some samples out: a quarter,
+    at most 32, or 96 with a target. On these, ONNX Runtime runs the network with layers in INT8:
+
+    1. The scales of "entropy2", "minmax", "percentile" and "mse" are compared, all layers in INT8.
+    2. Each layer runs in INT8 alone. This ranks the layers by what they cost at the outputs.
+    3. The layers that cost most stay in float, as long as they take at most `float_share` of the multiply-adds. With a
+       target, as few layers stay in float as reach it, whatever they take.
+    4. The mean shift that rounding adds to each output channel is taken out of the biases, if that keeps more.
+
+    The same batches and settings give the same result.
+
+    Args:
+        model: The ONNX file.
+        feed: The batches, as `fastcal.calibrate` takes them.
+        target: The agreement with float to reach on the samples that are held out, in (0, 1].
+        metric: What `target` is measured in, as `fastcal.compare` takes it: by default what the network's users see; if
+            that is not known, 1 minus the noise of the worst part of the outputs.
+        threshold: As `fastcal.compare`.
+        float_share: The share of the multiply-adds, depthwise convolutions apart, that may stay in float, from 0 to 1.
+        bias_correction: Whether to correct biases if that keeps more.
+        depthwise: Whether depthwise convolutions may be in INT8.
+        exclude: As `fastcal.quantize`.
+        algorithm: An algorithm's name; "best" compares four.
+        quantile: As `fastcal.calibrate`.
+        exact: As `fastcal.calibrate`.
+        tf32: As `fastcal.calibrate`.
+        threads: As `fastcal.calibrate`.
+        memory: As `fastcal.calibrate`.
+        until_stable: As `fastcal.calibrate`.
+        all_tensors: Whether to observe all tensors, for a report; by default only those that layers in INT8 read.
+        cache: A file to keep the scales of all tensors in, as `fastcal.calibrate`.
+        progress: Called after every batch of the calibration.
+        status: Called with a text for each step after that, "ranking layers, 3 of 64" for instance.
+
+    Returns:
+        The tuning, for `quantize`.
+
+    Raises:
+        ModelError: The model cannot be quantized or run.
+        DataError: The batches do not fit the model.
+        FastcalError: A setting is out of range, or a metric cannot be loaded, or fails.
+        Exception: As the feed.
+    """
+    check_range("threads", threads, 1, MOST_THREADS)
+    if not 0 <= float_share <= 1:
+        raise FastcalError(f"float_share is {float_share}; it must be from 0 to 1")
+    if target is not None and not 0 < target <= 1:
+        raise FastcalError(f"target is {target}; it must be above 0 and at most 1, 0.99 for instance")
+    network = Model.of(model)
+    excluded = check_quantizable(network, exclude)
+    if not depthwise:
+        excluded |= depthwise_in(Graph(modern(network)))
+    choose = chooser(network, metric, threshold)
+    wanted = Algorithm.of(algorithm, quantile, exact=exact)
+    with as_feed(feed, network, "auto") as batches:
+        sampled = Sampled(batches, network.inputs, HELD_OUT if target is None else _FOR_TARGET)
+        tuner = _Tuner(network, sampled, excluded, threads, status or (lambda text: None))
+        shown = network if all_tensors or cache is not None else network.showing(tuner.tensors)
+        calibration = Calibration(
+            sampled, wanted, shown, OnnxRuntimeBackend(threads, tf32, memory), DEFAULT_TENSORRT_VERSION,
+            until_stable, partial(tuner.pick_best, exact=exact),
+        )  # fmt: skip
+        scales = calibration.run(progress) if cache is None else calibration.keep(cache, progress)
+        if not sampled.shown:  # the cache was reused
+            for _ in sampled:
+                pass
+        return tuner.tune(scales, choose, target, float_share, bias_correction)
+
+
+class _Tuner:
+    """A network that is tuned on samples.
+
+    Attributes:
+        tensors: The activations that pairs round.
+    """
+
+    def __init__(
+        self,
+        network: Model,
+        sampled: Sampled,
+        excluded: set[int],
+        threads: int | None,
+        status: Callable[[str], None],
+    ) -> None:
+        """Prepare to tune on the samples of a feed that is still to be gone through; `excluded` stay in float."""
+        self._model, self._sampled, self._excluded = modern(network), sampled, excluded
+        self._threads, self._status = threads, status
+        self._meter: NoiseMeter | None = None
+        graph = Graph(self._model)
+        axes = Placement(graph, dict.fromkeys(self._model.varying, 1.0), excluded).axes
+        read = (graph.nodes[number].input[index] for number, index in axes)
+        self.tensors = frozenset(name for name in read if name in self._model.varying)
+
+    def pick_best(self, observed: Observations, *, exact: bool) -> tuple[str, dict[str, float]]:
+        """Return the algorithm whose scales cost the outputs least, and these scales."""
+        scales = candidates(observed, exact=exact)
+        meter = self._start(scales["minmax"])
+        self._status("comparing algorithms")
+        return best(meter, scales)
+
+    def tune(
+        self,
+        cache: CalibrationCache,
+        choose: Callable[[Shapes], Metric | None],
+        target: float | None,
+        float_share: float,
+        bias_correction: bool,
+    ) -> Tuning:
+        """Return the tuning for the scales of a cache; `choose` returns the metric for the outputs' shapes."""
+        with self._start(cache.scales) as meter:
+            noises = rank(meter, cache.scales, lambda done, of: self._status(f"ranking layers, {done} of {of}"))
+            curve = Curve(meter, cache.scales, choose(meter.shapes), target)
+            self._status("choosing the layers that stay in float")
+            in_float = curve.choose(noises, float_share)
+        numbers = self._excluded | {meter.layers[index].number for index in in_float}
+        tuning = Tuning(
+            cache,
+            [self._model.proto.graph.node[number].output[0] for number in sorted(numbers)],
+            ranking=[
+                RankedLayer(layer.label, layer.output, noise, layer.multiply_adds)
+                for layer, noise in zip(meter.layers, noises, strict=True)
+            ],
+            metric=curve.metric.name if curve.metric else None,
+            samples=meter.samples, target=target, are_held_out=bool(self._sampled.held_out),
+        )  # fmt: skip
+        self._status("correcting biases" if bias_correction else "measuring the model")
+        plain, bias = curve.measure_model(add_pairs(self._model, tuning), in_float), {}
+        result = plain
+        if bias_correction:
+            bias = self._corrections(cache.scales, numbers)
+            corrected = curve.measure_model(add_pairs(self._model, replace(tuning, bias=bias)), in_float)
+            result, bias = (corrected, bias) if curve.keeps_more(corrected, plain) else (plain, {})
+        return replace(tuning, bias=bias, curve=curve.points, result=result)
+
+    def _start(self, scales: Mapping[str, float]) -> NoiseMeter:
+        """Return the meter, which is made when the first scales are known."""
+        if self._meter is None:
+            self._status("running samples in float")
+            self._meter = meter_for(self._model, self._sampled, scales, self._excluded, self._threads)
+        return self._meter
+
+    def _corrections(self, scales: Mapping[str, float], in_float: set[int]) -> dict[str, list[float]]:
+        axes = Placement(Graph(self._model), scales, in_float).axes
+        found = corrections(self._model, axes, scales, self._sampled.shown, self._threads)
+        return {name: [float(value) for value in values] for name, values in found.items()}

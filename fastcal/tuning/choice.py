@@ -1,0 +1,105 @@
+"""The choice of scales and of the layers that stay in float, by what INT8 costs at the outputs."""
+
+import bisect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from fastcal.accuracy.noise import decibels
+from fastcal.algorithm import Algorithm
+from fastcal.feed.sampled import Sampled
+from fastcal.model import Model
+from fastcal.observe.histogram import Observations
+from fastcal.qdq_graph import Graph, modern
+from fastcal.tuning.layers import Layer, depthwise_in
+from fastcal.tuning.meter import NoiseMeter, meter_for
+
+#: The algorithms whose scales are tried.
+CANDIDATES = ("entropy2", "minmax", "percentile", "mse")
+
+#: The number of batches that algorithms are compared on.
+_COMPARING = 2
+
+#: The share of the noise from which on a layer is worth its time in float.
+_WORTH = 0.01
+
+_log = logging.getLogger("fastcal")
+
+#: The noise that is small enough: 30 dB for an output of one part.
+ENOUGH = 1e-3
+
+
+def candidates(observed: Observations, *, exact: bool = False) -> dict[str, dict[str, float]]:
+    """Return the scales of each algorithm that is tried, by its name."""
+    return {name: Algorithm.of(name, exact=exact).scales(observed) for name in CANDIDATES}
+
+
+def pick_best(
+    model: Model, sampled: Sampled, observed: Observations, *, exact: bool = False, threads: int | None = None
+) -> tuple[str, dict[str, float]]:
+    """Return the algorithm whose scales cost a network's outputs least, all layers in INT8, and these scales.
+
+    Depthwise convolutions stay in float, as in `quantize`. `sampled` is the feed that was observed.
+    """
+    scales = candidates(observed, exact=exact)
+    model = modern(model)
+    excluded = depthwise_in(Graph(model))
+    with meter_for(model, sampled, scales["minmax"], excluded, threads) as meter:
+        return best(meter, scales)
+
+
+def best(meter: NoiseMeter, scales: Mapping[str, Mapping[str, float]]) -> tuple[str, dict[str, float]]:
+    """Return the name of the scales that cost least with all layers in INT8, and these scales; say so in the log."""
+    noises = {name: meter.noise(meter.choice(True), each, batches=_COMPARING) for name, each in scales.items()}
+    name = min(noises, key=lambda name: noises[name])
+    others = ", ".join(f"{each} {decibels(noise):.1f}" for each, noise in noises.items() if each != name)
+    _log.info("scales by %s keep most at the outputs: %.1f dB (%s)", name, decibels(noises[name]), others)
+    return name, dict(scales[name])
+
+
+def rank(
+    meter: NoiseMeter, scales: Mapping[str, float], progress: Callable[[int, int], None] = lambda done, of: None
+) -> list[float]:
+    """Return the noise of each layer if it alone is in INT8, over the first batch."""
+    noises = []
+    for index in range(len(meter.layers)):
+        alone = meter.choice(False)
+        alone[index] = True
+        noises.append(meter.noise(alone, scales, batches=1))
+        progress(index + 1, len(meter.layers))
+    return noises
+
+
+def in_order(layers: Sequence[Layer], noises: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Return the layers that cost something, the worst first: by their noise, and by noise per multiply-add."""
+    noisy = [index for index, noise in enumerate(noises) if noise > 0]
+    by_noise = sorted(noisy, key=lambda index: -noises[index])
+    by_cost = sorted(noisy, key=lambda index: -noises[index] / max(layers[index].multiply_adds, 1))
+    return by_noise, by_cost
+
+
+def within(layers: Sequence[Layer], order: Sequence[int], noises: Sequence[float], share: float) -> list[int]:
+    """Return the first layers of an order that have together at most this share of the multiply-adds.
+
+    Layers with little noise are left out, and so are those that take more than what is left of the share.
+    """
+    left = share * sum(layer.multiply_adds for layer in layers)
+    least = _WORTH * sum(noises)
+    taken = []
+    for index in order:
+        if noises[index] >= least and layers[index].multiply_adds <= left:
+            left -= layers[index].multiply_adds
+            taken.append(index)
+    return taken
+
+
+def fewest(lengths: Sequence[int], suffices: Callable[[int], bool]) -> int:
+    """Return the first of ascending lengths that suffices, if those after it suffice too; the last if none does.
+
+    The first length is tried, then ever longer ones, then those between.
+    """
+    low, high, step = 0, 0, 1
+    while not suffices(lengths[high]):
+        if high == len(lengths) - 1:
+            return lengths[high]
+        low, high, step = high + 1, min(high + step, len(lengths) - 1), 2 * step
+    return lengths[bisect.bisect_left(range(high), True, low, key=lambda index: suffices(lengths[index]))]

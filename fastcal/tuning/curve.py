@@ -1,0 +1,85 @@
+"""`Curve`: what a network keeps with ever more layers in float, and the choice among these."""
+
+from collections.abc import Mapping, Sequence
+
+import onnx
+
+from fastcal.accuracy.base import Metric
+from fastcal.tuning.choice import ENOUGH, fewest, in_order, within
+from fastcal.tuning.meter import NoiseMeter, sqnr, total
+from fastcal.tuning.tuned import TuningPoint
+
+
+class Curve:
+    """Measures choices of layers, all samples each.
+
+    Attributes:
+        metric: The metric, without batches; None if there is none.
+        points: The choices that were measured, the fewest layers in float first.
+    """
+
+    def __init__(
+        self, meter: NoiseMeter, scales: Mapping[str, float], metric: Metric | None, target: float | None
+    ) -> None:
+        self.metric = metric
+        self._meter, self._scales, self._target = meter, scales, target
+        self._points: dict[tuple[int, ...], TuningPoint] = {}
+        self._noises: dict[TuningPoint, float] = {}
+
+    @property
+    def points(self) -> list[TuningPoint]:
+        """The choices that were measured, the fewest layers in float first."""
+        return sorted(self._points.values(), key=lambda point: (point.in_float, point.sqnr))
+
+    def choose(self, noises: Sequence[float], float_share: float) -> list[int]:
+        """Return the layers to leave in float, given what each costs alone.
+
+        Two orders of the layers are tried, by their noise and by their noise per multiply-add.
+        """
+        layers = self._meter.layers
+        orders = in_order(layers, noises)
+        chosen = [within(layers, order, noises, float_share) for order in orders]
+        noise = [self._noises[self.measure(layers)] for layers in chosen]
+        order, few = min(zip(orders, chosen, strict=True), key=lambda pair: noise[chosen.index(pair[1])])
+        if self._target is None:
+            if min(noise) > ENOUGH:
+                return few
+            return few[: fewest(range(len(few) + 1), lambda length: self._noises[self.measure(few[:length])] <= ENOUGH)]
+        order = [*few, *(index for index in order if index not in few)]
+        return order[: fewest(range(len(order) + 1), lambda length: self._reaches(self.measure(order[:length])))]
+
+    def measure(self, in_float: Sequence[int]) -> TuningPoint:
+        """Return what the network keeps with these layers in float."""
+        key = tuple(sorted(in_float))
+        if key not in self._points:
+            metric = None if self.metric is None else self.metric.fresh()
+            is_int8 = self._meter.choice(True)
+            is_int8[list(key)] = False
+            errors = self._meter.errors(is_int8, self._scales, metric=metric)
+            self._points[key] = self._point(key, errors, metric)
+        return self._points[key]
+
+    def measure_model(self, proto: onnx.ModelProto, in_float: Sequence[int]) -> TuningPoint:
+        """Return what a model with pairs keeps, in which these layers are in float."""
+        metric = None if self.metric is None else self.metric.fresh()
+        return self._point(in_float, self._meter.errors_of(proto, metric), metric)
+
+    def keeps_more(self, one: TuningPoint, other: TuningPoint) -> bool:
+        """Return True if one choice has less noise than the other, and reaches the target unless neither does."""
+        if self._target is not None and self._reaches(one) != self._reaches(other):
+            return self._reaches(one)
+        return self._noises[one] < self._noises[other]
+
+    def _reaches(self, point: TuningPoint) -> bool:
+        assert self._target is not None
+        kept = 1 - min(self._noises[point], 1) if point.metric is None else point.metric
+        return kept >= self._target
+
+    def _point(self, in_float: Sequence[int], errors: Mapping[str, float], metric: Metric | None) -> TuningPoint:
+        layers = self._meter.layers
+        whole = sum(layer.multiply_adds for layer in layers)
+        left = whole - sum(layers[index].multiply_adds for index in in_float)
+        kept = metric.value if metric else None
+        point = TuningPoint(len(in_float), left / whole if whole else 1.0, sqnr(errors), kept)
+        self._noises[point] = total(errors)
+        return point
