@@ -24,7 +24,8 @@ from int8 import CLASSES, TACTICS, build, make_calibrator
 import fastcal
 from fastcal.algorithm import Algorithm
 from fastcal.cache.cache import CalibrationCache
-from fastcal.model import Definition, Model
+from fastcal.definition import Definition
+from fastcal.model import Model
 from fastcal.network import Logger, parse, start_builder
 from fastcal.observe.backends import OnnxRuntimeBackend
 from fastcal.observe.histogram import BINS

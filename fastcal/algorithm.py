@@ -57,8 +57,8 @@ class Algorithm:
         quantile: For "percentile", the share of values that is not clipped, in (0, 1]; by default 0.9999. None for the
             others.
         cutoff: For "percentile", Legacy calibration's regression cutoff; by default 1, for none. None for the others.
-        keeps_ranges: Whether no scale may clip an output of the network, or a tensor whose range is known; TensorRT
-            clips these too.
+        keeps_ranges: Whether no scale may clip an output of the network, or a tensor whose range is known. TensorRT
+            clips these too, and so do None and False; with None a cache of either kind is up to date.
 
     Raises:
         FastcalError: There is no such algorithm, or it does not take the quantile.
@@ -67,7 +67,7 @@ class Algorithm:
     name: str = "entropy2"
     quantile: float | None = None
     cutoff: float | None = None
-    keeps_ranges: bool = field(default=False, compare=False)
+    keeps_ranges: bool | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in ALGORITHMS:
@@ -81,10 +81,12 @@ class Algorithm:
                 object.__setattr__(self, name, default)
 
     @classmethod
-    def of(cls, algorithm: "str | Algorithm", quantile: float = DEFAULT_QUANTILE, *, exact: bool = True) -> "Algorithm":
+    def of(
+        cls, algorithm: "str | Algorithm", quantile: float = DEFAULT_QUANTILE, *, exact: bool | None = None
+    ) -> "Algorithm":
         """Return `algorithm` itself, or the one of that name, with `quantile` if it has one.
 
-        Unless `exact`, the algorithm of that name keeps ranges.
+        `exact` is the opposite of `keeps_ranges`, for an algorithm that is given by its name.
 
         Raises:
             FastcalError: There is no such algorithm, or the quantile is not in (0, 1].
@@ -93,7 +95,8 @@ class Algorithm:
             return algorithm
         if not 0 < quantile <= 1:
             raise FastcalError(f"quantile {quantile} is not in (0, 1]; 0.9999 clips one value in ten thousand")
-        return cls(algorithm, quantile if algorithm == "percentile" else None, keeps_ranges=not exact)
+        keeps_ranges = None if exact is None else not exact
+        return cls(algorithm, quantile if algorithm == "percentile" else None, keeps_ranges=keeps_ranges)
 
     @classmethod
     def of_header(cls, line: str) -> "tuple[Algorithm, str | None] | None":
@@ -134,7 +137,8 @@ class Algorithm:
             settings |= {"quantile": self.quantile, "regression_cutoff": self.cutoff}
         if self.name == "mse":
             settings["exponent"] = EXPONENT
-        return settings | ({"keeps_ranges": True} if self.keeps_ranges and self.name != "minmax" else {})
+        is_known = self.keeps_ranges is not None and self.name != "minmax"
+        return settings | ({"keeps_ranges": self.keeps_ranges} if is_known else {})
 
     @property
     def has_version(self) -> bool:
@@ -186,10 +190,18 @@ class Algorithm:
         return scales | {name: scales[source] for name, source in shared if {name, source} <= scales.keys()}
 
     def kept_ranges(self, observed: Observations) -> dict[str, tuple[float, float]]:
-        """Return the scales that are raised so that they clip nothing: before and after, by tensor name."""
+        """Return the scales that are raised so that they clip nothing: before and after, by tensor name.
+
+        `observed` has the tensors' histograms, and the least thresholds of those that must not be clipped. If such a
+        tensor takes the scale of another one, that one is raised.
+        """
         if not self.keeps_ranges or self.name == "minmax":
             return {}
-        least, kept = observed.least_thresholds, {}
+        least: dict[str, float] = {}
+        for name, threshold in observed.least_thresholds.items():
+            source = observed.shared_scales.get(name, name)
+            least[source] = max(threshold, least.get(source, 0.0))
+        kept = {}
         histograms = {name: found for name, found in observed.histograms.items() if name in least}
         for name, scale in self.pick_all(histograms).items():
             whole = float(np.float32(max(histograms[name].amax, least[name])) / INT8_MAX)

@@ -28,6 +28,7 @@ def build_engine(
     calibrator: Any,
     *,
     calibration: str = "fastcal",
+    exact: bool = False,
     tf32: bool = False,
     fp16: bool = True,
     min_batch: int | None = None,
@@ -48,7 +49,8 @@ def build_engine(
         calibrator: One of fastcal's calibrators; or the batches for an `EntropyCalibrator2`: a `Feed`, or anything that
             `ArrayFeed` takes.
         calibration: "fastcal" calibrates at the speed of the data; "tensorrt" lets TensorRT's builder calibrate, on one
-            CPU core. The scales are the same.
+            CPU core. With `exact`, the scales are the same.
+        exact: Whether fastcal clips outputs and tensors with a known range as TensorRT does: see `fastcal.calibrate`.
         tf32: Whether fastcal's calibration may use TF32: see `fastcal.calibrate`.
         fp16: Whether TensorRT may run layers in FP16 if that is faster.
         min_batch: The smallest batch that the engine runs, if the model's batch is dynamic; by default 1.
@@ -92,7 +94,7 @@ def build_engine(
     with _timings(timing_cache, config, logger):
         with calibrator:
             if calibration == "fastcal":
-                calibrator.calibrate(network, tf32=tf32, tactic_sources=tactics)
+                calibrator.calibrate(network, exact=exact, tf32=tf32, tactic_sources=tactics)
             engine = builder.build_serialized_network(network, config)
         if engine is None:
             raise ModelError(f"TensorRT builds no engine from {model.label}: {logger.reasons()}")

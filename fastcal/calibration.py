@@ -12,11 +12,12 @@ from typing import Any
 from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record, check_cache_writable, read_record, why_no_record
+from fastcal.definition import Definition, Network, as_network
 from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
 from fastcal.feed.sampled import HELD_OUT, Sampled
-from fastcal.model import FLOATS, Definition, Model, Network, as_network
+from fastcal.model import FLOATS, Model
 from fastcal.observe.backends import (
     Backend,
     LocalBackend,
@@ -58,13 +59,13 @@ def calibrate(
     cache: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CalibrationCache:
-    """Pick the INT8 scales of a network's tensors, those that TensorRT's own calibration would pick.
+    """Pick the INT8 scales of a network's tensors; with `exact`, those that TensorRT's own calibration would pick.
 
     The network runs in float32 with every tensor visible, with ONNX Runtime on a GPU or the CPU, or with TensorRT. One
     batch is in memory at a time. If a batch's tensors do not fit the memory together, the network runs in segments one
-    after another on the CPU, and several times over the batch on a GPU. The scales equal TensorRT's to the last bit if
-    the tensors' values do. With TensorRT the cache holds every tensor that TensorRT asks for; with ONNX Runtime it
-    lacks those that TensorRT's parser adds under names of its own (constants, the parts of a Gemm), which
+    after another on the CPU, and several times over the batch on a GPU. With `exact`, the scales equal TensorRT's to
+    the last bit if the tensors' values do. With TensorRT the cache holds every tensor that TensorRT asks for; with ONNX
+    Runtime it lacks those that TensorRT's parser adds under names of its own (constants, the parts of a Gemm), which
     `build_engine` and the calibrators add.
 
     Args:

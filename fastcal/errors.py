@@ -117,6 +117,11 @@ def quoted(names: Iterable[str | None]) -> str:
     return ", ".join(map(repr, names))
 
 
+def listed(texts: Sequence[str]) -> str:
+    """Return texts as "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
+
+
 def first_few(texts: Sequence[str], most: int = 5) -> str:
     """Return the first texts, separated by commas, and the number of the others."""
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -16,12 +16,13 @@ import numpy as np
 from fastcal.algorithm import Algorithm
 from fastcal.cache.cache import CalibrationCache
 from fastcal.calibration import Calibration
+from fastcal.definition import Definition, Network, as_network
 from fastcal.errors import FastcalError, ModelError, UnavailableError, first_few
 from fastcal.feed.arrays import ArrayFeed
 from fastcal.feed.feed import Feed
 from fastcal.handout import CalibratorStats, Handout
 from fastcal.kept_cache import keep_cache
-from fastcal.model import Definition, Model, Network, as_network
+from fastcal.model import Model
 from fastcal.network import float_names, trt
 from fastcal.observe.backends import (
     LocalBackend,
@@ -173,6 +174,7 @@ class FeedCalibrator:
         self,
         network: Any,
         *,
+        exact: bool = False,
         tf32: bool = False,
         optimization_level: int | None = None,
         tactic_sources: int | Iterable[str] | None = None,
@@ -186,6 +188,7 @@ class FeedCalibrator:
 
         Args:
             network: The `INetworkDefinition` that will be built, or its ONNX file.
+            exact: Whether to clip outputs and tensors with a known range as TensorRT does, as for `fastcal.calibrate`.
             tf32: Whether the network may run in TF32: faster, and an amax differs by about 1e-3.
             optimization_level: As for `fastcal.calibrate`.
             tactic_sources: As for `fastcal.calibrate`.
@@ -202,11 +205,12 @@ class FeedCalibrator:
             return
         known, wanted = self._default.network, as_network(network)
         if isinstance(wanted, Definition):
-            wanted = replace(wanted, digest=None if known is None else known.digest)
+            wanted = replace(wanted, file=known if isinstance(known, Model) else None)
         if wanted.digest is None:
             self._cache.forget()  # it may be of another network
         backend = _choose_backend(wanted, known, TensorRTBackend(tf32, optimization_level, tactic_sources))
-        self._calibration = replace(self._default, network=wanted, backend=backend)
+        algorithm = replace(self._algorithm, keeps_ranges=not exact)
+        self._calibration = replace(self._default, network=wanted, backend=backend, algorithm=algorithm)
         kept = self._reuse()
         if kept is not None and not self._lacks_any(wanted, kept):
             return

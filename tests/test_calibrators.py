@@ -512,32 +512,35 @@ class Counted(fastcal.Feed):
 
 
 @pytest.mark.parametrize(
-    ("kind", "algorithm", "options"),
+    ("kind", "algorithm", "exact", "options"),
     [
-        ("EntropyCalibrator2", "entropy2", {}),
-        ("MinMaxCalibrator", "minmax", {}),
-        ("LegacyCalibrator", "percentile", {"quantile": 0.9}),
+        ("EntropyCalibrator2", "entropy2", True, {}),
+        ("EntropyCalibrator2", "entropy2", False, {}),
+        ("MinMaxCalibrator", "minmax", False, {}),
+        ("LegacyCalibrator", "percentile", False, {"quantile": 0.9}),
     ],
 )
 def test_a_calibration_by_fastcal_describes_the_feed_once_and_is_handed_over(
-    trt_bindings, on_a_cpu, onnx_file, kind, algorithm, options
+    trt_bindings, on_a_cpu, onnx_file, kind, algorithm, exact, options
 ):
     model = onnx_file("f (float[N, 3] x) => (float[N, 3] y) { y = Add(x, x) }")
     Path("x.cache").write_text("another calibration's")
     feed, reports = Counted(), []
     kind = getattr(fastcal, kind)
     with kind(feed, cache="x.cache", model=model, progress=reports.append, **options) as calibrator:
-        calibrator.calibrate(model)
+        calibrator.calibrate(model, exact=exact)
         assert feed.looked == 1
         served = serve(calibrator)
     version = trt_bindings.__version__
     expected = fastcal.calibrate(
-        model, feed, algorithm=algorithm, exact=True, backend="onnxruntime", tensorrt_version=version, **options
+        model, feed, algorithm=algorithm, exact=exact, backend="onnxruntime", tensorrt_version=version, **options
     )
     assert served == Path("x.cache").read_bytes() == expected.to_bytes()
     passes = feed.passes
     with calibrator:
-        calibrator.calibrate(model)  # the cache is up to date
+        calibrator.calibrate(model, exact=exact)  # the cache is up to date
+        assert serve(calibrator) == served
+    with calibrator:  # of either kind, as far as TensorRT is to calibrate
         assert serve(calibrator) == served
     assert feed.passes == passes
     assert fastcal.CalibrationCache.load("x.cache").record == expected.record

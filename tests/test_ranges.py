@@ -90,12 +90,30 @@ def test_the_log_names_them(onnx_file, rare, caplog):
     assert "not clipped" not in caplog.text
 
 
-def test_a_cache_of_the_other_kind_is_stale(onnx_file, rare, tmp_path, caplog):
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_cache_of_the_other_kind_is_stale(onnx_file, rare, tmp_path, caplog, exact):
     options = {"backend": "onnxruntime", "tensorrt_version": "10.3.0", "cache": tmp_path / "x.cache"}
-    fastcal.calibrate(onnx_file(DETECTOR), rare, exact=True, **options)
+    fastcal.calibrate(onnx_file(DETECTOR), rare, exact=exact, **options)
     caplog.set_level(logging.INFO, "fastcal")
-    fastcal.calibrate(onnx_file(DETECTOR), rare, **options)
-    assert "it was made from other keeps_ranges" in caplog.text
+    fastcal.calibrate(onnx_file(DETECTOR), rare, exact=not exact, **options)
+    assert f"it was made from other keeps_ranges ({not exact} then, {exact} now)" in caplog.text
+    assert fastcal.calibrate(onnx_file(DETECTOR), rare, exact=not exact, **options).observed is None
+
+
+def test_a_pooled_output_is_not_clipped(onnx_file):
+    """TensorRT gives the output of a pooling layer the scale of the layer's input."""
+    values = np.random.default_rng(0).normal(0, 0.1, (1, 1, 64, 64)).astype("f4")
+    values[0, 0, 9, 9] = 4
+    model = onnx_file(
+        "f (float[1, 1, 64, 64] x) => (float[1, 1, 32, 32] y) "
+        "{ r = Relu(x) y = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(r) }"
+    )
+    options = {"algorithm": "percentile", "quantile": 0.99, "backend": "onnxruntime"}
+    scales = fastcal.calibrate(model, [values], **options).scales
+    assert scales["y"] == scales["r"] == float(np.float32(4) / np.float32(127))
+    assert scales["x"] < scales["r"] / 4
+    clipped = fastcal.calibrate(model, [values], exact=True, **options).scales
+    assert clipped["y"] == clipped["r"] < scales["r"] / 4
 
 
 def test_a_cache_by_error_is_one_of_entropy2_for_tensorrt(onnx_file, rare, tmp_path):

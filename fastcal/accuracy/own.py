@@ -83,7 +83,7 @@ def load_metric(place: str) -> OwnMetric:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise FastcalError(f"cannot load metric {place}: {reason}; write file.py:name or module:name") from error
     if not callable(found):
-        raise FastcalError(f"metric {place} is a {type(found).__name__}; it must be a function or a class")
+        raise FastcalError(f"metric {place} is of type {type(found).__name__}; it must be a function or a class")
     return OwnMetric(found)
 
 

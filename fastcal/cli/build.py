@@ -87,7 +87,9 @@ def build(
                 Algorithm.of(options.algorithm, options.quantile), feed, cache=cache, model=network, progress=progress
             )
             started = time.perf_counter()
-            engine = build_engine(network, calibrator, **build_options.keywords(), **options.for_tensorrt())
+            engine = build_engine(
+                network, calibrator, exact=options.exact, **build_options.keywords(), **options.for_tensorrt()
+            )
             seconds = time.perf_counter() - started
         write_atomically(output, engine)
         made = f"{output}, {decimal(len(engine))}, built in {seconds:.0f} s"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import fastcal
-from fastcal.cli.options import FeedOptions, MemoryOption, QuantileOption, read_memory
+from fastcal.cli.options import ExactOption, FeedOptions, MemoryOption, QuantileOption, read_memory
 from fastcal.cli.terminal import Bar, finish, print_table, say, terminal
 
 #: The most tensors, and the most channels of outputs, that are shown.
@@ -45,6 +45,7 @@ def compare(
         ),
     ] = "explicit",
     quantile: QuantileOption = 0.9999,
+    exact: ExactOption = False,
     memory: MemoryOption = None,
 ) -> None:
     """Compare INT8 with FP32: each algorithm's scales, caches, and Q/DQ models."""
@@ -60,7 +61,7 @@ def compare(
                 network, feed,
                 caches={labels[path]: path for path in cache or []},
                 quantized={labels[path]: path for path in quantized or []},
-                metric=metric, threshold=threshold, rounding=rounding, quantile=quantile,
+                metric=metric, threshold=threshold, rounding=rounding, quantile=quantile, exact=exact,
                 threads=options.threads, memory=read_memory(memory), progress=progress,
             )  # fmt: skip
         _print_qualities(comparison)

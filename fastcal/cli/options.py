@@ -30,6 +30,9 @@ BackendOption = Annotated[
     ),
 ]
 QuantileOption = Annotated[float, typer.Option(help="For percentile: the share of values that is not clipped.")]
+ExactOption = Annotated[
+    bool, typer.Option("--exact", help="Clip outputs and tensors with a known range too, as TensorRT does.")
+]
 UntilStableOption = Annotated[
     float | None, typer.Option(metavar="PERCENT", help="Stop early once no scale moves by more than this any more.")
 ]
@@ -178,9 +181,7 @@ class CalibrationOptions(FeedOptions):
         ),
     ] = "entropy2"
     quantile: QuantileOption = 0.9999
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Clip outputs and tensors with a known range too, as TensorRT does.")
-    ] = False
+    exact: ExactOption = False
     tf32: Annotated[bool, typer.Option("--tf32", help="On a GPU: run the network in TF32, which is faster.")] = False
     tactic_sources: Annotated[
         str | None, typer.Option(metavar="NAMES", help="TensorRT's sources of kernels, e.g. JIT_CONVOLUTIONS,CUDNN.")

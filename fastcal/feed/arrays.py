@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from fastcal.batch import counting
+from fastcal.definition import Network
 from fastcal.device import resolve
 from fastcal.errors import DataError
 from fastcal.feed.array_plan import ArrayPasses, ArrayPlan, is_source, iterable
 from fastcal.feed.chunks import LAST_BATCHES
 from fastcal.feed.feed import Feed
 from fastcal.feed.plan import PlannedFeed, check_settings
-from fastcal.model import Model, Network
+from fastcal.model import Model
 
 
 class ArrayFeed(PlannedFeed):

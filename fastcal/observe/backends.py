@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+from fastcal.definition import Network
 from fastcal.device import resolve
 from fastcal.errors import FastcalError, ModelError, UnavailableError, missing
 from fastcal.feed.feed import Batch, Feed, length
 from fastcal.feed.plan import default_batch_size
-from fastcal.model import Model, Network
+from fastcal.model import Model
 from fastcal.observe.histogram import Histogram, Observations
 from fastcal.progress import Progress
 from fastcal.versions import has_calibrators, is_installed

@@ -11,8 +11,9 @@ from typing import Any
 
 import onnx
 
+from fastcal.definition import Definition, Network
 from fastcal.feed.feed import Feed
-from fastcal.model import Definition, Model, Network
+from fastcal.model import Model
 from fastcal.network import (
     computed_tensors,
     constant_values,
@@ -72,9 +73,13 @@ class ParsedBackend(LocalBackend):
             histograms[name] = Histogram()
             histograms[name].update(values)
         histograms |= {name: histograms[source] for name, source in self.parsed.copies.items() if source in histograms}
-        names = self.parsed.names
+        names, least = self.parsed.names, observed.least_thresholds
         histograms = {name: histograms[name] for name in names if name in histograms} | histograms
-        return replace(observed, network=network.label, histograms=histograms, shared_scales=self.parsed.shared_scales)
+        least = {**least, **{name: least[source] for name, source in self.parsed.copies.items() if source in least}}
+        return replace(
+            observed, network=network.label, histograms=histograms, shared_scales=self.parsed.shared_scales,
+            least_thresholds=least,
+        )  # fmt: skip
 
 
 class Parsed:

@@ -15,9 +15,10 @@ from typing import Any
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
+from fastcal.definition import Network
 from fastcal.errors import DataError, FastcalError, ModelError, UnavailableError, check_range
 from fastcal.feed.feed import Feed, length
-from fastcal.model import Model, Network
+from fastcal.model import Model
 from fastcal.observe.backends import (
     Backend,
     Enough,

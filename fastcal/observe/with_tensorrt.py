@@ -9,9 +9,10 @@ import cupy
 import numpy as np
 
 from fastcal.batch import format_shape, known_sizes
+from fastcal.definition import Definition, Network
 from fastcal.errors import ModelError
 from fastcal.memory import groups
-from fastcal.model import Definition, Model, Network
+from fastcal.model import Model
 from fastcal.network import (
     Logger,
     computed_tensors,

@@ -12,7 +12,7 @@ from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record
 from fastcal.calibration import calibrate
-from fastcal.errors import DataError, FastcalError, ModelError, quoted
+from fastcal.errors import DataError, FastcalError, ModelError, listed, quoted
 from fastcal.feed.arrays import as_feed
 from fastcal.model import FLOATS, Model
 from fastcal.observe.backends import timed
@@ -27,7 +27,7 @@ from fastcal.report.quality import Comparison, Quality
 from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
 #: The algorithms that are compared; "entropy" picks the scales of "entropy2".
-COMPARED = ("entropy2", "minmax", "percentile")
+COMPARED = ("entropy2", "minmax", "percentile", "mse")
 
 #: The places where the simulation rounds, by name.
 _ROUNDING: Mapping[str, type[Placement]] = {"explicit": Placement, "implicit": ImplicitPlacement}
@@ -55,16 +55,17 @@ def compare(
     threshold: float | None = None,
     rounding: str = "explicit",
     quantile: float = DEFAULT_QUANTILE,
+    exact: bool = False,
     threads: int | None = None,
     memory: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
     """Measure the accuracy that a network keeps in INT8: with each algorithm, with caches, and as Q/DQ models.
 
-    The algorithms are "entropy2", "minmax" and "percentile". The first pass over the batches takes the histograms that
-    the algorithms pick scales from, the second one compares. ONNX Runtime simulates the INT8 rounding, of weights too,
-    in float32. An engine rounds only where TensorRT runs layers in INT8, so the numbers rank scales and do not predict
-    an engine's accuracy.
+    The algorithms are "entropy2", "minmax", "percentile" and "mse". The first pass over the batches takes the
+    histograms that the algorithms pick scales from, the second one compares. ONNX Runtime simulates the INT8 rounding,
+    of weights too, in float32. An engine rounds only where TensorRT runs layers in INT8, so the numbers rank scales and
+    do not predict an engine's accuracy.
 
     The scales with the highest signal-to-quantization-noise ratio (SQNR) keep most. An output that holds values of
     different kinds, such as a detector's boxes and scores, is compared part by part, and the worst part counts: boxes
@@ -97,6 +98,7 @@ def compare(
         rounding: "explicit": at the pairs of the model that `quantize` makes, as TensorRT 11 rounds. "implicit":
             wherever TensorRT 8 to 10 may round with a cache: each activation that one kernel passes to another.
         quantile: For "percentile", the share of values that is not clipped.
+        exact: Whether the algorithms clip outputs and tensors with a known range, as `fastcal.calibrate` takes it.
         threads: The number of threads; by default one per core that this process may use.
         memory: The bytes that the tensors of a segment of the float network may take, as `fastcal.calibrate` takes it.
         progress: Called after every batch of either pass.
@@ -112,7 +114,7 @@ def compare(
         FastcalError: A setting is out of range, or a metric cannot be loaded, or fails.
         Exception: As the feed.
     """
-    algorithms = {name: Algorithm.of(name, quantile) for name in COMPARED}
+    algorithms = {name: Algorithm.of(name, quantile, exact=exact) for name in COMPARED}
     network = Model.of(model)
     check_quantizable(network)
     _check_outputs(network)
@@ -127,8 +129,8 @@ def compare(
     counting, comparing = _in_two_passes(progress)
     with as_feed(feed, network, "cpu") as batches:
         fresh = calibrate(
-            network, batches, backend="onnxruntime", threads=threads, memory=memory, progress=counting,
-            tensorrt_version=DEFAULT_TENSORRT_VERSION,
+            network, batches, algorithm="minmax", backend="onnxruntime", threads=threads, memory=memory,
+            tensorrt_version=DEFAULT_TENSORRT_VERSION, progress=counting,
         )  # fmt: skip
         observed = fresh.observed
         assert observed is not None  # calibrate has just observed the network
@@ -252,7 +254,7 @@ def _verdict(
         reason = "in INT8 the output is NaN or infinite, or 0 is all that it is in FP32"
         return "; ".join([*parts, f"no scales keep anything: {reason}"])
     others = [name for name in COMPARED if name != first and _alike(qualities[name].sqnr, most)]
-    near = f", {' and '.join(others)} {'too' if is_exact else f'within {_ALIKE:g} dB of it'}" if others else ""
+    near = f", {listed(others)} {'too' if is_exact else f'within {_ALIKE:g} dB of it'}" if others else ""
     where = qualities[first].worst_part if len(qualities[first].parts) > 1 else "the output"
     kept_most = "the exact output" if is_exact else f"{most:.1f} dB at {where}"
     return "; ".join([*parts, f"{first} keeps most: {kept_most}{_users_see(qualities[first], metric)}{near}"])

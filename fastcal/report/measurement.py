@@ -101,7 +101,7 @@ class Measurement(AbstractContextManager["Measurement"]):
         for label, (runner, model, _) in self._ways.items():
             outputs = runner.run(arrays if model is self._network else match_batch(model.inputs, model.label, arrays))
             for name in self._outputs:
-                self._check_shapes(name, exact[name], outputs[name])
+                self._check_shapes(model, name, exact[name], outputs[name])
             self._seen[label].add(real, without_padding(outputs, size, new), new)
 
     def _look(self, shapes: Shapes, exact: Outputs, size: int) -> None:
@@ -147,13 +147,19 @@ class Measurement(AbstractContextManager["Measurement"]):
                 "INT8 cannot be compared; check the images and the network in float"
             )
 
-    def _check_shapes(self, name: str, exact: npt.NDArray[Any], int8: npt.NDArray[Any]) -> None:
-        if exact.shape != int8.shape:
+    def _check_shapes(self, model: Model, name: str, exact: npt.NDArray[Any], int8: npt.NDArray[Any]) -> None:
+        if exact.shape == int8.shape:
+            return
+        shapes = format_shape(exact.shape), format_shape(int8.shape)
+        if model is not self._network:
             raise ModelError(
-                f"output {name!r} of {self._network.path} is {format_shape(exact.shape)} in float and "
-                f"{format_shape(int8.shape)} in INT8: its size depends on the values, so the two cannot be compared; "
-                "compare a model that ends before it"
+                f"output {name!r} is {shapes[0]} in {self._network.label} and {shapes[1]} in {model.label}; compare a "
+                "Q/DQ model of the same network"
             )
+        raise ModelError(
+            f"output {name!r} of {model.label} is {shapes[0]} in float and {shapes[1]} in INT8: its size depends on "
+            "the values, so the two cannot be compared; compare a model that ends before it"
+        )
 
     def results(self) -> tuple[dict[str, Quality], float | None]:
         """Return the quality in each way, and the share that float classifies right (None: not known).

@@ -60,7 +60,7 @@ def test_a_loaded_cache_has_its_record(tmp_path):
         ('{"scales": {"x": NaN}}', "scale of 'x' is nan; it must be a finite"),
         ('{"scales": {"x": 1e39}}', "scale of 'x' is too large for a float32"),
         ('{"scales": {"x": 1' + 400 * "0" + "}}", "scale of 'x' is too large for a float32"),
-        ('{"scales": {}, "algorithm": "mse"}', "there is no algorithm 'mse'; choose one of"),
+        ('{"scales": {}, "algorithm": "kl"}', "there is no algorithm 'kl'; choose one of"),
         ('{"scales": {}, "algorithm": ["minmax"]}', r"there is no algorithm \['minmax'\]; choose one of"),
         ('{"scales": {}, "tensorrt_version": "11.0"}', "TensorRT 11.0 takes no calibration cache"),
         ('{"scales": {}, "tensorrt_version": 8}', ": 8 is not a TensorRT version"),
@@ -105,7 +105,7 @@ def test_what_a_form_cannot_hold(tmp_path):
                 CalibrationCache({"x": scale}).save(tmp_path / "x", form=form)
     for form in ("tensorrt", "json"):
         for settings, message in (
-            (("mse",), "there is no algorithm 'mse'; choose one of entropy2"),
+            (("kl",), "there is no algorithm 'kl'; choose one of entropy2"),
             (("minmax", None), "algorithm minmax needs a TensorRT version"),
             (("minmax", "11.0"), "TensorRT 11.0 takes no calibration cache"),
             ((Algorithm("percentile", 10**400), None), "^the quantile is too large for a float64$"),

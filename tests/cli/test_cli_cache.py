@@ -204,7 +204,7 @@ def test_json_lines_tell_the_progress_and_the_outcome(run_fastcal, tmp_path):
     }
     done = run_fastcal(*words, "--json", "--quiet", cwd=tmp_path)
     assert [json.loads(line)["event"] for line in done.stdout.splitlines()] == ["done"]
-    done = run_fastcal(*words, "--json", "--algorithm", "mse", cwd=tmp_path)
+    done = run_fastcal(*words, "--json", "--algorithm", "kl", cwd=tmp_path)
     assert done.returncode == 2
     told = json.loads(done.stdout)
     assert told["event"] == "error"
@@ -216,7 +216,7 @@ def test_quiet_leaves_only_what_is_wrong(run_fastcal, tmp_path, work):
     done = run_fastcal(*words)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (tmp_path / "x.cache").exists()
-    done = run_fastcal(*words, "--algorithm", "mse")
+    done = run_fastcal(*words, "--algorithm", "kl")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     done = run_fastcal("cache", "diff", "a.cache", "b.cache", "--quiet", cwd=work)

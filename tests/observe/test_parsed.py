@@ -1,11 +1,14 @@
 """The tensors that TensorRT's parser adds, observed with ONNX Runtime: as TensorRT for RTX parses networks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import fastcal
 from fastcal.algorithm import Algorithm
-from fastcal.model import Definition, Model
+from fastcal.definition import Definition
+from fastcal.model import Model
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -125,6 +128,30 @@ def test_a_pooling_layers_output_shares_its_inputs_scale(onnx_file, parse):
     model, definition = parse(path)
     assert Parsed(definition, model).shared_scales == {"y": "x"}
     assert minmax_scales(parse, path, [{"x": normal(1, 2, 8, 8)}])["y"] == pytest.approx(found["x"] / 127)
+
+
+def test_known_ranges_are_those_of_the_file(onnx_file, parse):
+    """Scores behind a Sigmoid within the network, and the parser's own tensors with their values, are not clipped."""
+    from fastcal.calibration import Calibration
+    from fastcal.feed.arrays import ArrayFeed
+    from fastcal.observe.backends import OnnxRuntimeBackend
+    from fastcal.observe.parsed import Parsed, ParsedBackend
+
+    path = onnx_file(
+        "f (float[4, 2, 8] x) => (float[4, 3, 3] y) { s = Sigmoid(x) y = Conv(s, w) }", {"w": normal(3, 2, 6)}
+    )
+    model, definition = parse(path)
+    parsed = Parsed(definition, model)
+    (moved,) = (name for name, source in parsed.copies.items() if source == "s")
+    backend = ParsedBackend(parsed, OnnxRuntimeBackend())
+    with ArrayFeed([{"x": normal(4, 2, 8) - 4}], model=model) as feed:
+        for keeps_ranges in (True, False):
+            algorithm = Algorithm("percentile", 0.9, keeps_ranges=keeps_ranges)
+            calibration = Calibration(feed, algorithm, replace(definition, file=model), backend, "10.3.0")
+            cache = calibration.run()
+            whole = {"s": 1, moved: 1, "y": cache.observed.histograms["y"].amax}
+            kept = {cache.scales[name] == np.float32(amax) / np.float32(127) for name, amax in whole.items()}
+            assert kept == {keeps_ranges}
 
 
 def test_a_network_without_counterparts_is_told(onnx_file, parse):

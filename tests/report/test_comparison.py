@@ -88,10 +88,11 @@ def decibels(signal, noisy):
     return 10 * math.log10(np.sum(signal**2) / np.sum((signal - noisy) ** 2))
 
 
-def test_the_ratios_are_those_of_onnxruntimes_rounding(network, onnx_file):
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_ratios_are_those_of_onnxruntimes_rounding(network, onnx_file, exact):
     values = batches()
-    result = fastcal.compare(network, values, quantile=0.98)
-    assert list(result.qualities) == ["entropy2", "minmax", "percentile"]
+    result = fastcal.compare(network, values, quantile=0.98, exact=exact)
+    assert list(result.qualities) == ["entropy2", "minmax", "percentile", "mse"]
     assert result.images == 6
     rounding = onnx_file(
         "f (float[N, 4, 4, 4] r, float s) => (float[N, 4, 4, 4] y) { q = QuantizeLinear(r, s, z)\n"
@@ -102,7 +103,8 @@ def test_the_ratios_are_those_of_onnxruntimes_rounding(network, onnx_file):
     session = onnxruntime.InferenceSession(rounding)
     activations = {name: outputs_of(onnx.load(network), name, values).astype(np.float32) for name in ("c", "r")}
     for algorithm, quality in result.qualities.items():
-        cache = fastcal.calibrate(network, values, algorithm=algorithm, quantile=0.98, backend="onnxruntime")
+        options = {"algorithm": algorithm, "quantile": 0.98, "exact": exact, "backend": "onnxruntime"}
+        cache = fastcal.calibrate(network, values, **options)
         assert {name: tensor.scale for name, tensor in quality.tensors.items()} == cache.scales
         for name, activation in activations.items():
             scale = np.float32(cache.scales[name])
@@ -316,7 +318,9 @@ def test_the_verdict_on_an_exact_output(onnx_file):
     kept = result.qualities["coarse"].sqnr
     assert lost.startswith(f"coarse keeps {kept:.1f} dB where minmax keeps the exact output, and its scale of input")
     assert same == "right keeps as much as minmax"
-    assert most == ("minmax keeps most: the exact output and FP32's class for 100.0% of the images, percentile too")
+    assert most == (
+        "minmax keeps most: the exact output and FP32's class for 100.0% of the images, percentile and mse too"
+    )
 
 
 @pytest.mark.parametrize(("factor", "is_doubted"), [(1.4, False), (1.6, True), (1 / 1.4, False), (1 / 1.6, True)])

@@ -139,7 +139,8 @@ def large(browser, tmp_path_factory):
     large_network(folder / "large.onnx")
     random = np.random.default_rng(0)
     batches = [{"x": random.standard_normal((8, 4, 16, 16), dtype=np.float32)} for _ in range(4)]
-    cache = fastcal.calibrate(folder / "large.onnx", batches, backend="onnxruntime", algorithm="percentile")
+    options = {"backend": "onnxruntime", "algorithm": "percentile", "exact": True}
+    cache = fastcal.calibrate(folder / "large.onnx", batches, **options)
     fastcal.write_report(cache, folder / "report.html")
     return SimpleNamespace(page=Page(browser, folder / "report.html"), cache=cache, batches=batches)
 
