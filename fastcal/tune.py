@@ -121,7 +121,7 @@ def tune(
     wanted = Algorithm.of(algorithm, quantile, exact=exact)
     with as_feed(feed, network, "auto") as batches:
         sampled = Sampled(batches, network.inputs, HELD_OUT if target is None else _FOR_TARGET)
-        tuner = _Tuner(network, sampled, excluded, threads, status or (lambda text: None))
+        tuner = _Tuner(network, sampled, excluded, threads, status or (lambda text: None), target is not None)
         shown = network if all_tensors or cache is not None else network.showing(tuner.tensors)
         calibration = Calibration(
             sampled, wanted, shown, OnnxRuntimeBackend(threads, tf32, memory), DEFAULT_TENSORRT_VERSION,
@@ -148,10 +148,11 @@ class _Tuner:
         excluded: set[int],
         threads: int | None,
         status: Callable[[str], None],
+        is_thorough: bool,
     ) -> None:
         """Prepare to tune on the samples of a feed that is still to be gone through; `excluded` stay in float."""
         self._model, self._sampled, self._excluded = modern(network), sampled, excluded
-        self._threads, self._status = threads, status
+        self._threads, self._status, self._is_thorough = threads, status, is_thorough
         self._meter: NoiseMeter | None = None
         graph = Graph(self._model)
         axes = Placement(graph, dict.fromkeys(self._model.varying, 1.0), excluded).axes
@@ -203,7 +204,9 @@ class _Tuner:
         """Return the meter, which is made when the first scales are known."""
         if self._meter is None:
             self._status("running samples in float")
-            self._meter = meter_for(self._model, self._sampled, scales, self._excluded, self._threads)
+            self._meter = meter_for(
+                self._model, self._sampled, scales, self._excluded, self._threads, thorough=self._is_thorough
+            )
         return self._meter
 
     def _corrections(self, scales: Mapping[str, float], in_float: set[int]) -> dict[str, list[float]]:

@@ -1,7 +1,6 @@
 """`Sampled`: a feed that keeps copies of some samples, to measure what INT8 costs on them."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ class Sampled(Feed):
     Attributes:
         held_out: The samples that are held out, in batches of at most 8, or of the network's size.
         shown: As many of the others.
+        passed: The number of samples of the last pass that were not held out.
     """
 
     def __init__(self, feed: Feed, inputs: Sequence[Input], most: int) -> None:
@@ -47,31 +47,30 @@ class Sampled(Feed):
         self._divided = [value.name for value in inputs if value.shape[:1] == (None,)]
         self.held_out: list[Samples] = []
         self.shown: list[Samples] = []
-        self._held = 0
+        self._held = self.passed = 0
 
     def __len__(self) -> int:
         """Return the number of batches in a pass of the other feed."""
         return len(self._feed)
 
     def __iter__(self) -> Iterator[Batch]:
-        self.held_out, self.shown, self._held = [], [], 0
+        self.held_out, self.shown, self._held, self.passed = [], [], 0, 0
         count = length(self._feed)
-        wanted, of_each = self._plan(count)
-        shown = 0
+        wanted, shown = self._wanted(count), 0
         for number, batch in enumerate(self._feed):
             size = self._feed.samples_of(batch)
             is_last = count is not None and number == count - 1 > 0  # it may be completed with samples that are shown
             left = 0 if is_last else wanted - self._held
             if self._is_divided(batch, size):
-                taken = min(of_each, left, size - 1)
+                taken = min(self._of_batch(number, wanted, count), left, size - 1)
                 if shown < max(wanted, _TOGETHER):
-                    first = min(max(of_each, 1), size - taken)
+                    first = min(max(taken, 1), size - taken)
                     self._keep(self.shown, self._part(batch, slice(0, first)))
                     shown += first
                 if taken:
                     self._keep(self.held_out, self._part(batch, slice(size - taken, size)))
                     self._held += taken
-                    batch = self._part(batch, slice(0, size - taken))
+                    batch, size = self._part(batch, slice(0, size - taken)), size - taken
             elif left >= size and number % max(round(1 / _SHARE), 1) == 1:
                 self.held_out.append(_copied(batch))
                 self._held += size
@@ -79,6 +78,7 @@ class Sampled(Feed):
             elif shown < max(wanted, 1):
                 self.shown.append(_copied(batch))
                 shown += size
+            self.passed += size
             yield batch
 
     @property
@@ -108,13 +108,19 @@ class Sampled(Feed):
         """Release what the other feed holds."""
         self._feed.close()
 
-    def _plan(self, count: int | None) -> tuple[int, int]:
-        """Return the number of samples to hold out, and the number of these in each of `count` batches."""
+    def _wanted(self, count: int | None) -> int:
+        """Return the number of samples to hold out, for a pass of `count` batches."""
         samples = self._feed.samples
-        wanted = self._most if samples is None else min(self._most, int(_SHARE * samples))
+        if samples is None and count is not None:
+            samples = count * self.batch_size
+        return self._most if samples is None else min(self._most, int(_SHARE * samples))
+
+    def _of_batch(self, number: int, wanted: int, count: int | None) -> int:
+        """Return the number of samples to hold out of a batch: as many of each batch, but none of the last."""
         if count is None:
-            return wanted, max(1, int(_SHARE * self.batch_size))
-        return wanted, math.ceil(wanted / max(count - 1, 1))
+            return max(1, int(_SHARE * self.batch_size))
+        batches = max(count - 1, 1)
+        return (number + 1) * wanted // batches - number * wanted // batches
 
     def _is_divided(self, batch: Batch, size: int) -> bool:
         """Return True if a batch can be divided: the network and the batch agree on which arrays count samples."""
@@ -124,24 +130,25 @@ class Sampled(Feed):
         return {name: array[part] if name in self._divided else array for name, array in batch.items()}
 
     def _keep(self, batches: list[Samples], batch: Batch) -> None:
-        """Add the samples of a batch to batches of at most 8."""
-        new = _copied(batch)
-        last = batches[-1] if batches else None
-        if last is None or not self._fits(last, new):
-            batches.append(new)
-        else:
-            batches[-1] = {
-                name: np.concatenate([last[name], array]) if name in self._divided else array
-                for name, array in new.items()
-            }
+        """Add the samples of a batch to batches of at most 8, those of one form together."""
+        for part in self._parts(_copied(batch)):
+            last = batches[-1] if batches else None
+            if last is None or not self._fit(last, part):
+                batches.append(part)
+                continue
+            joined = {name: np.concatenate([last[name], part[name]]) for name in self._divided if name in part}
+            batches[-1] = last | joined
 
-    def _fits(self, last: Mapping[str, npt.NDArray[Any]], new: Mapping[str, npt.NDArray[Any]]) -> bool:
+    def _parts(self, samples: Samples) -> Iterator[Samples]:
+        """Yield the samples one by one."""
+        size = max(len(samples[name]) for name in self._divided if name in samples)
+        for index in range(size):
+            yield self._part(samples, slice(index, index + 1))
+
+    def _fit(self, last: Samples, new: Samples) -> bool:
         """Return True if the arrays of both make one batch."""
         names = [name for name in self._divided if name in new]
-        return all(
-            last[name].shape[1:] == new[name].shape[1:] and len(last[name]) + len(new[name]) <= _TOGETHER
-            for name in names
-        )
+        return all(last[name].shape[1:] == new[name].shape[1:] and len(last[name]) < _TOGETHER for name in names)
 
 
 def _copied(batch: Batch) -> Samples:

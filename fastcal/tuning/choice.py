@@ -17,7 +17,7 @@ from fastcal.tuning.meter import NoiseMeter, meter_for
 CANDIDATES = ("entropy2", "minmax", "percentile", "mse")
 
 #: The number of batches that algorithms are compared on.
-_COMPARING = 2
+_COMPARING = 3
 
 #: The share of the noise from which on a layer is worth its time in float.
 _WORTH = 0.01

@@ -48,16 +48,15 @@ class Simulation(AbstractContextManager["Simulation"]):
         """Prepare a model; `types` are ONNX Runtime's types of its activations."""
         self._model, self.switched = model, switched
         self._thread = ThreadPoolExecutor(1, "fastcal-runner")
-        proto, nodes = switched.proto, model.proto.graph.node
-        first = {nodes[number].output[0]: 1 for number in switched.numbers}
-        segments = cut(proto.graph, first, types, math.ceil(len(first) / _SEGMENTS))  # as many layers in each
+        proto, sizes = switched.proto, dict.fromkeys(switched.begins, 1)
+        segments = cut(proto.graph, sizes, types, math.ceil(len(sizes) / _SEGMENTS))  # as many layers in each
         final = [value.name for value in proto.graph.output]
         self.outputs = [name for name in final if types.get(name) in FLOAT_TYPES]
         self._parts = [
             _Part(model, segment, segment.model(proto, types), final, threads, self._thread) for segment in segments
         ]
         made = {name: index for index, segment in enumerate(segments) for name in segment.computed}
-        self._first = np.array([made[name] for name in first])
+        self._first = np.array([made[name] for name in switched.begins])
 
     def exact(self, batch: Mapping[str, Any], *, keep: bool) -> Exact:
         """Run a batch in float; `keep` tells whether to keep what each segment begins with."""

@@ -29,6 +29,7 @@ class Switched:
         numbers: The numbers of the nodes that have pairs, the layers, in the graph's order.
         labels: The layers' names.
         tensors: The names of the activations that pairs round.
+        begins: The name of the first tensor that is computed for each layer's switches.
     """
 
     def __init__(self, graph: Graph, axes: Mapping[Edge, int | None]) -> None:
@@ -37,6 +38,7 @@ class Switched:
         self.labels = [node_label(graph.nodes[number]) for number in self.numbers]
         read = (graph.nodes[number].input[index] for number, index in sorted(axes))
         self.tensors = list(dict.fromkeys(name for name in read if graph.constant(name) is None))
+        self.begins: list[str] = []
         self._constants: list[onnx.TensorProto] = []
         self.proto = self._insert()
 
@@ -47,10 +49,12 @@ class Switched:
     def _insert(self) -> onnx.ModelProto:
         nodes: list[onnx.NodeProto] = []
         for number, node in enumerate(self._graph.nodes):
+            before = len(nodes)
             for index, name in enumerate(node.input):
                 if (number, index) in self._axes:
                     nodes += self._switch(f"fastcal_{number}_{index}", (number, index), name)
                     node.input[index] = nodes[-1].output[0]
+            self.begins += [inserted.output[0] for inserted in nodes[before : before + 1]]
             nodes.append(node)
         proto = self._graph.proto
         proto.ir_version = max(proto.ir_version, _FIRST_IR)

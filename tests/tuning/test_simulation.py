@@ -1,0 +1,111 @@
+import numpy as np
+import onnx
+import pytest
+
+from conftest import DIGITS
+from fastcal.model import Model
+from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner
+from fastcal.qdq_graph import Graph
+from fastcal.qdq_placement import Placement
+from fastcal.tuning.simulation import Simulation
+from fastcal.tuning.switches import Switched
+
+RANDOM = np.random.default_rng(3)
+
+#: A residual block, a grouped convolution, a product of two activations, a Gemm of transposed weights.
+VARIED = """
+net (float[N, 4, 8, 8] x) => (float[N, 5] y, float[N, 8, 8] z) {
+    a = Conv<pads = [1, 1, 1, 1]>(x, w1, b1)
+    r = Relu(a)
+    c = Conv<pads = [1, 1, 1, 1]>(r, w2)
+    s = Add(c, x)
+    g = Conv<group = 2>(s, w3)
+    t = Transpose<perm = [0, 2, 3, 1]>(g)
+    f = Reshape(t, rows)
+    u = Transpose<perm = [0, 2, 1]>(f)
+    z = MatMul(u, f)
+    m = GlobalAveragePool(g)
+    n = Flatten(m)
+    y = Gemm<transB = 1>(n, w4, b4)
+}
+"""
+CONSTANTS = {
+    name: RANDOM.standard_normal(shape).astype("f4")
+    for name, shape in {
+        "w1": (4, 4, 3, 3), "b1": (4,), "w2": (4, 4, 3, 3), "w3": (8, 2, 1, 1), "w4": (5, 8), "b4": (5,),
+    }.items()
+} | {"rows": np.array([0, 64, 8], np.int64)}  # fmt: skip
+
+
+@pytest.fixture
+def varied(onnx_file):
+    return Model(onnx_file(VARIED, CONSTANTS))
+
+
+def scales_of(model, batch):
+    with OnnxRuntimeRunner(model) as runner:
+        return {name: float(np.float32(np.abs(values).max() / 100)) for name, values in runner.run(batch).items()}
+
+
+def simulate(model, batch, chosen, *, kept=True):
+    """Return the outputs with the layers of these numbers in INT8, and those of a model that has their pairs alone."""
+    scales = scales_of(model, batch)
+    axes = Placement(Graph(model), scales, set()).axes
+    with OnnxRuntimeRunner(model) as runner:
+        types = runner.types
+    switched = Switched(Graph(model), axes)
+    with Simulation(model, switched, types) as simulation:
+        exact = simulation.exact(batch, keep=kept)
+        is_int8 = np.array([number in chosen for number in switched.numbers])
+        found = simulation.run(exact, is_int8, switched.vector(scales))
+    graph = Graph(model)
+    graph.insert_pairs({edge: axis for edge, axis in axes.items() if edge[0] in chosen}, scales)
+    with OnnxRuntimeRunner(model, variant=graph.proto) as runner:
+        return found, runner.run(batch), exact.outputs
+
+
+def numbers(model):
+    scales = dict.fromkeys(model.varying, 1.0)
+    return sorted({number for number, _ in Placement(Graph(model), scales, set()).axes})
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_any_choice_of_layers_gives_the_outputs_of_a_model_with_their_pairs(varied, kept):
+    batch = {"x": RANDOM.standard_normal((3, 4, 8, 8)).astype("f4")}
+    layers = numbers(varied)
+    assert len(layers) == 6  # four with weights, a product of activations, the residual Add
+    for chosen in (set(layers), *({number} for number in layers), set(layers[1::2]), set()):
+        found, expected, exact = simulate(varied, batch, chosen, kept=kept)
+        changed = {"z"} if chosen == {layers[-2]} else {"y"} if chosen == {layers[-1]} else {"y", "z"}
+        for name in ("y", "z"):
+            np.testing.assert_array_equal(found[name], expected[name])
+            assert (found[name] != exact[name]).any() == (name in changed and bool(chosen))
+
+
+def test_a_run_begins_at_the_segment_of_its_first_layer(varied, monkeypatch):
+    """If it began later, the layer would run in float; if it began earlier, it would take longer than it must."""
+    from fastcal.tuning import simulation
+
+    run, begun = simulation._Part.run, []
+    monkeypatch.setattr(simulation._Part, "run", lambda part, alive: begun.append(part) or run(part, alive))
+    batch = {"x": RANDOM.standard_normal((1, 4, 8, 8)).astype("f4")}
+    layers, counts = numbers(varied), []
+    for number in layers:
+        begun.clear()
+        simulate(varied, batch, {number})
+        counts.append(len(begun))
+    assert counts[0] == 2 * len(layers)  # as many segments as layers, all of them twice
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == len(layers) + 1
+
+
+def test_the_digits(tmp_path):
+    model = Model(DIGITS / "digits.onnx")
+    batch = {"image": RANDOM.standard_normal((2, 3, 32, 32)).astype("f4")}
+    found, expected, _ = simulate(model, batch, set(numbers(model)))
+    np.testing.assert_array_equal(found["logits"], expected["logits"])
+
+
+def test_the_switched_model_is_valid_onnx(varied):
+    axes = Placement(Graph(varied), dict.fromkeys(varied.varying, 0.1), set()).axes
+    onnx.checker.check_model(Switched(Graph(varied), axes).proto, full_check=True)
