@@ -1,8 +1,9 @@
 """Bias correction: the mean shift that rounding adds to a layer's output, taken out of its bias.
 
 A layer computes W x + b. In INT8 it computes W' q(x) + b, with rounded weights W'. The mean of the difference over
-many samples, W' E[q(x)] - W E[x] for each output channel, is known from the means of the layer's input channels
-(Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.2).
+many samples, W' E[q(x)] - W E[x] for each output channel, is known from the means of the layer's input channels, but
+for the edges of images, which a kernel sees less often. Source: Nagel et al., "Data-Free Quantization Through Weight
+Equalization and Bias Correction", 2019, section 4.2.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
