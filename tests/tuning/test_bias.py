@@ -48,7 +48,7 @@ def corrected(onnx_file, text, shape, constants):
     model = Model(onnx_file(f"net (float[N, {dims}] x) => (float[{rank}] y) {{ {text} }}", constants))
     # Skewed, never negative; flat images, of which a kernel sees the same everywhere.
     size = (shape[0], 1, 1) if len(shape) == 3 else shape
-    values = RANDOM.gamma(1.0, size=(3, 4, *size)) * np.ones(shape)
+    values = 2 * RANDOM.gamma(1.0, size=(3, 4, *size)) * np.ones(shape)
     batches = [{"x": each.astype("f4")} for each in values]
     scales = dict.fromkeys(model.varying, 0.02)  # clips what is above 2.54
     axes = Placement(Graph(model), scales, set()).axes
