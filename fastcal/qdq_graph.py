@@ -106,6 +106,8 @@ class Graph:
             place = readers[0][0], 1 - readers[0][1]
             bias = self.constant(self.nodes[place[0]].input[place[1]])
             return None if bias is None or bias.dtype != np.float32 else place
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+            return None
         if node.op_type == "Gemm" and (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)) != (1, 1):
             return None
         if len(node.input) > 2 and node.input[2] and self.constant(node.input[2]) is None:

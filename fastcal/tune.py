@@ -13,7 +13,7 @@ from fastcal.accuracy.outputs import Shapes
 from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm
 from fastcal.cache.cache import CalibrationCache
 from fastcal.calibration import Calibration
-from fastcal.errors import MOST_THREADS, FastcalError, check_range
+from fastcal.errors import MOST_THREADS, FastcalError, ModelError, check_range
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.sampled import HELD_OUT, Sampled
 from fastcal.model import Model
@@ -22,7 +22,7 @@ from fastcal.observe.histogram import Observations
 from fastcal.progress import Progress
 from fastcal.qdq import add_pairs, check_quantizable
 from fastcal.qdq_graph import Graph, modern
-from fastcal.qdq_placement import Placement
+from fastcal.qdq_placement import WEIGHTED, Placement
 from fastcal.tuning.bias import corrections
 from fastcal.tuning.choice import best, candidates, rank
 from fastcal.tuning.curve import Curve
@@ -138,7 +138,7 @@ class _Tuner:
     """A network that is tuned on samples.
 
     Attributes:
-        tensors: The activations that pairs round.
+        tensors: The activations that pairs round, if no layer stays in float.
     """
 
     def __init__(
@@ -155,7 +155,12 @@ class _Tuner:
         self._threads, self._status, self._is_thorough = threads, status, is_thorough
         self._meter: NoiseMeter | None = None
         graph = Graph(self._model)
-        axes = Placement(graph, dict.fromkeys(self._model.varying, 1.0), excluded).axes
+        ones = dict.fromkeys(self._model.varying, 1.0)
+        if not any(graph.nodes[number].op_type in WEIGHTED for number, _ in Placement(graph, ones, excluded).axes):
+            raise ModelError(
+                f"{network.label} has no layer left to run in INT8; exclude fewer, or allow depthwise ones"
+            )
+        axes = Placement(graph, ones, set()).axes
         read = (graph.nodes[number].input[index] for number, index in axes)
         self.tensors = frozenset(name for name in read if name in self._model.varying)
 

@@ -6,6 +6,7 @@ import onnx
 
 from fastcal.accuracy.base import Metric
 from fastcal.tuning.choice import ENOUGH, fewest, in_order, within
+from fastcal.tuning.layers import Layer
 from fastcal.tuning.meter import NoiseMeter, sqnr, total
 from fastcal.tuning.tuned import TuningPoint
 
@@ -39,13 +40,16 @@ class Curve:
         layers = self._meter.layers
         orders = in_order(layers, noises)
         chosen = [within(layers, order, noises, float_share) for order in orders]
-        noise = [self._noises[self.measure(layers)] for layers in chosen]
+        noise = [self._noises[self.measure(few)] for few in chosen]
         order, few = min(zip(orders, chosen, strict=True), key=lambda pair: noise[chosen.index(pair[1])])
         if self._target is None:
             if min(noise) > ENOUGH:
                 return few
             return few[: fewest(range(len(few) + 1), lambda length: self._noises[self.measure(few[:length])] <= ENOUGH)]
         order = [*few, *(index for index in order if index not in few)]
+        # A model without any layer in INT8 is none to quantize: the one that costs least stays.
+        weighted = [index for index in order if layers[index].multiply_adds]
+        order = [index for index in order if index not in weighted[-1:] or len(weighted) < len(_weighted(layers))]
         return order[: fewest(range(len(order) + 1), lambda length: self._reaches(self.measure(order[:length])))]
 
     def measure(self, in_float: Sequence[int]) -> TuningPoint:
@@ -83,3 +87,7 @@ class Curve:
         point = TuningPoint(len(in_float), left / whole if whole else 1.0, sqnr(errors), kept)
         self._noises[point] = total(errors)
         return point
+
+
+def _weighted(layers: Sequence[Layer]) -> list[Layer]:
+    return [layer for layer in layers if layer.multiply_adds]
