@@ -1,5 +1,6 @@
 """`fastcal calibrate`: a calibration cache from a model and images."""
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,11 +16,13 @@ from fastcal.cli.options import (
     check_outputs,
     read_memory,
 )
-from fastcal.cli.summary import outcome, print_summary
-from fastcal.cli.terminal import Bar, finish, terminal
+from fastcal.cli.summary import kept_row, outcome, print_summary
+from fastcal.cli.terminal import Bar, finish, spinner, terminal
+from fastcal.errors import ModelError
 from fastcal.files import check_writable
 
 if TYPE_CHECKING:
+    from fastcal.feed.sampled import Sampled
     from fastcal.model import Model
 
 
@@ -55,6 +58,7 @@ def calibrate(
     """Write the calibration cache that TensorRT would write, from a model and images."""
     with terminal() as console:
         from fastcal.cache.record import check_cache_writable
+        from fastcal.feed.sampled import Sampled
         from fastcal.model import Model
         from fastcal.observe.backends import start_early
 
@@ -65,15 +69,35 @@ def calibrate(
         if workers is None:
             start_early(network, backend, tf32=options.tf32, batch_size=options.batch_size)
         with options.feed(network) as feed:
+            sampled = Sampled(feed, network.inputs, 0) if workers is None and feed.gpu is None else None
             cache, progress = calibrate_on(
-                console, network, feed, options,
+                console, network, sampled or feed, options,
                 backend=backend, memory=read_memory(memory), until_stable=until_stable,
                 workers=workers, ray_address=ray_address, tensorrt_version=tensorrt,
             )  # fmt: skip
             cache.save(output)
+        kept = _kept(console, network, sampled, cache, options)
         written = {"cache": f"{output}, {cache.header}", **save_report(report, cache, options)}
-        print_summary(cache, feed, progress, **written)
-        finish(cache=output, report=report, **outcome(cache, feed, progress))
+        print_summary(cache, feed, progress, **kept_row(kept, cache.algorithm.name), **written)
+        finish(cache=output, report=report, kept=kept, **outcome(cache, feed, progress))
+
+
+def _kept(
+    console: Console,
+    network: "Model",
+    sampled: "Sampled | None",
+    cache: "fastcal.CalibrationCache",
+    options: CalibrationOptions,
+) -> dict[str, float]:
+    """Return what INT8 keeps at the outputs by algorithm, in dB; nothing on a GPU, since the CPU takes longer."""
+    if sampled is None:
+        return {}
+    from fastcal.tuning.choice import kept
+
+    with spinner(console) as status, contextlib.suppress(ModelError):  # for instance, no layer can be in INT8
+        status.update("measuring what INT8 keeps")
+        return kept(network, sampled, cache, options.threads)
+    return {}
 
 
 def calibrate_on(

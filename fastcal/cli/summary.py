@@ -8,6 +8,9 @@ import fastcal
 from fastcal.cli.terminal import print_rows, rate, waiting
 from fastcal.errors import counted, first_few
 
+#: What INT8 keeps, in dB: differences of less are none, and less than this is little.
+_ALIKE, _LITTLE = 1.0, 20.0
+
 
 def print_summary(
     cache: "fastcal.CalibrationCache", feed: "fastcal.Feed", progress: fastcal.Progress, /, **written: str
@@ -66,6 +69,19 @@ def tuning_rows(tuning: "fastcal.Tuning") -> dict[str, str]:
     elif tuning.target is None and not tuning.is_good:
         text += "; fastcal tune --target 99% leaves as many layers in float as it takes"
     return {"keeps": text, "repaired": ", ".join(changes)}
+
+
+def kept_row(kept: Mapping[str, float], algorithm: str) -> dict[str, str]:
+    """Return the row that says what INT8 keeps with an algorithm's scales, and what would keep more."""
+    if not kept:
+        return {}
+    text = f"{decibels_text(kept[algorithm])} at the outputs with all layers in INT8"
+    best = max(kept, key=lambda name: kept[name])
+    if kept[best] > kept[algorithm] + _ALIKE:
+        text += f"; --algorithm {best} would keep {decibels_text(kept[best])}"
+    if kept[best] < _LITTLE:
+        text += "; fastcal tune finds the layers to leave in float"
+    return {"keeps": text}
 
 
 def decibels_text(value: float) -> str:

@@ -86,7 +86,7 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
     By default that is 2 GiB, or 70 % of what is free when the first batch comes if that is less. A single node's
     activations may take more, each at most what is free. The tensors that later segments read are kept beside the
     activations of a segment. `tensors` are the names of the float inputs and activations, in the graph's order;
-    `outputs`, `unknown` and `gone` are as in `OnnxRuntimeRunner`.
+    `types`, `outputs`, `unknown` and `gone` are as in `OnnxRuntimeRunner`.
     """
 
     def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
@@ -96,7 +96,7 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
         self._free: int | None = None
         self._thread = _new_thread()
         whole = OnnxRuntimeRunner(model, threads, thread=self._thread)
-        self._types = whole.types
+        self.types = whole.types
         self.outputs: list[str] = whole.outputs
         self.unknown: list[str] = whole.unknown
         self.gone: list[str] = whole.gone
@@ -131,12 +131,12 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
         if all(sum(sizes[name] for name in runner.activations) <= allowed for runner in self._runners):
             return
         proto, _, _ = cut_unknown(self._model.proto)
-        segments = cut(proto.graph, sizes, self._types, memory)
+        segments = cut(proto.graph, sizes, self.types, memory)
         if len(segments) == 1:  # there is no place to cut
             return
         self._runners = []  # frees the weights before they are loaded again
         for segment in segments:
-            self._runners.append(_SegmentRunner(self._model, proto, segment, self._types, self._threads, self._thread))
+            self._runners.append(_SegmentRunner(self._model, proto, segment, self.types, self._threads, self._thread))
 
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown()

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fastcal.accuracy.noise import decibels
 from fastcal.algorithm import Algorithm
+from fastcal.cache.cache import CalibrationCache
 from fastcal.feed.sampled import Sampled
 from fastcal.model import Model
 from fastcal.observe.histogram import Observations
 from fastcal.qdq_graph import Graph, modern
 from fastcal.tuning.layers import Layer, depthwise_in
-from fastcal.tuning.meter import NoiseMeter, meter_for
+from fastcal.tuning.meter import NoiseMeter, meter_for, sqnr
 
 #: The algorithms whose scales are tried.
 CANDIDATES = ("entropy2", "minmax", "percentile", "mse")
@@ -45,6 +46,26 @@ def pick_best(
     excluded = depthwise_in(Graph(model))
     with meter_for(model, sampled, scales["minmax"], excluded, threads) as meter:
         return best(meter, scales)
+
+
+def kept(model: Model, sampled: Sampled, cache: CalibrationCache, threads: int | None = None) -> dict[str, float]:
+    """Return what the outputs keep with a cache's scales, and with others if the cache has its histograms.
+
+    Every layer is in INT8 but depthwise convolutions. `sampled` is the feed that was observed, without samples that are
+    held out.
+
+    Returns:
+        The signal-to-quantization-noise ratio of the worst part of the outputs in dB, by the name of the algorithm.
+
+    Raises:
+        ModelError: No layer can be in INT8.
+    """
+    scales = {cache.algorithm.name: cache.scales}
+    if cache.observed is not None:
+        scales = candidates(cache.observed, exact=not cache.algorithm.keeps_ranges) | scales
+    model = modern(model)
+    with meter_for(model, sampled, cache.scales, depthwise_in(Graph(model)), threads) as meter:
+        return {name: sqnr(meter.errors(meter.choice(True), each)) for name, each in scales.items()}
 
 
 def best(meter: NoiseMeter, scales: Mapping[str, Mapping[str, float]]) -> tuple[str, dict[str, float]]:

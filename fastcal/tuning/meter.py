@@ -15,7 +15,7 @@ from fastcal.batch import match_batch
 from fastcal.errors import ModelError
 from fastcal.feed.sampled import Sampled
 from fastcal.model import Model
-from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner
+from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner, PartedRunner
 from fastcal.qdq_graph import Edge, Graph
 from fastcal.qdq_placement import Placement
 from fastcal.tuning.layers import Layer, layers_of
@@ -57,8 +57,11 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
         one = self._batches[0]
         if _is_divisible(model):
             one = {name: array[:1] for name, array in one.items()}
-        with OnnxRuntimeRunner(model, threads) as whole:
-            self.shapes = {name: tuple(array.shape) for name, array in whole.run(one).items()}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        with PartedRunner(model, threads) as whole:
+            for values in whole.run(one):
+                self.shapes |= {name: tuple(array.shape) for name, array in values.items()}
+                del values  # before the next ones are computed
             types = whole.types
         self.switched = Switched(Graph(model), axes)
         self._simulation = Simulation(model, self.switched, types, threads)
