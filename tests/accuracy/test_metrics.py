@@ -332,7 +332,7 @@ def test_a_metric_from_a_file_or_module(tmp_path, monkeypatch):
         ("no.py:one", "cannot load metric no.py:one: FileNotFoundError: no such file: no.py; write"),
         (f"{tmp_path}/broken.py:one", "broken.py:one: ZeroDivisionError: division by zero; write"),
         ("own_metrics:two", "cannot load metric own_metrics:two: AttributeError: "),
-        ("own_metrics:__doc__", "metric own_metrics:__doc__ is a NoneType; it must be a function or a class"),
+        ("own_metrics:__doc__", "metric own_metrics:__doc__ is of type NoneType; it must be a function or a class"),
     ):
         with pytest.raises(FastcalError, match=re.escape(message)):
             load_metric(place)
