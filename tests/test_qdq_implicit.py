@@ -31,6 +31,11 @@ GRAPHS = {
         KERNEL,
         {"c": {"x"}, "d": {"r"}, "a": {"r"}, "y": {"e"}},
     ),
+    "the shorter branch of a residual connection is not in the kernel of the convolution": (
+        f"{IMAGES} {{ c = Conv(x, w) r = Relu(c) d = Conv(r, v) s = Conv(x, v) y = Add(d, s) }}",
+        KERNEL,
+        {"c": {"x"}, "d": {"r"}, "s": {"x"}, "y": {"s"}},
+    ),
     "a pointwise kernel reads what another kernel writes": (
         f"{VECTORS} {{ r = Relu(x) t = Tanh(r) m = MatMul(t, w) s = Sum(m, r) y = Sub(s, two) }}",
         MATRIX,
@@ -41,6 +46,11 @@ GRAPHS = {
         "g = GlobalAveragePool(z) k = MaxPool<kernel_shape = [1, 1]>(z) e = Elu(k) y = Mul(e, g) }",
         KERNEL,
         {"r": {"x"}, "p": {"r"}, "z": {"p"}, "g": {"z"}, "e": {"k"}, "y": {"g"}},
+    ),
+    "a pooling behind a convolution is a kernel of its own": (
+        f"{IMAGES} {{ c = Conv(x, w) k = MaxPool<kernel_shape = [1, 1]>(c) y = Relu(k) }}",
+        KERNEL,
+        {"c": {"x"}, "y": {"k"}},
     ),
     "what a normalization computes stays in float": (
         f"{VECTORS} {{ m = MatMul(x, w) s = Softmax(m) d = Mul(s, m) mean = ReduceMean<axes = [1]>(d)\n"
@@ -59,13 +69,13 @@ GRAPHS = {
 def read_in_int8(path, without=()):
     """Return the activations that each node reads in INT8, by the node's first output."""
     model = Model(path)
-    cache = CalibrationCache({name: 0.5 for name in model.calibrated if name not in without})
+    cache = CalibrationCache({name: 0.5 for name in (*model.calibrated, "two") if name not in without})
     nodes = add_pairs(model, cache, placing=ImplicitPlacement).graph.node
     quantized = {node.output[0]: node.input[0] for node in nodes if node.op_type == "QuantizeLinear"}
     source = {node.output[0]: quantized.get(node.input[0], "") for node in nodes if node.op_type == "DequantizeLinear"}
-    found = {node.output[0]: {source.get(name) for name in node.input} & {*model.calibrated} for node in nodes}
-    inner = {*source, *quantized}
-    return {name: names for name, names in found.items() if names and name not in inner}
+    found = {node.output[0]: {source[name] for name in node.input if name in source} for node in nodes}
+    weights, inner = {"w", "v", ""}, {*source, *quantized}
+    return {name: names - weights for name, names in found.items() if names - weights and name not in inner}
 
 
 @pytest.mark.parametrize("case", GRAPHS)

@@ -1,4 +1,4 @@
-"""The comparison of a detector whose boxes and scores share an output: the scores decide, however large the boxes are."""
+"""The comparison of a detector whose boxes and scores share an output: large boxes do not hide the scores."""
 
 import math
 
