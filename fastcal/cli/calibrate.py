@@ -1,5 +1,6 @@
 """`fastcal calibrate`: a calibration cache from a model and images."""
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,6 +10,7 @@ import fastcal
 from fastcal.cli.options import (
     BackendOption,
     CalibrationOptions,
+    HistogramsOption,
     MemoryOption,
     ReportOption,
     UntilStableOption,
@@ -50,6 +52,7 @@ def calibrate(
             help="The TensorRT version that will read the cache.", show_default="the one installed, else 10.16.1"
         ),
     ] = None,
+    histograms: HistogramsOption = None,
     report: ReportOption = None,
 ) -> None:
     """Write the calibration cache that TensorRT would write, from a model and images."""
@@ -59,21 +62,22 @@ def calibrate(
         from fastcal.observe.backends import start_early
 
         network = Model(options.model)
-        check_outputs(network, {"cache": output, "report": report}, options)
+        check_outputs(network, {"cache": output, "histograms": histograms, "report": report}, options)
         check_cache_writable(output, network.activations)
         check_report(report)
-        if workers is None:
+        if workers is None and (histograms is None or not os.path.exists(histograms)):
             start_early(network, backend, tf32=options.tf32, batch_size=options.batch_size)
         with options.feed(network) as feed:
             cache, progress = calibrate_on(
                 console, network, feed, options,
                 backend=backend, memory=read_memory(memory), until_stable=until_stable,
-                workers=workers, ray_address=ray_address, tensorrt_version=tensorrt,
+                workers=workers, ray_address=ray_address, tensorrt_version=tensorrt, histograms=histograms,
             )  # fmt: skip
             cache.save(output)
+        kept = {} if histograms is None else {"histograms": histograms}
         written = {"cache": f"{output}, {cache.header}", **save_report(report, cache, options)}
-        print_summary(cache, feed, progress, **written)
-        finish(cache=output, report=report, **outcome(cache, feed, progress))
+        print_summary(cache, feed, progress, **kept, **written)
+        finish(cache=output, report=report, **kept, **outcome(cache, feed, progress))
 
 
 def calibrate_on(
