@@ -376,7 +376,7 @@ def _warn_of_missing(network: Model, scales: Mapping[str, float]) -> None:
     within = [name for name in network.within if network.types.get(name) in FLOATS and name not in scales]
     if within:
         _log.warning(
-            "no scale for %s: they lie in an If, a Loop or a Scan, and TensorRT does not run the layers there in INT8",
+            "no scale for %s: they lie in an If, a Loop or a Scan, whose layers stay in float",
             first_few(within),
         )
 
