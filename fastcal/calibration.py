@@ -1,9 +1,8 @@
 """`calibrate`: batches through a network, histograms of its tensors, scales, a cache."""
 
 import logging
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,17 +10,18 @@ from typing import Any
 
 from fastcal.algorithm import DEFAULT_QUANTILE, Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
+from fastcal.cache.histograms import reuse_histograms, save_histograms
 from fastcal.cache.record import Record, check_cache_writable, read_record, why_no_record
 from fastcal.definition import Definition, Network, as_network
 from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
 from fastcal.feed.sampled import HELD_OUT, Sampled
+from fastcal.files import check_writable
 from fastcal.model import FLOATS, Model
 from fastcal.observe.backends import (
     Backend,
     LocalBackend,
-    Observer,
     OnnxRuntimeBackend,
     TensorRTBackend,
     choose_backend,
@@ -29,6 +29,7 @@ from fastcal.observe.backends import (
 )
 from fastcal.observe.histogram import Histogram, Observations
 from fastcal.progress import Progress
+from fastcal.stability import StabilityCheck
 from fastcal.versions import (
     DEFAULT_TENSORRT_VERSION,
     LAST_MAJOR,
@@ -57,6 +58,7 @@ def calibrate(
     workers: int | None = None,
     ray_address: str | None = None,
     cache: str | os.PathLike[str] | None = None,
+    histograms: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CalibrationCache:
     """Pick the INT8 scales of a network's tensors; with `exact`, those that TensorRT's own calibration would pick.
@@ -106,6 +108,8 @@ def calibrate(
         cache: A file to keep the cache in. If it is up to date (made from the same model, samples and settings, by the
             record beside it), it is returned and the network does not run; else it is replaced when the new one is
             complete, and the log names the difference.
+        histograms: An .npz file to keep the histograms in, for other algorithms. If they are up to date, scales are
+            picked from them and the network does not run; else they are replaced when the new ones are complete.
         progress: Called after every batch; with workers after every few seconds' work of a worker.
 
     Returns:
@@ -144,7 +148,7 @@ def calibrate(
     if picked.is_measured and (workers is not None or not isinstance(network, Model)):
         raise FastcalError("algorithm best runs an ONNX file in INT8 in this process; choose another, or tune the file")
     with as_feed(feed, network, runner.device) as batches:
-        calibration = Calibration(batches, picked, network, runner, version, until_stable)
+        calibration = Calibration(batches, picked, network, runner, version, until_stable, histograms=histograms)
         return calibration.run(progress) if cache is None else calibration.keep(cache, progress)
 
 
@@ -160,6 +164,7 @@ class Calibration:
         tensorrt_version: The version in the cache's header.
         until_stable: The percentage of `fastcal.calibrate`; None uses all batches.
         pick: A function that returns the name of the best algorithm and its scales, in place of algorithm "best".
+        histograms: The file that keeps the histograms; None keeps none.
     """
 
     feed: Feed
@@ -169,6 +174,7 @@ class Calibration:
     tensorrt_version: str
     until_stable: float | None = None
     pick: Callable[[Observations], tuple[str, dict[str, float]]] | None = None
+    histograms: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm.is_measured and not isinstance(self.feed, Sampled):
@@ -228,10 +234,10 @@ class Calibration:
         cache.save(path)
         return cache
 
-    def cache(self, scales: dict[str, float]) -> CalibrationCache:
-        """Return a cache of `scales` with the calibration's header and record."""
+    def cache(self, scales: dict[str, float], skipped: Sequence[str]) -> CalibrationCache:
+        """Return a cache of `scales` with the calibration's header, and its record without the samples `skipped`."""
         version = self.tensorrt_version if self.algorithm.has_version else None
-        return CalibrationCache(scales, self.algorithm, version, self.record.skipping(self.feed.skipped))
+        return CalibrationCache(scales, self.algorithm, version, self.record.skipping(skipped))
 
     def run(self, progress: Callable[[Progress], None] | None = None) -> CalibrationCache:
         """Run the network over the batches, and pick its tensors' scales. `progress` and errors: as `calibrate`."""
@@ -243,19 +249,12 @@ class Calibration:
                 "cache's; calibrate the float model it was made from",
                 network.label,
             )
-        enough = None if self.until_stable is None else _StabilityCheck(self._stable_by, self.until_stable)
         _ = self.record  # describes the batches as they are before the run
-        observed = self.backend.observe(network, self.feed, progress or (lambda state: None), enough)
-        if not observed.progress:
-            raise DataError("the feed gave no batches; a calibration needs at least one")
-        if not observed.histograms:
-            raise ModelError(
-                f"{network.label} has no float tensor: there is nothing to calibrate; export the network in float"
-            )
+        observed = self._observe(progress) if self.histograms is None else self._kept(self.histograms, progress)
         _warn_of_inputs(network, observed.histograms)
         _warn_of_nonfinite(observed.histograms)
         picked, scales = self._scales(observed)
-        cache = self.cache(scales)
+        cache = self.cache(scales, observed.skipped)
         _tell_of_ranges(picked.kept_ranges(observed))
         _warn_of_extremes(cache.scales, observed.histograms)
         if isinstance(network, Model):
@@ -265,6 +264,40 @@ class Calibration:
         entries = {**cache.record.entries, "precision": observed.precision}
         record = Record(entries | ({"picked": picked.name} if self.algorithm.is_measured else {}))
         return replace(cache, record=record, observed=observed)
+
+    def _observe(self, progress: Callable[[Progress], None] | None) -> Observations:
+        """Run the network over the batches."""
+        assert self.network is not None
+        enough = None if self.until_stable is None else StabilityCheck(self._stable_by, self.until_stable)
+        observed = self.backend.observe(self.network, self.feed, progress or (lambda state: None), enough)
+        if not observed.progress:
+            raise DataError("the feed gave no batches; a calibration needs at least one")
+        if not observed.histograms:
+            raise ModelError(
+                f"{self.network.label} has no float tensor: there is nothing to calibrate; export the network in float"
+            )
+        return replace(observed, skipped=tuple(self.feed.skipped))
+
+    def _kept(self, path: str | os.PathLike[str], progress: Callable[[Progress], None] | None) -> Observations:
+        """Return the histograms in a file if they are up to date; else run the network, and keep its histograms."""
+        assert self.network is not None
+        algorithm = {}
+        if self.until_stable is not None:  # its scales have decided on the end
+            algorithm = replace(self._stable_by, keeps_ranges=None).settings
+        others = {name: value for name, value in self.record.entries.items() if name not in self.algorithm.settings}
+        record = Record({**others, "backend": self.backend.name, **algorithm})
+        observed, reason = reuse_histograms(path, record)
+        if observed is None:
+            _log.info("the network runs: the histograms in %s are not reused, %s", path, reason)
+            check_writable(path, 1)
+            observed = self._observe(progress)
+            save_histograms(path, observed, record)
+            return observed
+        _log.info("the histograms in %s are reused: they were made from the same model, samples and settings", path)
+        if isinstance(self.feed, Sampled):
+            for _ in self.feed:  # the samples that algorithms are compared on
+                pass
+        return replace(observed, network=self.network.label)
 
     @property
     def _stable_by(self) -> Algorithm:
@@ -285,40 +318,6 @@ class Calibration:
 
             name, scales = pick_best(self.network, self.feed, observed, exact=exact)
         return Algorithm.of(name, exact=exact), scales
-
-
-class _StabilityCheck:
-    """Checks the scales on the way, at ever larger intervals, and tells when they no longer move."""
-
-    #: The number of checks in a row without movement.
-    _in_a_row = 3
-
-    def __init__(self, algorithm: Algorithm, percent: float) -> None:
-        self._algorithm, self._percent = algorithm, percent
-        self._next = 0
-        self._scales: Mapping[str, float] = {}
-        self._still = 0
-
-    def __call__(self, observer: Observer, images: int) -> bool:
-        if images < self._next:
-            return False
-        self._next = images + images // 10
-        before, self._scales = self._scales, self._algorithm.pick_all(observer.histograms())
-        moved = max((_percent_moved(before.get(name, 0.0), scale) for name, scale in self._scales.items()), default=0)
-        self._still = self._still + 1 if moved <= self._percent else 0
-        if self._still < self._in_a_row:
-            return False
-        _log.info(
-            "stable after %d images: no scale moved by more than %g %% at the last %d checks",
-            images, self._percent, self._in_a_row,
-        )  # fmt: skip
-        return True
-
-
-def _percent_moved(before: float, now: float) -> float:
-    if before == now:
-        return 0.0
-    return math.inf if before == 0 else 100 * abs(now / before - 1)
 
 
 def _choose_backend(asked: str, network: Network) -> str:
@@ -377,7 +376,7 @@ def _warn_of_missing(network: Model, scales: Mapping[str, float]) -> None:
     within = [name for name in network.within if network.types.get(name) in FLOATS and name not in scales]
     if within:
         _log.warning(
-            "no scale for %s: they lie in an If, a Loop or a Scan, and TensorRT does not run the layers there in INT8",
+            "no scale for %s: they lie in an If, a Loop or a Scan, whose layers stay in float",
             first_few(within),
         )
 

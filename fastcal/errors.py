@@ -108,7 +108,7 @@ def check_range(name: str, value: int | None, least: int, most: int | None = Non
 
 def counted(count: int, what: str) -> str:
     """Return a number with the noun that it counts, given in the singular."""
-    ending = "" if count == 1 else "es" if what.endswith("ch") else "s"
+    ending = "" if count == 1 else "es" if what.endswith(("ch", "s")) else "s"
     return f"{count} {what}{ending}"
 
 

@@ -27,7 +27,7 @@ def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
     functions = {(function.domain, function.name, function.overload): function for function in model.functions}
     expanded = list(_expand(model.graph.node, functions, {}))
     if len(expanded) == len(inlined.graph.node):  # else a function's operators were converted to another version
-        _rename(inlined.graph, _new_names(inlined.graph, expanded))
+        rename(inlined.graph, new_names(inlined.graph, expanded))
     return inlined
 
 
@@ -44,7 +44,7 @@ def _expand(
             yield from _expand(function.node, functions, dict(zip(function.output, chains, strict=False)))
 
 
-def _new_names(graph: onnx.GraphProto, expanded: Sequence[tuple[str, list[list[str]]]]) -> dict[str, str]:
+def new_names(graph: onnx.GraphProto, expanded: Sequence[tuple[str, list[list[str]]]]) -> dict[str, str]:
     """Return TensorRT's names of an inlined graph's tensors by their names so far; the graph's own ends keep theirs."""
     kept = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
     layers: set[str] = set()
@@ -68,12 +68,12 @@ def _new_names(graph: onnx.GraphProto, expanded: Sequence[tuple[str, list[list[s
     return names
 
 
-def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+def rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     """Rename tensors of a graph, also where its subgraphs read them."""
     for node in graph.node:
         for ends in (node.input, node.output):
             ends[:] = [names.get(name, name) for name in ends]
         for inner in subgraphs(node):
-            _rename(inner, names)
+            rename(inner, names)
     for value in (*graph.value_info, *graph.output):
         value.name = names.get(value.name, value.name)

@@ -14,6 +14,7 @@ import onnx
 import onnx.version_converter
 
 from fastcal.batch import Input, known_sizes
+from fastcal.branches import inline_branches
 from fastcal.errors import ModelError, first_few
 from fastcal.external import ExternalData
 from fastcal.functions import inline_functions
@@ -35,7 +36,8 @@ class Model:
 
     Attributes:
         path: The file.
-        proto: The content of the file, an `onnx.ModelProto` without external data; its local functions are inlined.
+        proto: The content of the file, an `onnx.ModelProto` without external data; its local functions are inlined, and
+            so are the branches that are taken of Ifs with a constant condition.
         external: The external data.
 
     Raises:
@@ -58,8 +60,8 @@ class Model:
         if field := damaged_text(self.proto):
             raise ModelError(f"{path} is a damaged ONNX model: a {field} is no text; copy or export it again")
         try:
-            self.proto = inline_functions(self.proto)
-        except Exception as error:  # of ONNX's inliner
+            self.proto = inline_branches(inline_functions(self.proto))
+        except Exception as error:  # of ONNX's inliner, or at a node that lacks an input
             raise self.invalid(" ".join(str(error).split())) from error
         self._check_nodes()
         graph = self.proto.graph

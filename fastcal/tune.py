@@ -60,6 +60,7 @@ def tune(
     until_stable: float | None = None,
     all_tensors: bool = False,
     cache: str | os.PathLike[str] | None = None,
+    histograms: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
     status: Callable[[str], None] | None = None,
 ) -> Tuning:
@@ -96,6 +97,7 @@ def tune(
         until_stable: As `fastcal.calibrate`.
         all_tensors: Whether to observe all tensors, for a report; by default only those that layers in INT8 read.
         cache: A file to keep the scales of all tensors in, as `fastcal.calibrate`.
+        histograms: A file to keep the histograms of all tensors in, as `fastcal.calibrate`.
         progress: Called after every batch of the calibration.
         status: Called with a text for each step after that, "ranking layers, 3 of 64" for instance.
 
@@ -122,10 +124,11 @@ def tune(
     with as_feed(feed, network, "auto") as batches:
         sampled = Sampled(batches, network.inputs, HELD_OUT if target is None else _FOR_TARGET)
         tuner = _Tuner(network, sampled, excluded, threads, status or (lambda text: None), target is not None)
-        shown = network if all_tensors or cache is not None else network.showing(tuner.tensors)
+        shows_all = all_tensors or cache is not None or histograms is not None
+        shown = network if shows_all else network.showing(tuner.tensors)
         calibration = Calibration(
             sampled, wanted, shown, OnnxRuntimeBackend(threads, tf32, memory), DEFAULT_TENSORRT_VERSION,
-            until_stable, partial(tuner.pick_best, exact=exact),
+            until_stable, partial(tuner.pick_best, exact=exact), histograms,
         )  # fmt: skip
         scales = calibration.run(progress) if cache is None else calibration.keep(cache, progress)
         if not sampled.shown:  # the cache was reused

@@ -279,7 +279,7 @@ def test_what_was_seen_is_kept(onnx_file, tmp_path):
     }  # fmt: skip
     for algorithm, quantile in (("minmax", 1.0), ("entropy2", 1.0), ("percentile", 0.9)):
         anew = calibrate(network, feed, algorithm=algorithm, quantile=quantile).scales
-        assert Algorithm.of(algorithm, quantile).scales(observed) == anew
+        assert Algorithm.of(algorithm, quantile, exact=False).scales(observed) == anew
         assert anew["y"] == anew["r"]
     cache.save(tmp_path / "x.cache")
     assert fastcal.CalibrationCache.load(tmp_path / "x.cache").observed is None

@@ -1,6 +1,7 @@
 """`fastcal calibrate`: a calibration cache from a model and images."""
 
 import contextlib
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import fastcal
 from fastcal.cli.options import (
     BackendOption,
     CalibrationOptions,
+    HistogramsOption,
     MemoryOption,
     ReportOption,
     UntilStableOption,
@@ -53,33 +55,36 @@ def calibrate(
             help="The TensorRT version that will read the cache.", show_default="the one installed, else 10.16.1"
         ),
     ] = None,
+    histograms: HistogramsOption = None,
     report: ReportOption = None,
 ) -> None:
     """Write the calibration cache that TensorRT would write, from a model and images."""
     with terminal() as console:
         from fastcal.cache.record import check_cache_writable
-        from fastcal.feed.sampled import Sampled
+        from fastcal.feed.sampled import HELD_OUT, Sampled
         from fastcal.model import Model
         from fastcal.observe.backends import start_early
 
         network = Model(options.model)
-        check_outputs(network, {"cache": output, "report": report}, options)
+        check_outputs(network, {"cache": output, "histograms": histograms, "report": report}, options)
         check_cache_writable(output, network.activations)
         check_report(report)
-        if workers is None:
+        if workers is None and (histograms is None or not os.path.exists(histograms)):
             start_early(network, backend, tf32=options.tf32, batch_size=options.batch_size)
         with options.feed(network) as feed:
-            sampled = Sampled(feed, network.inputs, 0) if workers is None and feed.gpu is None else None
+            held_out = HELD_OUT if options.algorithm == "best" else 0
+            sampled = Sampled(feed, network.inputs, held_out) if workers is None and feed.gpu is None else None
             cache, progress = calibrate_on(
                 console, network, sampled or feed, options,
                 backend=backend, memory=read_memory(memory), until_stable=until_stable,
-                workers=workers, ray_address=ray_address, tensorrt_version=tensorrt,
+                workers=workers, ray_address=ray_address, tensorrt_version=tensorrt, histograms=histograms,
             )  # fmt: skip
             cache.save(output)
         kept = _kept(console, network, sampled, cache, options)
-        written = {"cache": f"{output}, {cache.header}", **save_report(report, cache, options)}
+        files = {} if histograms is None else {"histograms": histograms}
+        written = {"cache": f"{output}, {cache.header}", **files, **save_report(report, cache, options)}
         print_summary(cache, feed, progress, **kept_row(kept, cache.algorithm.name), **written)
-        finish(cache=output, report=report, kept=kept, **outcome(cache, feed, progress))
+        finish(cache=output, report=report, kept=kept, **files, **outcome(cache, feed, progress))
 
 
 def _kept(

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 import fastcal
-from fastcal.cli.options import ExactOption, FeedOptions, MemoryOption, QuantileOption, read_memory
+from fastcal.cli.options import (
+    ExactOption,
+    FeedOptions,
+    HistogramsOption,
+    MemoryOption,
+    QuantileOption,
+    check_outputs,
+    read_memory,
+)
 from fastcal.cli.terminal import Bar, finish, print_table, say, terminal
 
 #: The most tensors, and the most channels of outputs, that are shown.
@@ -47,6 +55,7 @@ def compare(
     quantile: QuantileOption = 0.9999,
     exact: ExactOption = False,
     memory: MemoryOption = None,
+    histograms: HistogramsOption = None,
 ) -> None:
     """Compare INT8 with FP32: each algorithm's scales, caches, and Q/DQ models."""
     with terminal() as console:
@@ -54,6 +63,7 @@ def compare(
         from fastcal.model import Model
 
         network = Model(options.model)
+        check_outputs(network, {"histograms": histograms}, options)
         labels = _labels([*(cache or []), *(quantized or [])])
         feed = options.feed(network)
         with feed, Bar(console, "preparing the network", "comparing", "comparing") as progress:
@@ -62,7 +72,7 @@ def compare(
                 caches={labels[path]: path for path in cache or []},
                 quantized={labels[path]: path for path in quantized or []},
                 metric=metric, threshold=threshold, rounding=rounding, quantile=quantile, exact=exact,
-                threads=options.threads, memory=read_memory(memory), progress=progress,
+                threads=options.threads, memory=read_memory(memory), histograms=histograms, progress=progress,
             )  # fmt: skip
         _print_qualities(comparison)
         _print_outputs(comparison)

@@ -44,6 +44,12 @@ MemoryOption = Annotated[
         show_default="2G, less if less is free",
     ),
 ]
+HistogramsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="The histograms, for other algorithms: reused if they are up to date, else written (.npz)."
+    ),
+]
 ReportOption = Annotated[
     str | None, typer.Option(metavar="HTML", help="Write a page about the calibration, for a browser.")
 ]

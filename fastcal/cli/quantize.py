@@ -15,6 +15,7 @@ from fastcal.cli.calibrate import calibrate_on, check_report, save_report
 from fastcal.cli.options import (
     BackendOption,
     CalibrationOptions,
+    HistogramsOption,
     MemoryOption,
     ReportOption,
     TuningOptions,
@@ -22,7 +23,7 @@ from fastcal.cli.options import (
     check_outputs,
     read_memory,
 )
-from fastcal.cli.summary import data_rows, outcome, print_summary, speed, tuning_rows
+from fastcal.cli.summary import outcome, print_summary, run_rows, tuning_rows
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.cli.tune import tune_on, tuning_outcome
 from fastcal.errors import CacheError, FastcalError
@@ -58,6 +59,7 @@ class QuantizeOptions(CalibrationOptions):
     backend: BackendOption = "auto"
     memory: MemoryOption = None
     until_stable: UntilStableOption = None
+    histograms: HistogramsOption = None
     report: ReportOption = None
     cache: Annotated[
         str | None,
@@ -109,7 +111,10 @@ def quantize(
         network = Model(options.model)
         check_quantizable(network, tuning_options.exclude or ())
         has_cache = options.has_cache(tuning_options)
-        outputs = {"quantized model": output, "report": options.report, "cache": options.cache}
+        outputs = {
+            "quantized model": output, "report": options.report, "cache": options.cache,
+            "histograms": options.histograms,
+        }  # fmt: skip
         size = network.path.stat().st_size + network.external.size(network.proto.graph)
         if size > _MOST_IN_A_FILE:
             outputs["external data"] = f"{output}.data"
@@ -152,7 +157,7 @@ def _tune(console: Console, writer: "_Writer", options: QuantizeOptions) -> None
         tuning, progress = tune_on(
             console, writer.network, feed, options, writer.tuning, memory=read_memory(options.memory),
             cache=None if options.report else options.cache, until_stable=options.until_stable,
-            all_tensors=options.report is not None,
+            histograms=options.histograms, all_tensors=options.report is not None,
         )  # fmt: skip
     made, rows = writer.write(tuning)
     rows |= tuning_rows(tuning)
@@ -160,11 +165,7 @@ def _tune(console: Console, writer: "_Writer", options: QuantizeOptions) -> None
         if options.report is not None:
             tuning.cache.save(options.cache)
         rows["cache"] = made["cache"] = options.cache
-    if progress.batches:
-        rows = data_rows(feed, progress) | {"speed": speed(progress)} | rows
-    else:
-        rows = {"images": "none: the cache was reused"} | rows
-    print_rows(**rows, **save_report(options.report, tuning.cache, options))
+    print_rows(**run_rows(tuning.cache, feed, progress), **rows, **save_report(options.report, tuning.cache, options))
     found = outcome(tuning.cache, feed, progress) | tuning_outcome(tuning)
     finish(**made, report=options.report, **found)
 
@@ -177,7 +178,7 @@ def _calibrate(console: Console, writer: "_Writer", options: QuantizeOptions) ->
     if options.cache is not None:
         rows["cache"] = made["cache"] = options.cache
     if cache.observed is None:
-        print_rows(images="none: the cache was reused", tensors=str(len(cache.scales)), **rows)
+        print_rows(**run_rows(cache, feed, progress), tensors=str(len(cache.scales)), **rows)
         finish(**made, report=None, header=cache.header, tensors=len(cache.scales), batches=0)
         return
     print_summary(cache, feed, progress, **rows, **save_report(options.report, cache, options))
@@ -201,7 +202,7 @@ def _cache(
             version = check_tensorrt_version(str(CalibrationCache.load(options.cache).tensorrt_version))
     cache, progress = calibrate_on(
         console, network, feed, options, backend=options.backend, memory=read_memory(options.memory),
-        until_stable=options.until_stable, tensorrt_version=version,
+        until_stable=options.until_stable, tensorrt_version=version, histograms=options.histograms,
         cache=None if options.report else options.cache,
     )  # fmt: skip
     if options.cache is not None and options.report is not None:

@@ -17,12 +17,18 @@ def print_summary(
 ) -> None:
     """Print the data, the speed and the scales of a calibration, and a row for each file that was written."""
     print_rows(
-        **data_rows(feed, progress),
-        speed=speed(progress),
+        **run_rows(cache, feed, progress),
         tensors=f"{len(cache.scales)}, scales by {cache.algorithm.name}",
         **_remarkable(cache),
         **written,
     )
+
+
+def run_rows(cache: "fastcal.CalibrationCache", feed: "fastcal.Feed", progress: fastcal.Progress) -> dict[str, str]:
+    """Return the rows that describe the data and the speed of a run, or what was reused in its place."""
+    if progress.batches:
+        return data_rows(feed, progress) | {"speed": speed(progress)}
+    return {"images": f"none: the {'cache was' if cache.observed is None else 'histograms were'} reused"}
 
 
 def _remarkable(cache: "fastcal.CalibrationCache") -> dict[str, str]:

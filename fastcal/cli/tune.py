@@ -8,8 +8,15 @@ import typer
 from rich.console import Console
 
 import fastcal
-from fastcal.cli.options import CalibrationOptions, MemoryOption, TuningOptions, check_outputs, read_memory
-from fastcal.cli.summary import data_rows, decibels_text, speed, tuning_rows
+from fastcal.cli.options import (
+    CalibrationOptions,
+    HistogramsOption,
+    MemoryOption,
+    TuningOptions,
+    check_outputs,
+    read_memory,
+)
+from fastcal.cli.summary import decibels_text, run_rows, tuning_rows
 from fastcal.cli.terminal import Bar, finish, print_rows, print_table, say, terminal
 from fastcal.errors import FastcalError
 from fastcal.files import check_writable
@@ -62,24 +69,22 @@ def tune(
         str | None,
         typer.Option(metavar="CACHE", help="The calibration cache: reused if it is up to date, else written."),
     ] = None,
+    histograms: HistogramsOption = None,
 ) -> None:
     """Find the scales and the layers in float with which INT8 keeps most, or a target; quantize takes the result."""
     with terminal() as console:
         from fastcal.model import Model
 
         network = Model(options.model)
-        check_outputs(network, {"tuning": output, "cache": cache}, options)
+        check_outputs(network, {"tuning": output, "cache": cache, "histograms": histograms}, options)
         check_writable(output, 1)
         with options.feed(network) as feed:
             tuning, progress = tune_on(
                 console, network, feed, options, tuning_options, target=read_target(target), metric=metric,
-                threshold=threshold, memory=read_memory(memory), cache=cache,
+                threshold=threshold, memory=read_memory(memory), cache=cache, histograms=histograms,
             )  # fmt: skip
         tuning.save(output)
-        rows = {"images": "none: the cache was reused"}
-        if progress.batches:
-            rows = data_rows(feed, progress) | {"speed": speed(progress)}
-        print_rows(**rows, **tuning_rows(tuning), tuning=output)
+        print_rows(**run_rows(tuning.cache, feed, progress), **tuning_rows(tuning), tuning=output)
         _print_tuning(tuning)
         finish(tuning=output, **tuning_outcome(tuning))
 

@@ -196,6 +196,7 @@ class Observations:
         progress: The state of the calibration after each batch.
         least_thresholds: Tensors that must not be clipped: name to the least threshold that the scale must cover; 0 for
             the largest |x|.
+        skipped: The samples that were unreadable.
     """
 
     network: str
@@ -205,3 +206,4 @@ class Observations:
     shared_scales: Mapping[str, str]
     progress: Sequence[Progress]
     least_thresholds: Mapping[str, float] = field(default_factory=dict)
+    skipped: Sequence[str] = ()

@@ -58,6 +58,7 @@ def compare(
     exact: bool = False,
     threads: int | None = None,
     memory: int | None = None,
+    histograms: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Comparison:
     """Measure the accuracy that a network keeps in INT8: with each algorithm, with caches, and as Q/DQ models.
@@ -101,6 +102,7 @@ def compare(
         exact: Whether the algorithms clip outputs and tensors with a known range, as `fastcal.calibrate` takes it.
         threads: The number of threads; by default one per core that this process may use.
         memory: The bytes that the tensors of a segment of the float network may take, as `fastcal.calibrate` takes it.
+        histograms: A file to keep the histograms in, as `fastcal.calibrate` takes it: it spares the first pass.
         progress: Called after every batch of either pass.
 
     Returns:
@@ -130,7 +132,7 @@ def compare(
     with as_feed(feed, network, "cpu") as batches:
         fresh = calibrate(
             network, batches, algorithm="minmax", backend="onnxruntime", threads=threads, memory=memory,
-            tensorrt_version=DEFAULT_TENSORRT_VERSION, progress=counting,
+            tensorrt_version=DEFAULT_TENSORRT_VERSION, histograms=histograms, progress=counting,
         )  # fmt: skip
         observed = fresh.observed
         assert observed is not None  # calibrate has just observed the network
@@ -208,7 +210,7 @@ def _in_two_passes(
 
     def second(state: Progress) -> None:
         sums = {name: value + getattr(last, name) for name, value in vars(state).items() if name != "total"}
-        tell(Progress(total=last.total, **sums))
+        tell(Progress(total=last.total if last.batches else state.total, **sums))
 
     return first, second
 

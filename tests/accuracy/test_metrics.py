@@ -87,6 +87,9 @@ def test_detectors_with_more_than_scores_or_with_labels(onnx_file):
     )
     model = Model(onnx_file(graph, {"one": np.int64([1])}))
     assert metric_for(model) == Detections(Layout("y", "y", 2, 4, None, "labels"))
+    for boxes, form in ((1000, "labels"), (1001, "objects")):  # no detector that suppresses boxes leaves so many
+        model = Model(onnx_file(graph.replace("300", str(boxes)), {"one": np.int64([1])}))
+        assert metric_for(model) == Detections(Layout("y", "y", 2, 4, None, form))
 
 
 @pytest.mark.parametrize(("graph", "metric"), NETWORKS)
@@ -270,6 +273,16 @@ def test_a_background_is_no_object(are_logits):
     assert metric.value == pytest.approx(2 * 2 / (2 * 2 + 2))
 
 
+@pytest.mark.parametrize(("count", "f1"), [(6, 2 * 2 / (7 + 2)), (7, 1)])
+def test_a_background_is_the_class_of_most_boxes(count, f1):
+    many = [(100 * (index + 2), 300, 40, 40, 2, 0.9) for index in range(count)]
+    both = [np.moveaxis(detections(CUP, *found), 1, 2) for found in (many, many[:1])]
+    given = [{"b": each[..., :4], "s": each[..., 4:]} for each in both]
+    metric = Detections(Layout("b", "s", 2, 0, None, "classes"))
+    metric.add(*given, 1)
+    assert metric.value == pytest.approx(f1)
+
+
 def test_a_fresh_metric_has_no_batches():
     for metric, exact in ((TopOne("y", 3), [[1, 0, 0]]), (Detections(YOLO, 0.3), detections(CUP))):
         unused = metric.fresh()
@@ -332,7 +345,7 @@ def test_a_metric_from_a_file_or_module(tmp_path, monkeypatch):
         ("no.py:one", "cannot load metric no.py:one: FileNotFoundError: no such file: no.py; write"),
         (f"{tmp_path}/broken.py:one", "broken.py:one: ZeroDivisionError: division by zero; write"),
         ("own_metrics:two", "cannot load metric own_metrics:two: AttributeError: "),
-        ("own_metrics:__doc__", "metric own_metrics:__doc__ is a NoneType; it must be a function or a class"),
+        ("own_metrics:__doc__", "metric own_metrics:__doc__ is of type NoneType; it must be a function or a class"),
     ):
         with pytest.raises(FastcalError, match=re.escape(message)):
             load_metric(place)

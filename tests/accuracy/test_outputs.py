@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 
 from detectors import DETECTORS, RANDOM
-from fastcal.accuracy.outputs import parts_of
+from fastcal.accuracy.outputs import Part, channels_of, parts_of
 from fastcal.model import Model
 
 
@@ -67,6 +67,33 @@ def test_they_are_followed_through_a_transpose(detector):
 
 def test_levels_alone_are_one_part(detector):
     assert [(part.label, part.index) for part in parts_of(Model(detector("ssd")))] == [("y", ()), ("z", ())]
+
+
+def test_kinds_that_alternate_stay_apart(onnx_file):
+    graph = "r = Relu(x) s = Sigmoid(x) n = Neg(x) y = Concat<axis = 1>(r, s, n, r)"
+    parts = parts_of(Model(onnx_file(f"f (float[N, 2, 5] x) => (float[N, 8, 5] y) {{ {graph} }}")))
+    assert [part.label for part in parts] == ["y[:, 0:2]", "y[:, 2:4]", "y[:, 4:6]", "y[:, 6:]"]
+
+
+@pytest.mark.parametrize(("count", "parts"), [(8, 8), (9, 1)])
+def test_many_kinds_are_no_kinds(onnx_file, count, parts):
+    names = ["Relu", "Sigmoid", "Neg", "Abs", "Exp", "Tanh", "Sqrt", "Log", "Erf"][:count]
+    nodes = "\n".join(f"{name} = {name}(x)" for name in names)
+    graph = f"f (float[N, 2, 5] x) => (float[N, M, 5] y) {{ {nodes} y = Concat<axis = 1>({', '.join(names)}) }}"
+    assert len(parts_of(Model(onnx_file(graph)))) == parts
+
+
+def test_the_channels_of_parts():
+    whole, one, rows = Part("y", "y"), Part("y", "o", (slice(None), slice(4, 5))), Part("y", "r", (slice(None),) * 2)
+    several = Part("y", "s", (slice(None), slice(None), slice(2, 4)))
+    assert [part.label for part in channels_of(whole, (2, 3))] == ["y[:, 0]", "y[:, 1]", "y[:, 2]"]
+    assert [part.label for part in channels_of(whole, (2, 2, 8, 8))] == ["y[:, 0]", "y[:, 1]"]
+    assert [part.label for part in channels_of(several, (2, 9, 6))] == ["y[:, :, 2]", "y[:, :, 3]"]
+    assert [len(channels_of(rows, (2, count, 6))) for count in (1024, 1025)] == [1024, 0]
+    for part, shape in ((whole, (2, 3, 8)), (whole, (2,)), (whole, (2, 1)), (one, (2, 9, 6))):
+        assert channels_of(part, shape) == ()
+    values = np.arange(2 * 9 * 6).reshape(2, 9, 6)
+    np.testing.assert_array_equal(values[channels_of(several, (2, 9, 6))[1].index], values[:, :, 3:4])
 
 
 def test_outputs_that_are_no_float_or_constant_are_left_out(onnx_file):
