@@ -109,6 +109,8 @@ def add_pairs(
     placement = placing(graph, scales, excluded)
     in_float = first_few([f"{name} ({reason})" for name, reason in (placement.in_float | _within(model)).items()])
     if not placement.axes:
+        if all(number in excluded for number, node in enumerate(graph.nodes) if node.op_type in WEIGHTED):
+            raise ModelError(f"{model.label} has no layer left to quantize: all of them are excluded; exclude fewer")
         raise ModelError(
             f"{model.label} has no layer to quantize{in_float and ': ' + in_float}; fastcal quantizes a {_LAYERS} with "
             "float32 inputs and weights, and a scale above 0 in the cache"

@@ -405,6 +405,12 @@ def test_a_model_of_float16(onnx_file):
         fastcal.quantize(path, fastcal.CalibrationCache({"x": 1.0}))
 
 
+def test_if_all_is_excluded_the_error_says_so(residual):
+    cache = calibrate(residual, residual_batches())
+    with pytest.raises(ModelError, match=r"residual.onnx has no layer left to quantize: all of them are excluded; excl"):
+        fastcal.quantize(residual, cache, exclude=["Conv", "ConvTranspose", "Gemm", "MatMul"])
+
+
 def test_what_to_exclude_is_a_list(residual):
     with pytest.raises(FastcalError, match="exclude is 'Gemm'; give a list of names or types"):
         fastcal.quantize(residual, fastcal.CalibrationCache(), exclude="Gemm")
