@@ -16,7 +16,7 @@ _GOOD = 0.99
 
 @dataclass(frozen=True)
 class RankedLayer:
-    """What INT8 in one layer alone costs.
+    """The cost of INT8 in one layer alone.
 
     Attributes:
         name: The layer's name.
@@ -33,7 +33,7 @@ class RankedLayer:
 
 @dataclass(frozen=True)
 class TuningPoint:
-    """What a network keeps with some layers in float.
+    """A measurement of the network with some layers in float.
 
     Attributes:
         in_float: The number of layers that stay in float.
