@@ -129,9 +129,15 @@ def _tuned(graph: Graph, tuning: Tuning) -> set[int]:
     names = [*in_float, *tuning.bias]
     if unknown := [name for name in names if name not in graph.producers]:
         raise CacheError(f"the tuning has layers that {graph.model.label} lacks: {first_few(unknown)}; tune this model")
-    for name in tuning.bias:
-        if graph.bias_of(graph.producers[name]) is None:
+    for name, correction in tuning.bias.items():
+        number = graph.producers[name]
+        if graph.bias_of(number) is None:
             raise CacheError(f"the tuning corrects the bias of {name}, which has none; tune this model")
+        if len(correction) != (channels := graph.output_channels(number)):
+            raise CacheError(
+                f"the tuning has {len(correction)} corrections for {name}, which has {channels} channels; tune this "
+                "model"
+            )
     return {graph.producers[name] for name in in_float}
 
 

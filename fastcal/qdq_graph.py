@@ -114,6 +114,16 @@ class Graph:
             return None
         return number, 2
 
+    def output_channels(self, number: int) -> int:
+        """Return the number of output channels of a convolution, a Gemm or a MatMul; 0 if its weights do not tell."""
+        node = self.nodes[number]
+        weights = self.constant(node.input[1]) if len(node.input) > 1 else None
+        if weights is None or weights.ndim < 2:
+            return 0
+        is_first = node.op_type == "Conv" or (node.op_type == "Gemm" and attribute(node, "transB", 0))
+        groups = attribute(node, "group", 1) if node.op_type == "ConvTranspose" else 1
+        return int(weights.shape[0 if is_first else 1] * groups)
+
     def correct_bias(self, number: int, correction: npt.NDArray[np.float32]) -> None:
         """Add to the bias of a layer that has one: a value for each output channel."""
         place = self.bias_of(number)

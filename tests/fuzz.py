@@ -1,4 +1,4 @@
-"""Mutated files of seven kinds through everything that reads them: each ends well, or in one line that says why.
+"""Mutated files of nine kinds through everything that reads them: each ends well, or in one line that says why.
 
 The exit status is 1 if one does not. No file that was there before may be gone or changed, except an output that was
 written whole. The test suite does this with few; all of it is run by hand:
@@ -43,6 +43,9 @@ from fastcal.feed.own_preprocess import choose_preprocess
 from fastcal.model import Model
 from fastcal.observe.backends import OnnxRuntimeBackend
 
+#: The name of an array for the digits sample.
+ARRAY = "digits.npy"
+
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "digits.onnx"
 
 #: What takes the place of words of a text.
@@ -59,9 +62,12 @@ f (float[2, 4] x) => (float[2, 4] y) {
   c = Cast<to = 9>(s)
   b = If(c) <then_branch = t () => (float[2, 4] t) { t = MatMul(a, w) },
              else_branch = e () => (float[2, 4] e) { e = Relu(a) }>
+  yes = Constant<value = bool {1}>()
+  r = If(yes) <then_branch = t2 () => (float[2, 4] u) { v = Relu(b) u = MatMul(v, w) },
+               else_branch = e2 () => (float[2, 4] u) { u = Neg(b) }>
   h = Cast<to = 10>(w)
   g = Cast<to = 1>(h)
-  d = MatMul(b, g)
+  d = MatMul(r, g)
   q = DequantizeLinear<axis = 1>(stored, scales)
   y = Gemm(d, q)
   p = TRT.Plugin(y)
@@ -362,6 +368,7 @@ def with_digits(folder):
     shutil.copy(DIGITS, folder)
     cache = fastcal.calibrate(DIGITS, [np.ones((1, 3, 32, 32), "f4")], backend="onnxruntime", tensorrt_version="8.6.1")
     cache.save(folder / "model.cache")
+    np.save(folder / ARRAY, np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype="f4"))
     for place in ("images/val", "images/train"):
         (folder / place).mkdir(parents=True)
         for number in range(3):
@@ -392,6 +399,31 @@ def array_files(folder):
         arrays = {} if name == "a.npy" else {"image": images, "label": np.arange(3)}
         save(folder / name, *([] if arrays else [images]), **arrays)
         yield name, (folder / name).read_bytes()
+
+
+def histogram_files(folder):
+    """Histograms of the digits sample over the array that `with_digits` makes, with a name."""
+    with NumpyFeed(folder / ARRAY, model=DIGITS) as feed:
+        fastcal.calibrate(DIGITS, feed, backend="onnxruntime", histograms=folder / "h.npz")
+    yield "mutated.npz", (folder / "h.npz").read_bytes()
+
+
+def read_histograms_file(path):
+    """Pick scales from histograms, or from new ones."""
+    with NumpyFeed(path.with_name(ARRAY), model=DIGITS) as feed:
+        fastcal.calibrate(DIGITS, feed, algorithm="minmax", backend="onnxruntime", histograms=path, threads=1)
+
+
+def tuning_files(folder):
+    """A tuning of the digits sample, with a name."""
+    with NumpyFeed(folder / ARRAY, model=DIGITS) as feed:
+        fastcal.tune(DIGITS, feed, float_share=0.5).save(folder / "t.json")
+    yield "mutated.json", (folder / "t.json").read_bytes()
+
+
+def read_tuning_file(path):
+    """Quantize with a tuning."""
+    fastcal.quantize(DIGITS, path)
 
 
 def preprocess_files(folder):
@@ -454,6 +486,14 @@ KINDS = {
         array_files, [change_bytes, change_head, change_head], read_array_file,
         lambda folder, path: ("calibrate", folder / "digits.onnx", path, "--threads", 1, "--quiet"), 200,
     ),
+    "histograms": Kind(
+        histogram_files, [change_bytes] * 9 + [lambda data, chance: data], read_histograms_file,
+        lambda folder, path: ("calibrate", DIGITS, folder / ARRAY, "--histograms", path, "--quiet"), 100,
+    ),
+    "tunings": Kind(
+        tuning_files, [change_bytes, change_text, change_text], read_tuning_file,
+        lambda folder, path: ("quantize", folder / "digits.onnx", path, "--quiet"),
+    ),
     "preprocessing": Kind(
         preprocess_files, [change_bytes, change_text, change_text], read_preprocess_file,
         lambda folder, path: (
@@ -463,7 +503,10 @@ KINDS = {
 }  # fmt: skip
 
 #: The share of each kind among all, in percent; images are the rest.
-SHARES = {"models": 12, "caches": 25, "records": 16, "lists": 16, "arrays": 8, "preprocessing": 15, "images": 8}
+SHARES = {
+    "models": 12, "caches": 20, "records": 16, "lists": 16, "arrays": 8, "histograms": 4, "tunings": 4,
+    "preprocessing": 12, "images": 8,
+}  # fmt: skip
 
 
 def try_one(use, path, data):

@@ -17,6 +17,7 @@ from fastcal.errors import ModelError
 from fastcal.model import Model
 
 COUNTS = {"models": 150, "caches": 500, "records": 200, "lists": 200, "arrays": 200, "preprocessing": 200}
+COUNTS |= {"histograms": 100, "tunings": 100}
 
 
 @pytest.mark.parametrize("kind", COUNTS)
