@@ -81,7 +81,8 @@ def tune(
         with options.feed(network) as feed:
             tuning, progress = tune_on(
                 console, network, feed, options, tuning_options, target=read_target(target), metric=metric,
-                threshold=threshold, memory=read_memory(memory), cache=cache, histograms=histograms,
+                threshold=threshold, unfinished=f"{output}.unfinished",
+                memory=read_memory(memory), cache=cache, histograms=histograms,
             )  # fmt: skip
         tuning.save(output)
         print_rows(**run_rows(tuning.cache, feed, progress), **tuning_rows(tuning), tuning=output)
