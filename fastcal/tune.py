@@ -59,6 +59,7 @@ def tune(
     threads: int | None = None,
     memory: int | None = None,
     until_stable: float | None = None,
+    curve: bool = False,
     all_tensors: bool = False,
     cache: str | os.PathLike[str] | None = None,
     histograms: str | os.PathLike[str] | None = None,
@@ -97,6 +98,8 @@ def tune(
         threads: As `fastcal.calibrate`.
         memory: As `fastcal.calibrate`.
         until_stable: As `fastcal.calibrate`.
+        curve: Whether to take more time for more detail: further choices for the tuning's `curve`, and 8 samples for
+            the ranking, as with a target.
         all_tensors: Whether to observe all tensors, for a report; by default only those that layers in INT8 read.
         cache: A file to keep the scales of all tensors in, as `fastcal.calibrate`.
         histograms: A file to keep the histograms of all tensors in, as `fastcal.calibrate`.
@@ -127,7 +130,7 @@ def tune(
     wanted = Algorithm.of(algorithm, quantile, exact=exact)
     with as_feed(feed, network, "auto") as batches:
         sampled = Sampled(batches, network.inputs, HELD_OUT if target is None else _FOR_TARGET)
-        tuner = _Tuner(network, sampled, excluded, threads, status or (lambda text: None), target is not None)
+        tuner = _Tuner(network, sampled, excluded, threads, status or (lambda text: None), curve or target is not None)
         shows_all = all_tensors or cache is not None or histograms is not None
         shown = network if shows_all else network.showing(tuner.tensors)
         calibration = Calibration(
@@ -192,7 +195,7 @@ class _Tuner:
             made_from = {**(cache.record.entries if cache.record else {}), "scales": cache.scales}
             kept = Unfinished(unfinished, made_from, [layer.output for layer in meter.layers])
             noises = rank(meter, cache.scales, kept, lambda done, of: self._status(f"ranking layers, {done} of {of}"))
-            curve = Curve(meter, cache.scales, choose(meter.shapes), target)
+            curve = Curve(meter, cache.scales, choose(meter.shapes), target, has_more=self._is_thorough)
             self._status("choosing the layers that stay in float")
             in_float = curve.choose(noises, float_share)
         numbers = self._excluded | {meter.layers[index].number for index in in_float}
