@@ -29,6 +29,7 @@ from fastcal.tuning.curve import Curve
 from fastcal.tuning.layers import depthwise_in
 from fastcal.tuning.meter import NoiseMeter, meter_for
 from fastcal.tuning.tuned import RankedLayer, Tuning
+from fastcal.tuning.unfinished import Unfinished
 from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
 #: The share of the multiply-adds that may stay in float, if no target asks for more.
@@ -58,9 +59,11 @@ def tune(
     threads: int | None = None,
     memory: int | None = None,
     until_stable: float | None = None,
+    curve: bool = False,
     all_tensors: bool = False,
     cache: str | os.PathLike[str] | None = None,
     histograms: str | os.PathLike[str] | None = None,
+    unfinished: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
     status: Callable[[str], None] | None = None,
 ) -> Tuning:
@@ -95,9 +98,13 @@ def tune(
         threads: As `fastcal.calibrate`.
         memory: As `fastcal.calibrate`.
         until_stable: As `fastcal.calibrate`.
+        curve: Whether to take more time for more detail: further choices for the tuning's `curve`, and 8 samples for
+            the ranking, as with a target.
         all_tensors: Whether to observe all tensors, for a report; by default only those that layers in INT8 read.
         cache: A file to keep the scales of all tensors in, as `fastcal.calibrate`.
         histograms: A file to keep the histograms of all tensors in, as `fastcal.calibrate`.
+        unfinished: A file to keep the ranking in while it is being made: if the tuning is stopped, the next one of the
+            same goes on there. It is removed at the end. `histograms` saves the calibration in the same way.
         progress: Called after every batch of the calibration.
         status: Called with a text for each step after that, "ranking layers, 3 of 64" for instance.
 
@@ -123,7 +130,7 @@ def tune(
     wanted = Algorithm.of(algorithm, quantile, exact=exact)
     with as_feed(feed, network, "auto") as batches:
         sampled = Sampled(batches, network.inputs, HELD_OUT if target is None else _FOR_TARGET)
-        tuner = _Tuner(network, sampled, excluded, threads, status or (lambda text: None), target is not None)
+        tuner = _Tuner(network, sampled, excluded, threads, status or (lambda text: None), curve or target is not None)
         shows_all = all_tensors or cache is not None or histograms is not None
         shown = network if shows_all else network.showing(tuner.tensors)
         calibration = Calibration(
@@ -134,7 +141,7 @@ def tune(
         if not sampled.shown:  # the cache was reused
             for _ in sampled:
                 pass
-        return tuner.tune(scales, choose, target, float_share, bias_correction)
+        return tuner.tune(scales, choose, target, float_share, bias_correction, unfinished)
 
 
 class _Tuner:
@@ -181,11 +188,14 @@ class _Tuner:
         target: float | None,
         float_share: float,
         bias_correction: bool,
+        unfinished: str | os.PathLike[str] | None,
     ) -> Tuning:
         """Return the tuning for the scales of a cache; `choose` returns the metric for the outputs' shapes."""
         with self._start(cache.scales) as meter:
-            noises = rank(meter, cache.scales, lambda done, of: self._status(f"ranking layers, {done} of {of}"))
-            curve = Curve(meter, cache.scales, choose(meter.shapes), target)
+            made_from = {**(cache.record.entries if cache.record else {}), "scales": cache.scales}
+            kept = Unfinished(unfinished, made_from, [layer.output for layer in meter.layers])
+            noises = rank(meter, cache.scales, kept, lambda done, of: self._status(f"ranking layers, {done} of {of}"))
+            curve = Curve(meter, cache.scales, choose(meter.shapes), target, has_more=self._is_thorough)
             self._status("choosing the layers that stay in float")
             in_float = curve.choose(noises, float_share)
         numbers = self._excluded | {meter.layers[index].number for index in in_float}
@@ -206,6 +216,7 @@ class _Tuner:
             bias = self._corrections(cache.scales, numbers)
             corrected = curve.measure_model(add_pairs(self._model, replace(tuning, bias=bias)), in_float)
             result, bias = (corrected, bias) if curve.keeps_more(corrected, plain) else (plain, {})
+        kept.finish()
         return replace(tuning, bias=bias, curve=curve.points, result=result)
 
     def _start(self, scales: Mapping[str, float]) -> NoiseMeter:

@@ -124,7 +124,9 @@ def check_report(path: str | None) -> None:
         check_writable(path, 1)
 
 
-def save_report(path: str | None, cache: "fastcal.CalibrationCache", options: CalibrationOptions) -> dict[str, str]:
+def save_report(
+    path: str | None, cache: "fastcal.CalibrationCache | fastcal.Tuning", options: CalibrationOptions
+) -> dict[str, str]:
     """Write the report if one is asked for; return the row of the summary that names it."""
     if path is None:
         return {}

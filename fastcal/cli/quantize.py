@@ -165,7 +165,7 @@ def _tune(console: Console, writer: "_Writer", options: QuantizeOptions) -> None
         if options.report is not None:
             tuning.cache.save(options.cache)
         rows["cache"] = made["cache"] = options.cache
-    print_rows(**run_rows(tuning.cache, feed, progress), **rows, **save_report(options.report, tuning.cache, options))
+    print_rows(**run_rows(tuning.cache, feed, progress), **rows, **save_report(options.report, tuning, options))
     found = outcome(tuning.cache, feed, progress) | tuning_outcome(tuning)
     finish(**made, report=options.report, **found)
 

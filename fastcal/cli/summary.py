@@ -1,10 +1,10 @@
 """The summary of a calibration, for people and as JSON."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import fastcal
+from fastcal.accuracy.noise import decibels_text
 from fastcal.cli.terminal import print_rows, rate, waiting
 from fastcal.errors import counted, first_few
 
@@ -61,12 +61,9 @@ def _dead(cache: "fastcal.CalibrationCache") -> list[str]:
 
 def tuning_rows(tuning: "fastcal.Tuning") -> dict[str, str]:
     """Return the row of a summary that says what INT8 keeps, and what to do if it is little."""
-    result = tuning.result
+    result, text = tuning.result, tuning.text
     if result is None:
         return {}
-    seen = "" if result.metric is None else f", {tuning.metric} {result.metric:.4g}"
-    kind = "held-out samples" if tuning.are_held_out else "samples, which the calibration saw too"
-    text = f"{decibels_text(result.sqnr)} at the outputs{seen}, on {tuning.samples} {kind}"
     changes = [f"{counted(result.in_float, 'layer')} in float ({1 - result.int8_share:.0%} of the multiply-adds)"]
     if tuning.bias:
         changes.append(f"{counted(len(tuning.bias), 'bias')} corrected")
@@ -88,11 +85,6 @@ def kept_row(kept: Mapping[str, float], algorithm: str) -> dict[str, str]:
     if kept[best] < _LITTLE:
         text += "; fastcal tune finds the layers to leave in float"
     return {"keeps": text}
-
-
-def decibels_text(value: float) -> str:
-    """Return a signal-to-quantization-noise ratio as text."""
-    return "exact" if value == math.inf else f"{value:.1f} dB"
 
 
 def outcome(cache: "fastcal.CalibrationCache", feed: "fastcal.Feed", progress: fastcal.Progress) -> dict[str, Any]:

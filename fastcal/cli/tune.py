@@ -8,15 +8,18 @@ import typer
 from rich.console import Console
 
 import fastcal
+from fastcal.accuracy.noise import decibels_text
+from fastcal.cli.calibrate import check_report, save_report
 from fastcal.cli.options import (
     CalibrationOptions,
     HistogramsOption,
     MemoryOption,
+    ReportOption,
     TuningOptions,
     check_outputs,
     read_memory,
 )
-from fastcal.cli.summary import decibels_text, run_rows, tuning_rows
+from fastcal.cli.summary import run_rows, tuning_rows
 from fastcal.cli.terminal import Bar, finish, print_rows, print_table, say, terminal
 from fastcal.errors import FastcalError
 from fastcal.files import check_writable
@@ -69,6 +72,7 @@ def tune(
         str | None,
         typer.Option(metavar="CACHE", help="The calibration cache: reused if it is up to date, else written."),
     ] = None,
+    report: ReportOption = None,
     histograms: HistogramsOption = None,
 ) -> None:
     """Find the scales and the layers in float with which INT8 keeps most, or a target; quantize takes the result."""
@@ -76,17 +80,20 @@ def tune(
         from fastcal.model import Model
 
         network = Model(options.model)
-        check_outputs(network, {"tuning": output, "cache": cache, "histograms": histograms}, options)
+        check_outputs(network, {"tuning": output, "report": report, "cache": cache, "histograms": histograms}, options)
         check_writable(output, 1)
+        check_report(report)
         with options.feed(network) as feed:
             tuning, progress = tune_on(
                 console, network, feed, options, tuning_options, target=read_target(target), metric=metric,
-                threshold=threshold, memory=read_memory(memory), cache=cache, histograms=histograms,
+                threshold=threshold, curve=True, unfinished=f"{output}.unfinished",
+                memory=read_memory(memory), cache=cache, histograms=histograms,
             )  # fmt: skip
         tuning.save(output)
-        print_rows(**run_rows(tuning.cache, feed, progress), **tuning_rows(tuning), tuning=output)
+        written = {"tuning": output, **save_report(report, tuning, options)}
+        print_rows(**run_rows(tuning.cache, feed, progress), **tuning_rows(tuning), **written)
         _print_tuning(tuning)
-        finish(tuning=output, **tuning_outcome(tuning))
+        finish(tuning=output, report=report, **tuning_outcome(tuning))
 
 
 def tune_on(

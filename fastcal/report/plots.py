@@ -12,6 +12,7 @@ import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fastcal.errors import FastcalError
 from fastcal.observe.histogram import Histogram
@@ -166,10 +167,31 @@ def draw_over_time(
     axes.set_xlim(0, seconds[-1])
     axes.set_title(title, size=9, loc="left", color=_COLORS["text"])
     axes.set_xlabel("seconds", size=8, color=_COLORS["text"])
+    _frame(axes)
+    return _inline(figure)
+
+
+def draw_curve(in_float: Sequence[int], kept: Sequence[float], title: str) -> str:
+    """Draw what a network keeps with so many layers in float, as `draw_histogram` draws; infinite ends the axis."""
+    figure = Figure((3.6, 1.9), layout="constrained")
+    axes = figure.add_subplot()
+    most = max((value for value in kept if np.isfinite(value)), default=1.0)
+    drawn = np.clip(kept, 0, 1.05 * most)
+    axes.plot(in_float, drawn, color=_COLORS["counts"], marker="o", markersize=4, linewidth=1, clip_on=False)
+    axes.set_ylim(0, 1.05 * most)
+    axes.set_xlim(0, max(1, *in_float))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title, size=9, loc="left", color=_COLORS["text"])
+    axes.set_xlabel("layers in float", size=8, color=_COLORS["text"])
+    _frame(axes)
+    return _inline(figure)
+
+
+def _frame(axes: Axes) -> None:
+    """Draw two axes in the colours of the page."""
     axes.tick_params(labelsize=8, color=_COLORS["lines"], labelcolor=_COLORS["text"])
     axes.spines[["right", "top"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_COLORS["lines"])
-    return _inline(figure)
 
 
 def _inline(figure: Figure) -> str:

@@ -4,7 +4,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -13,7 +13,8 @@ from fastcal.cache.cache import CalibrationCache
 from fastcal.errors import CacheError, counted
 from fastcal.files import write_atomically
 from fastcal.observe.histogram import MANY_CLIPPED, Histogram, Observations
-from fastcal.report.plots import draw_histogram, draw_over_time
+from fastcal.report.plots import draw_curve, draw_histogram, draw_over_time
+from fastcal.tuning.tuned import Tuning
 from fastcal.versions import installed
 
 #: The limit for remarks: the factor between a scale and each of its neighbours'.
@@ -47,17 +48,18 @@ class _Tensor(NamedTuple):
 
 
 def write_report(
-    cache: CalibrationCache, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None
+    cache: CalibrationCache | Tuning, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None
 ) -> None:
     """Write a page about a calibration: its data and settings, its speed, and the histogram and scale of every tensor.
 
     The page is one HTML file that loads nothing else. It shows throughput and waiting for data over time, and a table
     of the tensors with their histograms that can be sorted and searched. Tensors worth a look are listed first: those
     that have NaN or infinite values, are always 0, have many clipped values, or have a scale far from those of the
-    tensors before and after.
+    tensors before and after. For a tuning, it shows what INT8 keeps over the layers in float too, and the layers that
+    cost most.
 
     Args:
-        cache: The cache that `fastcal.calibrate` returned.
+        cache: The cache that `fastcal.calibrate` returned, or the tuning that `fastcal.tune` returned.
         path: The file of the page.
         about: Further facts to show about the calibration, by name: {"images": "photographs/"}.
 
@@ -65,6 +67,7 @@ def write_report(
         CacheError: The cache was not returned by a calibration.
         FastcalError: The file cannot be written.
     """
+    tuning, cache = (cache, cache.cache) if isinstance(cache, Tuning) else (None, cache)
     if cache.observed is None:
         raise CacheError("the cache has no histograms: make the report from what fastcal.calibrate returns, not a file")
     environment = Environment(
@@ -81,12 +84,31 @@ def write_report(
         samples=_samples(cache, cache.observed),
         speed=Markup(draw_over_time(progress, "samples a second", lambda at: at.images)),
         waiting=Markup(draw_over_time(progress, "% of the time waiting for data", lambda at: 100 * at.waited, 100)),
+        accuracy=tuning and _accuracy(tuning),
         tensors=tensors,
         remarkable=remarkable[:_LISTED],
         others=len(remarkable[_LISTED:]),
         now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
     write_atomically(path, page.encode(errors="surrogateescape"))
+
+
+def _accuracy(tuning: Tuning) -> dict[str, Any]:
+    """Return what the page shows of a tuning."""
+    points, noise = tuning.curve, sum(layer.noise for layer in tuning.ranking) or 1.0
+    in_float = [point.in_float for point in points]
+    charts = [draw_curve(in_float, [point.sqnr for point in points], "dB at the outputs")]
+    if tuning.metric is not None and all(point.metric is not None for point in points):
+        charts.append(draw_curve(in_float, [float(point.metric or 0) for point in points], tuning.metric))
+    worst = sorted(tuning.ranking, key=lambda layer: -layer.noise)[:_LISTED]
+    return {
+        "kept": tuning.text,
+        "charts": [Markup(chart) for chart in charts],
+        "layers": [
+            (layer.name, f"{100 * layer.noise / noise:.1f} % of the noise", layer.output in (tuning.in_float or ()))
+            for layer in worst
+        ],
+    }
 
 
 def _tensors(scales: Mapping[str, float], observed: Observations) -> Iterator[_Tensor]:

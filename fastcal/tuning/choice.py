@@ -13,6 +13,7 @@ from fastcal.observe.histogram import Observations
 from fastcal.qdq_graph import Graph, modern
 from fastcal.tuning.layers import Layer, depthwise_in
 from fastcal.tuning.meter import NoiseMeter, meter_for, sqnr
+from fastcal.tuning.unfinished import Unfinished
 
 #: The algorithms whose scales are tried.
 CANDIDATES = ("entropy2", "minmax", "percentile", "mse")
@@ -78,16 +79,15 @@ def best(meter: NoiseMeter, scales: Mapping[str, Mapping[str, float]]) -> tuple[
 
 
 def rank(
-    meter: NoiseMeter, scales: Mapping[str, float], progress: Callable[[int, int], None] = lambda done, of: None
+    meter: NoiseMeter, scales: Mapping[str, float], unfinished: Unfinished, progress: Callable[[int, int], None]
 ) -> list[float]:
-    """Return the noise of each layer if it alone is in INT8, over the first batch."""
-    noises = []
-    for index in range(len(meter.layers)):
+    """Return the noise of each layer if it alone is in INT8, over the first batch; go on with an unfinished ranking."""
+    for index in range(len(unfinished.noises), len(meter.layers)):
         alone = meter.choice(False)
         alone[index] = True
-        noises.append(meter.noise(alone, scales, batches=1))
+        unfinished.add(meter.noise(alone, scales, batches=1))
         progress(index + 1, len(meter.layers))
-    return noises
+    return unfinished.noises
 
 
 def in_order(layers: Sequence[Layer], noises: Sequence[float]) -> tuple[list[int], list[int]]:

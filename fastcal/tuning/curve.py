@@ -20,10 +20,20 @@ class Curve:
     """
 
     def __init__(
-        self, meter: NoiseMeter, scales: Mapping[str, float], metric: Metric | None, target: float | None
+        self,
+        meter: NoiseMeter,
+        scales: Mapping[str, float],
+        metric: Metric | None,
+        target: float | None,
+        *,
+        has_more: bool = False,
     ) -> None:
+        """Measure with a metric, if there is one, to reach a target, if there is one.
+
+        `has_more` asks for further points, whose layers in float double from point to point.
+        """
         self.metric = metric
-        self._meter, self._scales, self._target = meter, scales, target
+        self._meter, self._scales, self._target, self._has_more = meter, scales, target, has_more
         self._points: dict[tuple[int, ...], TuningPoint] = {}
         self._noises: dict[TuningPoint, float] = {}
 
@@ -43,6 +53,8 @@ class Curve:
         noise = [self._noises[self.measure(few)] for few in chosen]
         order, few = min(zip(orders, chosen, strict=True), key=lambda pair: noise[chosen.index(pair[1])])
         if self._target is None:
+            for length in (0, *(2**power for power in range(len(few).bit_length()))) if self._has_more else ():
+                self.measure(few[:length])
             if min(noise) > ENOUGH:
                 return few
             return few[: fewest(range(len(few) + 1), lambda length: self._noises[self.measure(few[:length])] <= ENOUGH)]

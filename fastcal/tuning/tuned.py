@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fastcal.accuracy.noise import decibels_text
 from fastcal.cache.cache import CalibrationCache
 from fastcal.errors import CacheError
 from fastcal.files import write_atomically
@@ -75,6 +76,15 @@ class Tuning:
     samples: int = 0
     target: float | None = None
     are_held_out: bool = True
+
+    @property
+    def text(self) -> str:
+        """What INT8 keeps, as text; an empty text if nothing was measured."""
+        if self.result is None:
+            return ""
+        seen = "" if self.result.metric is None else f", {self.metric} {self.result.metric:.4g}"
+        kind = "held-out samples" if self.are_held_out else "samples, which the calibration saw too"
+        return f"{decibels_text(self.result.sqnr)} at the outputs{seen}, on {self.samples} {kind}"
 
     @property
     def is_reached(self) -> bool:

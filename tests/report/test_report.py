@@ -1,5 +1,6 @@
 """Reports, in a real browser: what they say, that they sort and search, that they load nothing."""
 
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -315,3 +316,21 @@ def test_what_no_report_can_be_made_of(tmp_path):
         fastcal.write_report(cache, tmp_path / "nowhere" / "report.html")
     fastcal.write_report(cache, tmp_path / "report.html")  # of a single batch
     assert "1 in 1 batch<" in (tmp_path / "report.html").read_text()
+
+
+def test_a_tuning_shows_its_layers_and_its_curve(tmp_path):
+    layers = [fastcal.RankedLayer(f"layer <{number}>", f"y{number}", number / 10, 100.0) for number in range(1, 5)]
+    cache = fastcal.calibrate(MODEL, fastcal.ImageFeed(DIGITS / "images", model=MODEL, limit=16))
+    points = [fastcal.TuningPoint(0, 1.0, 12.0, 0.5), fastcal.TuningPoint(1, 0.75, 30.0, 1.0)]
+    tuning = fastcal.Tuning(cache, ["y4"], ranking=layers, curve=points, result=points[1], metric="top-1", samples=7)
+    fastcal.write_report(tuning, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    accuracy = page[page.index('id="accuracy"') : page.index("Made from")]
+    assert "30.0 dB at the outputs, top-1 1, on 7 held-out samples" in accuracy
+    shown = re.findall(r"layer &lt;(\d)&gt; .*?>(\d+\.\d) % of the noise", accuracy)
+    assert shown == [("4", "40.0"), ("3", "30.0"), ("2", "20.0"), ("1", "10.0")]
+    assert accuracy.count("stays in float") == 1
+    assert accuracy.index("stays in float") < accuracy.index("layer &lt;3&gt;")
+    assert [title in accuracy for title in ("dB at the outputs</text>", "top-1</text>")] == [True, True]
+    fastcal.write_report(cache, tmp_path / "plain.html")
+    assert 'id="accuracy"' not in (tmp_path / "plain.html").read_text()

@@ -248,3 +248,25 @@ def test_tunings_that_do_not_fit(fragile, tmp_path, onnx_file):
         (tmp_path / "changed.json").write_text(json.dumps(changed))
         with pytest.raises(CacheError, match=message):
             fastcal.quantize(fragile, tmp_path / "changed.json")
+
+
+def test_a_tuning_that_was_stopped_goes_on(fragile, tmp_path):
+    given, kept, texts = batches(4), tmp_path / "unfinished", []
+
+    def stop(text):
+        if text == "ranking layers, 4 of 6":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fastcal.tune(fragile, given, unfinished=kept, status=stop)
+    assert len(kept.read_text().splitlines()) == 5  # what it is of, and four layers
+    kept.write_text(kept.read_text()[:-4])  # the last line was cut off
+    other = tmp_path / "other"
+    other.write_bytes(kept.read_bytes())
+    resumed = fastcal.tune(fragile, given, unfinished=kept, status=texts.append)
+    assert [text for text in texts if "of 6" in text] == [f"ranking layers, {number} of 6" for number in (4, 5, 6)]
+    assert resumed.to_json() == fastcal.tune(fragile, given).to_json()
+    assert not kept.exists()
+    texts.clear()
+    fastcal.tune(fragile, batches(4), unfinished=other, status=texts.append)  # other batches: it begins anew
+    assert "ranking layers, 1 of 6" in texts
