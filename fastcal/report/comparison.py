@@ -24,6 +24,7 @@ from fastcal.qdq_implicit import ImplicitPlacement
 from fastcal.qdq_placement import Placement
 from fastcal.report.measurement import Int8, Measurement
 from fastcal.report.quality import Comparison, Quality
+from fastcal.tuning.tuned import Tuning
 from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
 #: The algorithms that are compared; "entropy" picks the scales of "entropy2".
@@ -49,7 +50,7 @@ def compare(
     model: str | os.PathLike[str] | Model,
     feed: Any,
     *,
-    caches: Mapping[str, CalibrationCache | str | os.PathLike[str]] | None = None,
+    caches: Mapping[str, CalibrationCache | Tuning | str | os.PathLike[str]] | None = None,
     quantized: Mapping[str, Model | str | os.PathLike[str]] | None = None,
     metric: str | Callable[..., Any] | None = None,
     threshold: float | None = None,
@@ -88,7 +89,7 @@ def compare(
     Args:
         model: The ONNX file.
         feed: The batches, as `fastcal.calibrate` takes them. They must be there for a second pass.
-        caches: Further calibration caches, or their files, by the name to show for them.
+        caches: Further calibration caches or tunings, or their files, by the name to show for them.
         quantized: Q/DQ models of any tool, or their files, by the name to show for them. Their inputs and outputs must
             have the names of the model's.
         metric: The metric by name, or a function of your own, or "file.py:function" or "module:function". A function
@@ -126,7 +127,7 @@ def compare(
     if isinstance(feed, Iterator):
         raise DataError(_GONE)
     _check_names(caches or {}, quantized or {})
-    given = {label: load_for(network, cache).cache for label, cache in (caches or {}).items()}
+    given = {label: load_for(network, cache) for label, cache in (caches or {}).items()}
     others = {label: _load_quantized(network, other) for label, other in (quantized or {}).items()}
     counting, comparing = _in_two_passes(progress)
     with as_feed(feed, network, "cpu") as batches:
@@ -137,7 +138,8 @@ def compare(
         observed = fresh.observed
         assert observed is not None  # calibrate has just observed the network
         picked = {name: replace(fresh, scales=algorithm.scales(observed)) for name, algorithm in algorithms.items()}
-        ways = _simulated(network, picked | given, _ROUNDING[rounding]) | others
+        tunings = {label: Tuning(cache) for label, cache in picked.items()} | given
+        ways = _simulated(network, tunings, _ROUNDING[rounding]) | others
         measurement = Measurement(network, ways, batches, choose, threads, memory)
         del ways  # the models, which the sessions hold
         with timed(batches, comparing) as second, measurement:
@@ -146,7 +148,9 @@ def compare(
         if not measurement.images:
             raise DataError(_GONE)
         qualities, float_top1 = measurement.results()
-    doubts = {label: _doubt(network.input_names, cache, fresh.record, observed) for label, cache in given.items()}
+    doubts = {
+        label: _doubt(network.input_names, tuning.cache, fresh.record, observed) for label, tuning in given.items()
+    }
     doubts |= dict.fromkeys(others, "")
     verdict = _verdict(qualities, doubts, float_top1, measurement.metric)
     return Comparison(measurement.images, qualities, float_top1, verdict, measurement.metric)
@@ -170,11 +174,11 @@ def _check_names(caches: Mapping[str, Any], quantized: Mapping[str, Any]) -> Non
         raise FastcalError(f"a cache and a Q/DQ model are named {min(named)!r}; name one otherwise")
 
 
-def _simulated(network: Model, caches: Mapping[str, CalibrationCache], placing: type[Placement]) -> dict[str, Int8]:
-    """Return the network in INT8 with the scales of each cache."""
+def _simulated(network: Model, tunings: Mapping[str, Tuning], placing: type[Placement]) -> dict[str, Int8]:
+    """Return the network in INT8 as each cache or tuning has it."""
     return {
-        label: Int8(network, add_pairs(network, cache, placing=placing), cache.scales)
-        for label, cache in caches.items()
+        label: Int8(network, add_pairs(network, tuning, placing=placing), tuning.cache.scales)
+        for label, tuning in tunings.items()
     }
 
 
@@ -223,7 +227,7 @@ def _doubt(inputs: Sequence[str], cache: CalibrationCache, record: Record | None
     theirs, ours = (made.entries.get("preprocess") if made else None for made in (cache.record, record))
     if theirs and ours and theirs != ours:
         return f"its record has other preprocessing: {theirs}"
-    needed = cache.algorithm.scales(observed)
+    needed = (Algorithm("mse") if cache.algorithm.is_measured else cache.algorithm).scales(observed)
     for name in inputs:
         if needed.get(name) and name in cache.scales:
             if fault := fault_of_scale(cache.scales[name]):

@@ -270,3 +270,12 @@ def test_a_tuning_that_was_stopped_goes_on(fragile, tmp_path):
     texts.clear()
     fastcal.tune(fragile, batches(4), unfinished=other, status=texts.append)  # other batches: it begins anew
     assert "ranking layers, 1 of 6" in texts
+
+
+def test_a_comparison_takes_a_tuning(fragile, tmp_path):
+    given = batches()
+    tuning = fastcal.tune(fragile, given)
+    tuning.save(tmp_path / "tuned.json")
+    compared = fastcal.compare(fragile, given, caches={"tuned": tmp_path / "tuned.json", "scales": tuning.cache})
+    assert compared.qualities["tuned"].sqnr > compared.qualities["scales"].sqnr + 6
+    assert compared.qualities["tuned"].sqnr > max(compared.qualities[name].sqnr for name in ("entropy2", "mse")) + 6
