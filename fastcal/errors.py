@@ -125,3 +125,8 @@ def listed(texts: Sequence[str]) -> str:
 def first_few(texts: Sequence[str], most: int = 5) -> str:
     """Return the first texts, separated by commas, and the number of the others."""
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def decibels_text(value: float) -> str:
+    """Return a signal-to-quantization-noise ratio, in dB, as text."""
+    return "exact" if value == float("inf") else f"{value:.1f} dB"

@@ -130,6 +130,13 @@ def models(folder: Path, config: Any, network: Any, builder: Any) -> bytes:
     quantized = fastcal.quantize(fastcal.Model.of("model.onnx"), scales(folder), exclude=["Gemm"])
     assert_type(quantized, onnx.ModelProto)
     feed = feeds(folder)[2]
+    tuning = fastcal.tune("model.onnx", feed, target=0.99, metric=lambda exact, other: 1.0, status=print)
+    assert_type(tuning, fastcal.Tuning)
+    layer: fastcal.RankedLayer = tuning.ranking[0]
+    point: fastcal.TuningPoint = tuning.curve[0]
+    print(layer.noise, point.sqnr, tuning.text)
+    tuning.save(folder / "tuned.json")
+    quantized = fastcal.quantize("model.onnx", folder / "tuned.json", depthwise=True)
     calibrators: Sequence[fastcal.FeedCalibrator] = (
         fastcal.EntropyCalibrator2(feed, cache="model.cache", model=folder / "model.onnx", progress=show),
         fastcal.EntropyCalibrator(feed),

@@ -124,6 +124,7 @@ def sample(tmp_path_factory):
         (bin_folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (bin_folder / name).chmod(0o755)
     run(folder, ["fastcal", "calibrate", "model.onnx", "images/", "-o", "model.cache"], folder)
+    run(folder, ["fastcal", "quantize", "model.onnx", "model.cache", "-o", "other.qdq.onnx"], folder)
     for suffix in ("", ".json"):
         shutil.copy(folder / f"model.cache{suffix}", folder / f"earlier.cache{suffix}")
     return folder

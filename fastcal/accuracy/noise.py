@@ -71,11 +71,6 @@ def decibels(error: float) -> float:
     return -10 * math.log10(error) if error < math.inf else -math.inf
 
 
-def decibels_text(value: float) -> str:
-    """Return a signal-to-quantization-noise ratio, in dB, as text."""
-    return "exact" if value == math.inf else f"{value:.1f} dB"
-
-
 def without_padding(outputs: Outputs, batch: int, samples: int) -> Outputs:
     """Return the outputs of the first `samples` of a batch's samples; outputs of another first size stay whole."""
     return {name: array[:samples] if array.shape[:1] == (batch,) else array for name, array in outputs.items()}

@@ -182,8 +182,8 @@ class CalibrationOptions(FeedOptions):
     algorithm: Annotated[
         str,
         typer.Option(
-            help="How scales are picked: entropy2, entropy, minmax, percentile, mse. The first four are TensorRT's; "
-            "mse has the least error. fastcal compare measures all."
+            help="How scales are picked: entropy2, entropy, minmax, percentile, mse, best. The first four are "
+            "TensorRT's; mse has the least error; best tries all on images that are held out."
         ),
     ] = "entropy2"
     quantile: QuantileOption = 0.9999

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import fastcal
-from fastcal.accuracy.noise import decibels_text
 from fastcal.cli.terminal import print_rows, rate, waiting
-from fastcal.errors import counted, first_few
+from fastcal.errors import counted, decibels_text, first_few
 
 #: What INT8 keeps, in dB: differences of less are none, and less than this is little.
 _ALIKE, _LITTLE = 1.0, 20.0

@@ -8,7 +8,6 @@ import typer
 from rich.console import Console
 
 import fastcal
-from fastcal.accuracy.noise import decibels_text
 from fastcal.cli.calibrate import check_report, save_report
 from fastcal.cli.options import (
     CalibrationOptions,
@@ -21,7 +20,7 @@ from fastcal.cli.options import (
 )
 from fastcal.cli.summary import run_rows, tuning_rows
 from fastcal.cli.terminal import Bar, finish, print_rows, print_table, say, terminal
-from fastcal.errors import FastcalError
+from fastcal.errors import FastcalError, decibels_text
 from fastcal.files import check_writable
 
 if TYPE_CHECKING:

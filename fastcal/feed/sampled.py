@@ -19,6 +19,9 @@ HELD_OUT = 32
 #: The share of the samples that may be held out.
 _SHARE = 0.25
 
+#: Fewer samples are not held out: a calibration needs them more than a measurement.
+_FEWEST = 4
+
 #: The samples of a batch that measuring takes at once, if the batch is dynamic.
 _TOGETHER = 8
 
@@ -113,7 +116,8 @@ class Sampled(Feed):
         samples = self._feed.samples
         if samples is None and count is not None:
             samples = count * self.batch_size
-        return self._most if samples is None else min(self._most, int(_SHARE * samples))
+        wanted = self._most if samples is None else min(self._most, int(_SHARE * samples))
+        return wanted if wanted >= _FEWEST else 0
 
     def _of_batch(self, number: int, wanted: int, count: int | None) -> int:
         """Return the number of samples to hold out of a batch: as many of each batch, but none of the last."""

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fastcal.accuracy.noise import decibels_text
 from fastcal.cache.cache import CalibrationCache
-from fastcal.errors import CacheError
+from fastcal.errors import CacheError, counted, decibels_text
 from fastcal.files import write_atomically
 
 #: What is kept if users hardly see a difference.
@@ -79,12 +78,13 @@ class Tuning:
 
     @property
     def text(self) -> str:
-        """What INT8 keeps, as text; an empty text if nothing was measured."""
+        """The result as text; an empty text if nothing was measured."""
         if self.result is None:
             return ""
         seen = "" if self.result.metric is None else f", {self.metric} {self.result.metric:.4g}"
-        kind = "held-out samples" if self.are_held_out else "samples, which the calibration saw too"
-        return f"{decibels_text(self.result.sqnr)} at the outputs{seen}, on {self.samples} {kind}"
+        held_out = "held-out " if self.are_held_out else ""
+        where = f"{counted(self.samples, f'{held_out}sample')}{'' if held_out else ', which the calibration saw too'}"
+        return f"{decibels_text(self.result.sqnr)} at the outputs{seen}, on {where}"
 
     @property
     def is_reached(self) -> bool:
@@ -106,6 +106,9 @@ class Tuning:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tuning to a JSON file, which is a calibration cache in JSON with one entry more.
 
+        Args:
+            path: The file.
+
         Raises:
             FastcalError: The file cannot be written.
         """
@@ -120,6 +123,9 @@ class Tuning:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tuning":
         """Read a file that `save` has written, or a calibration cache in any form.
+
+        Args:
+            path: The file.
 
         Raises:
             CacheError: The file cannot be read, or is damaged.

@@ -57,8 +57,13 @@ def test_the_documentations_page_has_every_option():
     """The page of the command line names every option of the commands that calibrate, and no other."""
     page = (ROOT / ".docs" / "pages" / "command-line.md").read_text()
     named = set(re.findall(r"--[a-z][a-z0-9-]+", page))
-    commands = ("calibrate", "compare", "quantize", "preview")
-    options = {text for command in commands for option in OPTIONS[command].values() for text in option.opts}
+    commands = ("calibrate", "compare", "quantize", "tune", "preview")
+    options = {
+        text
+        for command in commands
+        for each in OPTIONS[command].values()
+        for text in (*each.opts, *each.secondary_opts)
+    }
     rare = {"--output", "--tf32", "--tactic-sources", "--cache", "--model"}  # --help has them
     assert {text for text in options if text.startswith("--")} - rare <= named
     assert named - options <= {"--help", "--install-completion"}

@@ -84,7 +84,7 @@ def test_the_cache_of_a_calibration_for_any_tensorrt(quantize, run_fastcal, tmp_
     words = ("calibrate", MODEL, "images", "-o", "model.cache", "--tensorrt", "8.6.1")
     run_fastcal(*words, cwd=tmp_path).check_returncode()
     before = (tmp_path / "model.cache").read_bytes()
-    assert REUSED in quantize().stdout
+    assert REUSED in quantize("--algorithm", "entropy2").stdout
     assert (tmp_path / "model.cache").read_bytes() == before
     assert CalibrationCache.load(tmp_path / "model.cache").tensorrt_version == "8.6.1"
 

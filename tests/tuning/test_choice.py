@@ -1,12 +1,14 @@
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastcal.model import Model
 from fastcal.qdq_graph import Graph
 from fastcal.tuning.choice import fewest, in_order, within
+from fastcal.tuning.curve import Curve
 from fastcal.tuning.layers import Layer, depthwise_in, layers_of
 
 
@@ -32,6 +34,7 @@ def test_layers_in_float_keep_within_the_share():
     found = layers(100, 10, 0, 50, 40)
     noises = [5.0, 3.0, 1.0, 0.01, 2.0]
     assert within(found, [0, 1, 4, 2, 3], noises, 0.15) == [1, 2]  # 30 of 200, and 3 has too little noise
+    assert within(found, [0, 1, 4, 2, 3], noises, 0.2) == [1, 2]  # after 1, 30 of 40 are left
     assert within(found, [0, 1, 4, 2, 3], noises, 0.25) == [1, 4, 2]
     assert within(found, [0, 1, 4, 2, 3], noises, 0.0) == [2]
     assert within(found, [0, 1, 4, 2, 3], noises, 1.0) == [0, 1, 4, 2]
@@ -57,3 +60,48 @@ def test_multiply_adds_are_those_of_the_definitions(onnx_file):
         "z": 4 * 4 * 16,
     }  # fmt: skip
     assert depthwise_in(graph) == {1}
+
+
+def test_depthwise_is_one_channel_for_each_of_several_groups(onnx_file):
+    shapes = {"w1": (4, 1, 1, 1), "w2": (4, 2, 1, 1), "w3": (1, 1, 1, 1), "w4": (8, 1, 1, 1), "w5": (4, 3, 1, 1)}
+    constants = {name: np.ones(shape, "f4") for name, shape in shapes.items()}
+    model = Model(onnx_file("""
+        net (float[N, 4, 4, 4] x, float[N, 1, 4, 4] z, float[M, N, 1, 1] w) => (float[N, 4, 4, 4] y) {
+            a = Conv<group = 4>(x, w1) b = Conv<group = 2>(x, w2) c = Conv(z, w3) d = Conv<group = 4>(x, w4)
+            e = ConvTranspose<group = 4>(x, w5) f = ConvTranspose<group = 2>(x, w2) y = Conv<group = 4>(x, w)
+        }""", constants))  # fmt: skip
+    assert depthwise_in(Graph(model)) == {0, 3, 4}
+
+
+class AdditiveMeter:
+    """Layers whose noises add up, whatever the scales are."""
+
+    def __init__(self, noises, *multiply_adds):
+        self.layers, self._noises = layers(*multiply_adds), np.array(noises)
+
+    def choice(self, is_int8):
+        return np.full(len(self.layers), is_int8)
+
+    def errors(self, is_int8, scales, metric=None):
+        return {"y": float(self._noises[is_int8].sum())}
+
+
+@pytest.mark.parametrize(("noises", "in_float"), [([0.13, 0.06, 0.06], [0]), ([0.11, 0.06, 0.06], [1, 2])])
+def test_of_the_two_orders_the_one_with_less_noise_wins(noises, in_float):
+    meter = AdditiveMeter(noises, 100, 50, 50)
+    assert sorted(Curve(meter, {}, None, None).choose(noises, 0.5)) == in_float
+
+
+def test_layers_are_not_left_in_float_if_int8_is_good_enough():
+    noises = [1e-4, 2e-3, 3e-4]
+    meter = AdditiveMeter(noises, 100, 50, 50)
+    assert Curve(meter, {}, None, None).choose(noises, 1.0) == [1]
+    assert Curve(AdditiveMeter([1e-4, 2e-4, 3e-4], 100, 50, 50), {}, None, None).choose([1e-4, 2e-4, 3e-4], 1.0) == []
+
+
+@pytest.mark.parametrize(("target", "count"), [(0.5, 0), (0.79, 1), (0.93, 2), (0.999, 3)])
+def test_a_target_takes_the_fewest_layers_of_an_order(target, count):
+    noises = [0.03, 0.15, 0.01, 0.1, 0.02]
+    meter = AdditiveMeter(noises, 10, 10, 10, 10, 10)
+    found = Curve(meter, {}, None, target).choose(noises, 0.0)
+    assert found == [1, 3, 0, 4][: count if count < 3 else 4]  # the last one stays in INT8, whatever is asked for
