@@ -29,8 +29,9 @@ def choice(x, y, condition="yes", **names):
     return helper.make_node("If", [condition], [y], then_branch=then_branch, else_branch=else_branch)
 
 
-def nested(x, y, condition):
-    inner = helper.make_graph([helper.make_node("Exp", [x], ["e"]), choice("e", "z")], "outer", [], [value("z")])
+def nested(x, y, condition, inner_condition="yes"):
+    nodes = [helper.make_node("Exp", [x], ["e"]), choice("e", "z", inner_condition)]
+    inner = helper.make_graph(nodes, "outer", [], [value("z")])
     return helper.make_node("If", [condition], [y], then_branch=inner, else_branch=branch("Neg", x))
 
 
@@ -149,6 +150,11 @@ def test_other_ifs_stay(save):
     onnx.checker.check_model(model.proto, full_check=True)
     np.testing.assert_array_equal(run(model.proto.SerializeToString()), run(path))
     assert set(model.within) == {"t", "o"}
+    path = save(*depends, nested("x", "a", "yes", "c"), nested("a", "y", "yes", "c"))  # within branches that are taken
+    model = Model(path).proto
+    assert [node.op_type for node in model.graph.node if node.op_type != "Exp"] == ["ReduceSum", "Cast", "If", "If"]
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_array_equal(run(model.SerializeToString()), run(path))
     inside = nested("x", "y", "c")  # within a branch that depends on the input
     model = Model(save(*depends, inside))
     assert model.proto.graph.node[-1] == inside

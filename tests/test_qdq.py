@@ -405,6 +405,22 @@ def test_a_model_of_float16(onnx_file):
         fastcal.quantize(path, fastcal.CalibrationCache({"x": 1.0}))
 
 
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        ({"c2": [0.5] * 7}, "the tuning has 7 corrections for c2, which has 8 channels; tune this model"),
+        ({"t": [0.5] * 16}, "the tuning has 16 corrections for t, which has 8 channels; tune this model"),
+        ({"d": [0.5]}, "the tuning corrects the bias of d, which has none; tune this model"),
+        ({"m": [0.5] * 8}, "the tuning has 8 corrections for m, which has 5 channels; tune this model"),
+        ({"p0": [0.5]}, "the tuning corrects the bias of p0, which has none; tune this model"),
+    ],
+)
+def test_corrections_that_fit_no_layer(residual, bias, message):
+    cache = calibrate(residual, residual_batches())
+    with pytest.raises(CacheError, match=message):
+        fastcal.quantize(residual, fastcal.Tuning(cache, bias=bias))
+
+
 def test_if_all_is_excluded_the_error_says_so(residual):
     cache = calibrate(residual, residual_batches())
     with pytest.raises(ModelError, match=r"residual.onnx has no layer left to quantize: all of them are excluded"):

@@ -13,9 +13,6 @@ from fastcal.files import write_together
 from fastcal.observe.histogram import BINS, Histogram, Observations
 from fastcal.progress import Progress
 
-#: The entries of a record that do not decide on the reuse of histograms: what was unreadable still is.
-_OUTCOME = ("skipped",)
-
 #: The fields of `Observations` that are stored as they are.
 _PLAIN = ("network", "backend", "precision", "shared_scales", "least_thresholds", "skipped")
 
@@ -71,7 +68,6 @@ def _load(path: str | os.PathLike[str]) -> tuple[Observations, Record]:
         histogram.nan, histogram.inf = map(int, arrays["left_out"][index])
         histogram.clamped = {float(value): int(count) for value, count in about["clamped"][index]}
     timeline = [Progress(**state) for state in about["progress"]]
-    made_from = {name: value for name, value in about["made_from"].items() if name not in _OUTCOME}
     plain = {name: about[name] for name in _PLAIN}
     plain["skipped"] = tuple(plain["skipped"])
-    return Observations(**plain, histograms=histograms, progress=timeline), Record(made_from)
+    return Observations(**plain, histograms=histograms, progress=timeline), Record(dict(about["made_from"]))
