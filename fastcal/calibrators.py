@@ -143,7 +143,12 @@ _CLASSES = {
 
 
 def make_calibrator(algorithm: Algorithm, feed: Feed, **options: Any) -> FeedCalibrator:
-    """Return the calibrator of an algorithm, with the options of its class."""
+    """Return the calibrator of an algorithm, with the options of its class; raise FastcalError for "best"."""
+    if algorithm.is_measured:
+        raise FastcalError(
+            "no calibrator has algorithm best, which runs the network in INT8: take the cache of fastcal calibrate "
+            "--algorithm best, or choose another algorithm"
+        )
     if algorithm.name in _CLASSES:
         return _CLASSES[algorithm.name](feed, **options)
     return LegacyCalibrator(feed, quantile=algorithm.quantile or DEFAULT_QUANTILE, **options)
