@@ -499,7 +499,8 @@ def test_commands_that_calibrate_share_their_options():
     calibrate, build = ({option.name: option for option in commands[name].params} for name in ("calibrate", "build"))
     shared = calibrate.keys() & build.keys() - {"output", "help"}
     assert set(calibrate) - shared == {
-        "output", "backend", "tensorrt", "memory", "until_stable", "workers", "ray_address", "report"
+        "output", "backend", "tensorrt", "memory", "until_stable", "workers", "ray_address", "histograms",
+        "report",
     }  # fmt: skip
     for name in shared:
         for what in ("opts", "help", "default", "required", "show_default", "metavar"):
