@@ -143,7 +143,12 @@ _CLASSES = {
 
 
 def make_calibrator(algorithm: Algorithm, feed: Feed, **options: Any) -> FeedCalibrator:
-    """Return the calibrator of an algorithm, with the options of its class."""
+    """Return the calibrator of an algorithm, with the options of its class; raise FastcalError for "best"."""
+    if algorithm.is_measured:
+        raise FastcalError(
+            "algorithm best is found before a build: write a cache with fastcal calibrate --algorithm best, and build "
+            "from it with trtexec --calib; or choose the algorithm that it names"
+        )
     if algorithm.name in _CLASSES:
         return _CLASSES[algorithm.name](feed, **options)
     return LegacyCalibrator(feed, quantile=algorithm.quantile or DEFAULT_QUANTILE, **options)
