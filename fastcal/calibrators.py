@@ -146,8 +146,8 @@ def make_calibrator(algorithm: Algorithm, feed: Feed, **options: Any) -> FeedCal
     """Return the calibrator of an algorithm, with the options of its class; raise FastcalError for "best"."""
     if algorithm.is_measured:
         raise FastcalError(
-            "algorithm best is found before a build: write a cache with fastcal calibrate --algorithm best, and build "
-            "from it with trtexec --calib; or choose the algorithm that it names"
+            "no calibrator has algorithm best, which runs the network in INT8: take the cache of fastcal calibrate "
+            "--algorithm best, or choose another algorithm"
         )
     if algorithm.name in _CLASSES:
         return _CLASSES[algorithm.name](feed, **options)

@@ -144,6 +144,8 @@ def test_known_ranges_are_those_of_the_file(onnx_file, parse):
     parsed = Parsed(definition, model)
     (moved,) = (name for name, source in parsed.copies.items() if source == "s")
     backend = ParsedBackend(parsed, OnnxRuntimeBackend())
+    assert definition.least_thresholds == {"y": 0.0}  # TensorRT's network alone tells no more
+    assert replace(definition, file=model).least_thresholds == {"y": 0.0, "s": 1.0}
     with ArrayFeed([{"x": normal(4, 2, 8) - 4}], model=model) as feed:
         for keeps_ranges in (True, False):
             algorithm = Algorithm("percentile", 0.9, keeps_ranges=keeps_ranges)
