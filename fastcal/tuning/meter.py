@@ -36,6 +36,7 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
     The noise is the sum, over the parts of the outputs, of the relative squared error.
 
     Attributes:
+        axes: The edges that pairs are on.
         layers: The layers that can be in INT8.
         shapes: The shapes of the tensors for the first sample, or the first batch if that cannot be divided.
         samples: The number of samples.
@@ -63,6 +64,7 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
                 self.shapes |= {name: tuple(array.shape) for name, array in values.items()}
                 del values  # before the next ones are computed
             types = whole.types
+        self.axes = axes
         self.switched = Switched(Graph(model), axes)
         self._simulation = Simulation(model, self.switched, types, threads)
         self._exact = [self._simulation.exact(batch, keep=number == 0) for number, batch in enumerate(self._batches)]

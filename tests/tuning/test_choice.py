@@ -9,7 +9,7 @@ from fastcal.accuracy.amplified import Amplified
 from fastcal.accuracy.labels import TopOne
 from fastcal.model import Model
 from fastcal.qdq_graph import Graph
-from fastcal.tuning.choice import fewest, in_order, within
+from fastcal.tuning.choice import fewest, in_order, rank_groups, within
 from fastcal.tuning.curve import Curve
 from fastcal.tuning.layers import Layer, depthwise_in, layers_of
 
@@ -119,3 +119,25 @@ def test_larger_errors_tell_more_of_few_samples(factor, expected):
     assert metric.value == pytest.approx(expected)
     assert metric.fresh().value is None
     assert metric.name == "top-1"
+
+
+class CountingMeter(AdditiveMeter):
+    runs = 0
+
+    def noise(self, is_int8, scales, batches=None):
+        assert batches == 1
+        self.runs += 1
+        return float(self._noises[is_int8].sum())
+
+
+def test_groups_of_layers_that_cost_little_are_not_told_apart():
+    noises = np.full(64, 1e-6)
+    noises[[3, 42]] = 0.5, 0.1
+    meter, told = CountingMeter(noises, *[1] * 64), []
+    found = rank_groups(meter, {}, lambda done, of: told.append((done, of)))
+    assert meter.runs == 8 + 2 * 8  # eight groups, and the layers of two
+    np.testing.assert_allclose(found, noises, rtol=1e-6)
+    assert told[-1] == (64, 64)
+    assert told == sorted(told)
+    few = CountingMeter(np.array([0.2, 0.1]), 1, 1)
+    np.testing.assert_allclose(rank_groups(few, {}, lambda done, of: None), [0.2, 0.1])
