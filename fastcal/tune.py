@@ -21,10 +21,10 @@ from fastcal.observe.backends import OnnxRuntimeBackend
 from fastcal.observe.histogram import Observations
 from fastcal.progress import Progress
 from fastcal.qdq import add_pairs, check_quantizable
-from fastcal.qdq_graph import Graph, modern
+from fastcal.qdq_graph import Edge, Graph, modern
 from fastcal.qdq_placement import WEIGHTED, Placement
 from fastcal.tuning.bias import corrections
-from fastcal.tuning.choice import best, candidates, rank
+from fastcal.tuning.choice import best, candidates, rank, rank_groups
 from fastcal.tuning.curve import Curve
 from fastcal.tuning.layers import depthwise_in
 from fastcal.tuning.meter import NoiseMeter, meter_for
@@ -35,8 +35,8 @@ from fastcal.versions import DEFAULT_TENSORRT_VERSION
 #: The share of the multiply-adds that may stay in float, if no target asks for more.
 FLOAT_SHARE = 0.15
 
-#: The samples that are held out if a target is to be reached: a metric counts samples.
-_FOR_TARGET = 96
+#: The samples that are held out if there is more time, and if a target is to be reached: a metric counts samples.
+_THOROUGH, _FOR_TARGET = 32, 96
 
 _log = logging.getLogger("fastcal")
 
@@ -70,10 +70,11 @@ def tune(
     """Find the scales and the few layers in float with which INT8 keeps a network's outputs.
 
     One pass over the batches takes the histograms that scales are picked from, and holds some samples out: a quarter,
-    at most 32, or 96 with a target. On these, ONNX Runtime runs the network with layers in INT8:
+    at most 16, 32 with `curve`, or 96 with a target. On these, ONNX Runtime runs the network with layers in INT8:
 
     1. The scales of "entropy2", "minmax", "percentile" and "mse" are compared, all layers in INT8.
-    2. Each layer runs in INT8 alone. This ranks the layers by what they cost at the outputs.
+    2. Each layer runs in INT8 alone, or the layers of a group that costs little together. This ranks the layers by what
+       they cost at the outputs.
     3. The layers that cost most stay in float, as long as they take at most `float_share` of the multiply-adds. With a
        target, as few layers stay in float as reach it, whatever they take.
     4. The mean shift that rounding adds to each output channel is taken out of the biases, if that keeps more.
@@ -83,7 +84,8 @@ def tune(
     Args:
         model: The ONNX file.
         feed: The batches, as `fastcal.calibrate` takes them.
-        target: The agreement with float to reach on the samples that are held out, in (0, 1].
+        target: The agreement with float to reach on the samples that are held out, in (0, 1]. If they are too few to
+            tell, it must be reached with larger errors too, up to 4 times.
         metric: What `target` is measured in, as `fastcal.compare` takes it: by default what the network's users see; if
             that is not known, 1 minus the noise of the worst part of the outputs.
         threshold: As `fastcal.compare`.
@@ -129,7 +131,8 @@ def tune(
     choose = chooser(network, metric, threshold)
     wanted = Algorithm.of(algorithm, quantile, exact=exact)
     with as_feed(feed, network, "auto") as batches:
-        sampled = Sampled(batches, network.inputs, HELD_OUT if target is None else _FOR_TARGET)
+        most = _FOR_TARGET if target is not None else _THOROUGH if curve else HELD_OUT
+        sampled = Sampled(batches, network.inputs, most)
         tuner = _Tuner(network, sampled, excluded, threads, status or (lambda text: None), curve or target is not None)
         shows_all = all_tensors or cache is not None or histograms is not None
         shown = network if shows_all else network.showing(tuner.tensors)
@@ -194,10 +197,11 @@ class _Tuner:
         with self._start(cache.scales) as meter:
             made_from = {**(cache.record.entries if cache.record else {}), "scales": cache.scales}
             kept = Unfinished(unfinished, made_from, [layer.output for layer in meter.layers])
-            noises = rank(meter, cache.scales, kept, lambda done, of: self._status(f"ranking layers, {done} of {of}"))
+            noises = self._rank(meter, cache.scales, kept)
             curve = Curve(meter, cache.scales, choose(meter.shapes), target, has_more=self._is_thorough)
             self._status("choosing the layers that stay in float")
             in_float = curve.choose(noises, float_share)
+            simulated = curve.measure(in_float)
         numbers = self._excluded | {meter.layers[index].number for index in in_float}
         tuning = Tuning(
             cache,
@@ -210,14 +214,24 @@ class _Tuner:
             samples=meter.samples, target=target, are_held_out=bool(self._sampled.held_out),
         )  # fmt: skip
         self._status("correcting biases" if bias_correction else "measuring the model")
-        plain, bias = curve.measure_model(add_pairs(self._model, tuning), in_float), {}
-        result = plain
+        axes = Placement(Graph(self._model), cache.scales, numbers).axes
+        is_same = axes.keys() == {edge for edge in meter.axes if edge[0] not in numbers}
+        plain = simulated if is_same else curve.measure_model(add_pairs(self._model, tuning), in_float)
+        result, bias = plain, {}
         if bias_correction:
-            bias = self._corrections(cache.scales, numbers)
+            bias = self._corrections(cache.scales, axes)
             corrected = curve.measure_model(add_pairs(self._model, replace(tuning, bias=bias)), in_float)
             result, bias = (corrected, bias) if curve.keeps_more(corrected, plain) else (plain, {})
         kept.finish()
         return replace(tuning, bias=bias, curve=curve.points, result=result)
+
+    def _rank(self, meter: NoiseMeter, scales: Mapping[str, float], kept: Unfinished) -> list[float]:
+        """Return the noise of each layer."""
+
+        def tell(done: int, of: int) -> None:
+            self._status(f"ranking layers, {done} of {of}")
+
+        return rank(meter, scales, kept, tell) if self._is_thorough else rank_groups(meter, scales, tell)
 
     def _start(self, scales: Mapping[str, float]) -> NoiseMeter:
         """Return the meter, which is made when the first scales are known."""
@@ -228,7 +242,6 @@ class _Tuner:
             )
         return self._meter
 
-    def _corrections(self, scales: Mapping[str, float], in_float: set[int]) -> dict[str, list[float]]:
-        axes = Placement(Graph(self._model), scales, in_float).axes
+    def _corrections(self, scales: Mapping[str, float], axes: Mapping[Edge, int | None]) -> dict[str, list[float]]:
         found = corrections(self._model, axes, scales, self._sampled.shown, self._threads)
         return {name: [float(value) for value in values] for name, values in found.items()}

@@ -167,5 +167,5 @@ def test_by_default_a_segment_takes_two_gibibytes(monkeypatch, onnx_file):
     for free, expected in ((1 << 40, 2 << 30), (1 << 31, int(memory.SHARE * (1 << 31)))):
         monkeypatch.setattr("fastcal.observe.with_onnxruntime.free_memory", lambda free=free: free)
         with PartedRunner(Model(path)) as runner:
-            runner._fit({"x": (1 << 28,)})
+            runner._fit({"x": np.broadcast_to(np.float32(0), (1 << 28,))})
         assert asked.pop() == expected

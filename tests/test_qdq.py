@@ -785,3 +785,14 @@ def test_the_command_stores_int8_weights(run_fastcal, tmp_path):
     size = os.path.getsize(tmp_path / "y.onnx")
     assert done.stdout.splitlines()[-1] == f"size       {size / 1e6:.3g} MB, weights in INT8"
     assert size < path.stat().st_size / 3
+
+
+def test_depthwise_convolutions_stay_in_float_unless_asked_for(onnx_file):
+    graph = "net (float[N, 4, 6, 6] x) => (float[N, 4, 6, 6] y) { a = Conv<group = 4>(x, d) y = Conv(a, w) }"
+    path = onnx_file(graph, {"d": np.ones((4, 1, 1, 1), "f4"), "w": np.ones((4, 4, 1, 1), "f4")})
+    cache = fastcal.CalibrationCache({"x": 0.1, "a": 0.1})
+    for options, expected in (({}, ["y"]), ({"depthwise": True}, ["a", "y"])):
+        model = fastcal.quantize(path, cache, **options)
+        dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        found = [node.output[0] for node in model.graph.node if node.op_type == "Conv" and node.input[1] in dequantized]
+        assert found == expected

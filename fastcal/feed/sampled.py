@@ -14,7 +14,7 @@ from fastcal.feed.feed import Batch, Feed, length
 Samples = dict[str, npt.NDArray[Any]]
 
 #: The number of samples that are held out by default.
-HELD_OUT = 32
+HELD_OUT = 16
 
 #: The share of the samples that may be held out.
 _SHARE = 0.25
@@ -62,8 +62,7 @@ class Sampled(Feed):
         wanted, shown = self._wanted(count), 0
         for number, batch in enumerate(self._feed):
             size = self._feed.samples_of(batch)
-            is_last = count is not None and number == count - 1 > 0  # it may be completed with samples that are shown
-            left = 0 if is_last else wanted - self._held
+            left = wanted - self._held
             if self._is_divided(batch, size):
                 taken = min(self._of_batch(number, wanted, count), left, size - 1)
                 if shown < max(wanted, _TOGETHER):
@@ -74,7 +73,7 @@ class Sampled(Feed):
                     self._keep(self.held_out, self._part(batch, slice(size - taken, size)))
                     self._held += taken
                     batch, size = self._part(batch, slice(0, size - taken)), size - taken
-            elif left >= size and number % max(round(1 / _SHARE), 1) == 1:
+            elif left >= size and number % round(1 / _SHARE) == 1:
                 self.held_out.append(_copied(batch))
                 self._held += size
                 continue

@@ -108,7 +108,7 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
         """Yield the values of some of `tensors`, each tensor once. Drop them before asking for the next ones."""
         shapes = {name: tuple(array.shape) for name, array in batch.items()}
         if not _are_within(shapes, self._shapes):
-            self._fit(shapes)
+            self._fit(batch)
             self._shapes = shapes
         alive = as_arrays(self._model, batch)
         yield {name: array for name, array in alive.items() if name in self.tensors}
@@ -117,13 +117,12 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
                 return_freed()
             yield runner.compute(alive)
 
-    def _fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Make as many runners as the activations of inputs of these shapes need to fit the memory."""
+    def _fit(self, batch: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Make as many runners as the activations of a batch of this form need to fit the memory."""
         if self._free is None:
             free = free_memory()  # before batches take some of it
             self._free = sys.maxsize if free is None else free
-        known = self._model.sizes(shapes)
-        sizes = {name: known.get(name, 0) for name in self.tensors}
+        sizes = self._sizes(batch)
         check_sizes(sizes, self._free, "the memory")
         largest = max((node_size(node, sizes) for node in self._model.proto.graph.node), default=0)
         memory = self._memory or min(_MOST, int(SHARE * self._free))
@@ -137,6 +136,21 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
         self._runners = []  # frees the weights before they are loaded again
         for segment in segments:
             self._runners.append(_SegmentRunner(self._model, proto, segment, self.types, self._threads, self._thread))
+
+    def _sizes(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, int]:
+        """Return the bytes of each of `tensors`; 0 if they are not known.
+
+        If ONNX cannot infer all shapes, a single sample runs to find them out.
+        """
+        known = self._model.sizes({name: tuple(array.shape) for name, array in batch.items()})
+        whole = self._runners[0]
+        counts = {len(batch[value.name]) if value.shape[:1] == (None,) else 0 for value in self._model.inputs}
+        is_whole = isinstance(whole, OnnxRuntimeRunner)  # no smaller batch came before
+        if is_whole and len(counts) == 1 and 0 not in counts and not known.keys() >= {*whole.activations}:
+            one = as_arrays(self._model, {name: array[:1] for name, array in batch.items()})
+            (count,) = counts
+            known |= {name: count * array.nbytes for name, array in whole.compute(one).items()}
+        return {name: known.get(name, 0) for name in self.tensors}
 
     def __exit__(self, *error: object) -> None:
         self._thread.shutdown()

@@ -2,6 +2,7 @@
 
 import bisect
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from fastcal.accuracy.noise import decibels
@@ -19,7 +20,10 @@ from fastcal.tuning.unfinished import Unfinished
 CANDIDATES = ("entropy2", "minmax", "percentile", "mse")
 
 #: The number of batches that algorithms are compared on.
-_COMPARING = 3
+_COMPARING = 2
+
+#: The share of the noise below which the layers of a group are not told apart.
+_LITTLE = 0.03
 
 #: The share of the noise from which on a layer is worth its time in float.
 _WORTH = 0.01
@@ -83,11 +87,38 @@ def rank(
 ) -> list[float]:
     """Return the noise of each layer if it alone is in INT8, over the first batch; go on with an unfinished ranking."""
     for index in range(len(unfinished.noises), len(meter.layers)):
-        alone = meter.choice(False)
-        alone[index] = True
-        unfinished.add(meter.noise(alone, scales, batches=1))
+        unfinished.add(_noise_of(meter, scales, [index]))
         progress(index + 1, len(meter.layers))
     return unfinished.noises
+
+
+def rank_groups(meter: NoiseMeter, scales: Mapping[str, float], progress: Callable[[int, int], None]) -> list[float]:
+    """Return about what `rank` returns, in less time: the layers of a group that costs little share its noise.
+
+    Groups are consecutive layers; the noises of layers about add up.
+    """
+    count = len(meter.layers)
+    size = max(1, round(math.sqrt(count)))
+    groups = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    together = []
+    for group in groups:
+        together.append(_noise_of(meter, scales, group))
+        progress(len(together), count)
+    noises: list[float] = []
+    for group, noise in zip(groups, together, strict=True):
+        if noise < _LITTLE * sum(together) or len(group) == 1:
+            noises += [noise / len(group)] * len(group)
+        else:
+            noises += [_noise_of(meter, scales, [index]) for index in group]
+        progress(max(len(groups), len(noises)), count)
+    return noises
+
+
+def _noise_of(meter: NoiseMeter, scales: Mapping[str, float], layers: Sequence[int]) -> float:
+    """Return the noise over the first batch with these layers in INT8."""
+    is_int8 = meter.choice(False)
+    is_int8[list(layers)] = True
+    return meter.noise(is_int8, scales, batches=1)
 
 
 def in_order(layers: Sequence[Layer], noises: Sequence[float]) -> tuple[list[int], list[int]]:

@@ -4,15 +4,22 @@ from collections.abc import Mapping, Sequence
 
 import onnx
 
+from fastcal.accuracy.amplified import Amplified
 from fastcal.accuracy.base import Metric
+from fastcal.accuracy.own import OwnMetric
 from fastcal.tuning.choice import ENOUGH, fewest, in_order, within
 from fastcal.tuning.layers import Layer
 from fastcal.tuning.meter import NoiseMeter, sqnr, total
 from fastcal.tuning.tuned import TuningPoint
 
+#: The number of differing samples that a target must allow, with larger errors; and the largest factor of these.
+_DIFFERING, _LARGEST = 1.5, 4.0
+
 
 class Curve:
     """Measures choices of layers, all samples each.
+
+    A target must be reached with larger errors too, if it allows less than 1.5 of the samples to differ.
 
     Attributes:
         metric: The metric, without batches; None if there is none.
@@ -36,6 +43,11 @@ class Curve:
         self._meter, self._scales, self._target, self._has_more = meter, scales, target, has_more
         self._points: dict[tuple[int, ...], TuningPoint] = {}
         self._noises: dict[TuningPoint, float] = {}
+        self._estimates: dict[TuningPoint, float | None] = {}
+        self._amplified: Amplified | None = None
+        if target is not None and metric is not None and not isinstance(metric, OwnMetric):
+            wanted = meter.samples * (1 - target)  # the samples that may differ
+            self._amplified = Amplified(metric.fresh(), min(max(1.0, _DIFFERING / max(wanted, 1e-9)), _LARGEST))
 
     @property
     def points(self) -> list[TuningPoint]:
@@ -68,17 +80,21 @@ class Curve:
         """Return what the network keeps with these layers in float."""
         key = tuple(sorted(in_float))
         if key not in self._points:
-            metric = None if self.metric is None else self.metric.fresh()
+            metrics = self._metrics()
             is_int8 = self._meter.choice(True)
             is_int8[list(key)] = False
-            errors = self._meter.errors(is_int8, self._scales, metric=metric)
-            self._points[key] = self._point(key, errors, metric)
+            errors = self._meter.errors(is_int8, self._scales, metrics=metrics)
+            self._points[key] = self._point(key, errors, metrics)
         return self._points[key]
 
     def measure_model(self, proto: onnx.ModelProto, in_float: Sequence[int]) -> TuningPoint:
         """Return what a model with pairs keeps, in which these layers are in float."""
-        metric = None if self.metric is None else self.metric.fresh()
-        return self._point(in_float, self._meter.errors_of(proto, metric), metric)
+        metrics = self._metrics()
+        return self._point(in_float, self._meter.errors_of(proto, metrics), metrics)
+
+    def _metrics(self) -> list[Metric]:
+        """Return the metric without batches, and the same for larger errors."""
+        return [metric.fresh() for metric in (self.metric, self._amplified) if metric is not None]
 
     def keeps_more(self, one: TuningPoint, other: TuningPoint) -> bool:
         """Return True if one choice has less noise than the other, and reaches the target unless neither does."""
@@ -88,16 +104,18 @@ class Curve:
 
     def _reaches(self, point: TuningPoint) -> bool:
         assert self._target is not None
-        kept = 1 - min(self._noises[point], 1) if point.metric is None else point.metric
-        return kept >= self._target
+        if point.metric is None:
+            return 1 - min(self._noises[point], 1) >= self._target
+        estimate = self._estimates[point]
+        return point.metric >= self._target and (estimate is None or estimate >= self._target)
 
-    def _point(self, in_float: Sequence[int], errors: Mapping[str, float], metric: Metric | None) -> TuningPoint:
+    def _point(self, in_float: Sequence[int], errors: Mapping[str, float], metrics: Sequence[Metric]) -> TuningPoint:
         layers = self._meter.layers
         whole = sum(layer.multiply_adds for layer in layers)
         left = whole - sum(layers[index].multiply_adds for index in in_float)
-        kept = metric.value if metric else None
+        kept, estimate = (*(metric.value for metric in metrics), None, None)[:2]
         point = TuningPoint(len(in_float), left / whole if whole else 1.0, sqnr(errors), kept)
-        self._noises[point] = total(errors)
+        self._noises[point], self._estimates[point] = total(errors), estimate
         return point
 
 

@@ -1,6 +1,6 @@
 """`NoiseMeter`: what INT8 costs at a network's outputs, for any choice of layers and scales."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,6 +36,7 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
     The noise is the sum, over the parts of the outputs, of the relative squared error.
 
     Attributes:
+        axes: The edges that pairs are on.
         layers: The layers that can be in INT8.
         shapes: The shapes of the tensors for the first sample, or the first batch if that cannot be divided.
         samples: The number of samples.
@@ -63,6 +64,7 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
                 self.shapes |= {name: tuple(array.shape) for name, array in values.items()}
                 del values  # before the next ones are computed
             types = whole.types
+        self.axes = axes
         self.switched = Switched(Graph(model), axes)
         self._simulation = Simulation(model, self.switched, types, threads)
         self._exact = [self._simulation.exact(batch, keep=number == 0) for number, batch in enumerate(self._batches)]
@@ -76,18 +78,23 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
         return np.full(len(self.layers), is_int8)
 
     def errors(
-        self, is_int8: Choice, scales: Mapping[str, float], *, batches: int | None = None, metric: Metric | None = None
+        self,
+        is_int8: Choice,
+        scales: Mapping[str, float],
+        *,
+        batches: int | None = None,
+        metrics: Iterable[Metric] = (),
     ) -> dict[str, float]:
         """Return the relative squared error of each part of the outputs, by its label.
 
-        `batches` is the number of batches to run; None for all. A `metric` counts what it sees.
+        `batches` is the number of batches to run; None for all. The `metrics` count what they see.
         """
         noise = Noise(self._parts)
         vector = self.switched.vector(scales)
         for exact in self._exact[:batches]:
             outputs = self._simulation.run(exact, is_int8, vector)
             noise.add(exact.outputs, outputs)
-            if metric is not None:
+            for metric in metrics:
                 metric.add(exact.outputs, outputs, len(next(iter(outputs.values()))))
         return noise.errors
 
@@ -95,14 +102,14 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
         """Return the noise."""
         return total(self.errors(is_int8, scales, batches=batches))
 
-    def errors_of(self, proto: onnx.ModelProto, metric: Metric | None = None) -> dict[str, float]:
+    def errors_of(self, proto: onnx.ModelProto, metrics: Iterable[Metric] = ()) -> dict[str, float]:
         """Return the errors, as `errors`, of a variant of the model that has pairs of its own."""
         noise = Noise(self._parts)
         with OnnxRuntimeRunner(self._model, self._threads, variant=proto) as runner:
             for batch, exact in zip(self._batches, self._exact, strict=True):
                 outputs = runner.run(batch)
                 noise.add(exact.outputs, outputs)
-                if metric is not None:
+                for metric in metrics:
                     metric.add(exact.outputs, outputs, len(next(iter(exact.outputs.values()))))
         return noise.errors
 

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import typer
 from PIL import Image
@@ -75,6 +76,42 @@ def test_it_writes_the_cache_and_says_what_it_did(run_fastcal, tmp_path, images)
     assert str(output) in said["cache"]
     feed = fastcal.ImageFeed(images, model=MODEL, batch_size=8)
     assert fastcal.calibrate(MODEL, feed, algorithm="entropy2").scales == cache.scales
+
+
+def test_it_says_what_int8_keeps_and_what_would_keep_more(run_fastcal, tmp_path, onnx_file):
+    """The first sample of each batch is measured, as through the models that quantize writes."""
+    random = np.random.default_rng(0)
+    samples = random.standard_normal((40, 16)).astype("f4")
+    samples[:, 0] *= 30  # one input carries next to everything, and entropy2 clips it
+    np.save(tmp_path / "x.npy", samples)
+    weights = {"w": np.eye(16, 12, dtype="f4"), "v": random.standard_normal((12, 4)).astype("f4")}
+    model = onnx_file("net (float[N, 16] x) => (float[N, 4] y) { a = MatMul(x, w) y = MatMul(a, v) }", weights)
+    done = run_fastcal("calibrate", model, tmp_path / "x.npy", "-o", tmp_path / "c", "--batch-size", "10", "--json")
+    kept = json.loads(done.stdout.splitlines()[-1])["kept"]
+    assert set(kept) == {"entropy2", "minmax", "percentile", "mse"}
+    feed, first = fastcal.NumpyFeed(tmp_path / "x.npy", model=model, batch_size=10), samples[::10]
+    exact = first.astype("f8") @ weights["w"] @ weights["v"]
+    for name, decibels in kept.items():
+        quantized = fastcal.quantize(model, fastcal.calibrate(model, feed, algorithm=name))
+        (found,) = onnxruntime.InferenceSession(quantized.SerializeToString()).run(None, {"x": first})
+        assert decibels == pytest.approx(
+            10 * np.log10(np.square(exact).sum() / np.square(exact - found).sum()), abs=0.05
+        )
+    best = max(kept, key=kept.get)
+    assert kept[best] > kept["entropy2"] + 1
+    again = run_fastcal("calibrate", model, tmp_path / "x.npy", "-o", tmp_path / "c", "--batch-size", "10")
+    assert f"{kept['entropy2']:.1f} dB at the outputs with all layers in INT8" in again.stdout
+    assert f"; --algorithm {best} would keep {kept[best]:.1f} dB" in again.stdout
+    chosen = run_fastcal("calibrate", model, tmp_path / "x.npy", "-o", tmp_path / "c", "--algorithm", "best")
+    assert "would keep" not in chosen.stdout
+
+
+def test_a_model_without_layers_for_int8_is_calibrated_without_a_word_on_it(run_fastcal, tmp_path, onnx_file):
+    np.save(tmp_path / "x.npy", np.ones((4, 3), "f4"))
+    model = onnx_file("net (float[N, 3] x) => (float[N, 3] y) { y = Relu(x) }")
+    done = run_fastcal("calibrate", model, tmp_path / "x.npy", "-o", tmp_path / "c")
+    assert done.returncode == 0, done.stderr
+    assert "keeps" not in done.stdout
 
 
 def test_it_stops_when_the_scales_are_stable(run_fastcal, tmp_path):

@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastcal.accuracy.amplified import Amplified
+from fastcal.accuracy.labels import TopOne
 from fastcal.model import Model
 from fastcal.qdq_graph import Graph
-from fastcal.tuning.choice import fewest, in_order, within
+from fastcal.tuning.choice import fewest, in_order, rank_groups, within
 from fastcal.tuning.curve import Curve
 from fastcal.tuning.layers import Layer, depthwise_in, layers_of
 
@@ -82,7 +84,7 @@ class AdditiveMeter:
     def choice(self, is_int8):
         return np.full(len(self.layers), is_int8)
 
-    def errors(self, is_int8, scales, metric=None):
+    def errors(self, is_int8, scales, metrics=()):
         return {"y": float(self._noises[is_int8].sum())}
 
 
@@ -105,3 +107,37 @@ def test_a_target_takes_the_fewest_layers_of_an_order(target, count):
     meter = AdditiveMeter(noises, 10, 10, 10, 10, 10)
     found = Curve(meter, {}, None, target).choose(noises, 0.0)
     assert found == [1, 3, 0, 4][: count if count < 3 else 4]  # the last one stays in INT8, whatever is asked for
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1, 0.98), (4, 0.985)])
+def test_larger_errors_tell_more_of_few_samples(factor, expected):
+    """Of 100 samples whose leads are 0 to 99, errors of 1.5 change two, and errors of 6 change six."""
+    leads = np.arange(100.0)
+    exact, error = np.stack([leads, np.zeros(100)], 1), np.tile([0, 1.5], (100, 1))
+    metric = Amplified(TopOne("y", 2), factor)
+    metric.add({"y": exact}, {"y": exact + error}, 100)
+    assert metric.value == pytest.approx(expected)
+    assert metric.fresh().value is None
+    assert metric.name == "top-1"
+
+
+class CountingMeter(AdditiveMeter):
+    runs = 0
+
+    def noise(self, is_int8, scales, batches=None):
+        assert batches == 1
+        self.runs += 1
+        return float(self._noises[is_int8].sum())
+
+
+def test_groups_of_layers_that_cost_little_are_not_told_apart():
+    noises = np.full(64, 1e-6)
+    noises[[3, 42]] = 0.5, 0.1
+    meter, told = CountingMeter(noises, *[1] * 64), []
+    found = rank_groups(meter, {}, lambda done, of: told.append((done, of)))
+    assert meter.runs == 8 + 2 * 8  # eight groups, and the layers of two
+    np.testing.assert_allclose(found, noises, rtol=1e-6)
+    assert told[-1] == (64, 64)
+    assert told == sorted(told)
+    few = CountingMeter(np.array([0.2, 0.1]), 1, 1)
+    np.testing.assert_allclose(rank_groups(few, {}, lambda done, of: None), [0.2, 0.1])

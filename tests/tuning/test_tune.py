@@ -79,7 +79,7 @@ def test_the_layer_that_costs_most_stays_in_float_and_the_others_run_in_int8(fra
 
 def test_the_result_is_what_the_model_keeps_on_the_samples_held_out(fragile):
     given = batches()
-    tuning = fastcal.tune(fragile, given)
+    tuning = fastcal.tune(fragile, given, curve=True)
     exact, model = onnx.load(fragile), fastcal.quantize(fragile, tuning)
     # A quarter at most, 24 of 96 samples, the last ones of each batch but the last: 4 or 5.
     counts = [24 * (number + 1) // 5 - 24 * number // 5 for number in range(5)]
@@ -268,17 +268,19 @@ def test_a_tuning_that_was_stopped_goes_on(fragile, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fastcal.tune(fragile, given, unfinished=kept, status=stop)
+        fastcal.tune(fragile, given, curve=True, unfinished=kept, status=stop)
     assert len(kept.read_text().splitlines()) == 5  # what it is of, and four layers
     kept.write_text(kept.read_text()[:-4])  # the last line was cut off
     other = tmp_path / "other"
     other.write_bytes(kept.read_bytes())
-    resumed = fastcal.tune(fragile, given, unfinished=kept, status=texts.append)
+    resumed = fastcal.tune(fragile, given, curve=True, unfinished=kept, status=texts.append)
     assert [text for text in texts if "of 6" in text] == [f"ranking layers, {number} of 6" for number in (4, 5, 6)]
-    assert resumed.to_json() == fastcal.tune(fragile, given).to_json()
+    assert resumed.to_json() == fastcal.tune(fragile, given, curve=True).to_json()
     assert not kept.exists()
     texts.clear()
-    fastcal.tune(fragile, batches(4), unfinished=other, status=texts.append)  # other batches: it begins anew
+    fastcal.tune(
+        fragile, batches(4), curve=True, unfinished=other, status=texts.append
+    )  # other batches: it begins anew
     assert "ranking layers, 1 of 6" in texts
 
 
