@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -46,7 +45,7 @@ FOLDERS = (  # of photographs, in the packages
     "matplotlib/matplotlib/mpl-data/sample_data",
     "gradio/gradio",
 )
-DRAWN = re.compile(  # no photographs: logos, drawings, screenshots, pictures of text, and one person's second photograph
+DRAWN = re.compile(  # no photographs: logos, drawings, screenshots, pictures of text, and a picture's second copy
     r"logo|slim|placeholder|screenshot|facemesh|blue_pack|illustrations|/ill/|hero-image|text\.png|page\.png|horse\.png"
     r"|color\.png|groot|landing|profile(-page)?\.jpg|curved|checker|multipage|phantom|clouds|fog-low|blurred|jordan",
     re.IGNORECASE,
@@ -118,7 +117,7 @@ def photographs(packages):
 
 
 def _one_person(*paths):
-    """Tell whether files' names begin with the same word: photographers' and models' names show crops of one picture."""
+    """Tell whether files' names begin with the same word: names of persons show crops of one picture."""
     first, second = (re.match(r"[a-z]*", path.stem.lower()).group() for path in paths)
     return first == second and len(first) >= 3 and first not in SHARED_WORDS
 

@@ -1,20 +1,25 @@
 """Pictures of text for the accuracy benchmark: lines and pages in many fonts, sizes and qualities, over photographs."""
 
+import re
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-WORDS = (
-    "invoice total amount date number street city received signature account payment order customer item price quantity"
-    " discount delivery address telephone contract section article agreement licence software copyright permission notice"
-    " distribution warranty liability damages the of and to in for is on that with as by this be or from at which it are"
-    " not have was were will would There Their About After Before Between Under Museum Station Hotel Market Library Open"
-    " Closed Exit Entrance Platform Ticket Monday Tuesday Wednesday Thursday Friday January February March April Grand"
-    " Central Park Avenue Bridge River Mountain Ocean Temperature Pressure Voltage Battery Serial Warning Danger Caution"
-).split()
+WORDS = re.findall(
+    r"\w+",
+    """
+invoice total amount date number street city received signature account payment order customer item price quantity
+discount delivery address telephone contract section article agreement licence software copyright permission notice
+distribution warranty liability damages the of and to in for is on that with as by this be or from at which it are
+not have was were will would There Their About After Before Between Under Museum Station Hotel Market Library Open
+Closed Exit Entrance Platform Ticket Monday Tuesday Wednesday Thursday Friday January February March April Grand
+Central Park Avenue Bridge River Mountain Ocean Temperature Pressure Voltage Battery Serial Warning Danger Caution
+""",
+)
 
 
 def draw(kind, packages, photographs, seed):
-    """Yield pictures of the kind "lines", "turned" (lines, every other one upside down) or "pages", one a photograph."""
+    """Yield pictures of the kind "lines", "turned" (lines, every other one upside down) or "pages"."""
     random = np.random.default_rng([seed, len(kind)])
     faces = sorted((packages / "matplotlib/matplotlib/mpl-data/fonts/ttf").glob("*.ttf"))
     faces = [f for f in faces if f.stem.startswith(("DejaVuS", "STIXGeneral")) and "Display" not in f.stem]
@@ -45,7 +50,7 @@ def _words(random, length):
 
 
 def _colours(random, behind):
-    """Return a colour that stands out from the pictures's part behind the text."""
+    """Return a colour that stands out from the picture's part behind the text."""
     light = np.asarray(behind.convert("L")).mean()
     grey = random.uniform(0, max(0, light - 90)) if light > 127 else random.uniform(min(255, light + 90), 255)
     return tuple(int(np.clip(grey + random.uniform(-25, 25), 0, 255)) for _ in range(3))
