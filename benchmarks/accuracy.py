@@ -13,8 +13,11 @@ whose Python `--modelopt` names: `pip install "nvidia-modelopt[onnx]==0.47.0"`.
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import accuracy_methods
 import accuracy_metrics
 import accuracy_networks
 import numpy as np
@@ -61,15 +64,77 @@ def evaluate(folder, name, model, threads=2):
     }
 
 
+def result(args, name, method):
+    """Return the figures of a method on a network, from the file that keeps them or measured now."""
+    kept = args.folder / "results" / f"{name}.{method}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    network, output = accuracy_networks.prepare(args.folder, name), args.folder / "models" / f"{name}.{method}.onnx"
+    for folder in (kept.parent, output.parent):
+        folder.mkdir(exist_ok=True)
+    figures = {"network": name, "method": method}
+    try:
+        if method == "fp32":
+            output = network / "model.onnx"
+        else:
+            settings = args.modelopt, args.memory << 30
+            figures |= accuracy_methods.measure(
+                method, network / "model.onnx", network / "calib.npz", output, *settings
+            )
+        evaluated = [sys.executable, __file__, "--folder", args.folder, "--networks", name, "--evaluate", output]
+        done = subprocess.run(list(map(str, evaluated)), capture_output=True, text=True)
+        if done.returncode:
+            raise accuracy_methods.CannotQuantizeError(f"does not run: {done.stderr.strip().splitlines()[-1][:300]}")
+        figures |= json.loads(done.stdout.splitlines()[-1])
+    except accuracy_methods.CannotQuantizeError as error:
+        figures["failed"] = str(error)
+    kept.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def table(found):
+    """Return the Markdown table of a network's results."""
+    measured = [figures for figures in found if "failed" not in figures]
+    metric = measured[0]["metric"] if measured else "agreement"
+    rows = [
+        f"| {found[0]['network']} | {metric} | SQNR, dB | INT8 multiply-adds | not depthwise | s | MiB | engine, MB |",
+        "| --- |" + " ---: |" * 7,
+    ]
+    for figures in found:
+        if "failed" in figures:
+            rows.append(f"| {figures['method']} | fails: {figures['failed'].replace('|', '/')} |" + " |" * 6)
+            continue
+        noise = " / ".join("-" if value is None else f"{value:.1f}" for value in figures["sqnr_db"].values())
+        cells = [f"{100 * figures[key]:.1f}%" for key in ("int8_share", "int8_share_without_depthwise")]
+        cells += [f"{figures[key]:.0f}" if key in figures else "" for key in ("seconds", "peak_mib")]
+        engine = figures.get("engine_mb", "")
+        cells.append(engine if isinstance(engine, str) else f"{engine:.1f}")
+        rows.append(f"| {figures['method']} | {100 * figures['agreement']:.1f}% | {noise} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, default=Path("build/accuracy"))
-    parser.add_argument("--networks", type=lambda text: text.split(","), default=list(accuracy_networks.NETWORKS))
-    parser.add_argument("--evaluate", type=Path)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    listed = {"type": lambda text: text.split(","), "metavar": "A,B"}
+    parser.add_argument("--folder", type=Path, default=Path("build/accuracy"), help="for packages, models and results")
+    parser.add_argument("--networks", **listed, default=list(accuracy_networks.NETWORKS))
+    parser.add_argument("--methods", **listed, default=list(accuracy_methods.METHODS))
+    parser.add_argument("--evaluate", type=Path, metavar="MODEL", help="print the figures of this model, as JSON")
+    parser.add_argument("--modelopt", default=sys.executable, help="the Python that has ModelOpt")
+    parser.add_argument("--engines", action="store_true", help="build engines, too, with TensorRT for RTX")
+    parser.add_argument("--memory", type=int, default=10, help="GiB that a method's process may take")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
+    if args.evaluate:
+        print(json.dumps(evaluate(args.folder, *args.networks, args.evaluate)))
+        return
+    everything = []
     for name in args.networks:
-        print(json.dumps(evaluate(args.folder, name, args.evaluate, args.threads)))
+        found = [result(args, name, method) for method in args.methods]
+        print(table(found), end="\n\n", flush=True)
+        everything += found
+    if args.json:
+        args.json.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 if __name__ == "__main__":
