@@ -1,7 +1,7 @@
 """Accuracy of INT8 on real networks: fastcal's and its peers', on pictures that no calibration has seen.
 
 For every network of `accuracy_networks` and every method of `METHODS`, a process of its own makes the INT8 model from
-the calibration samples; its seconds and its peak memory are from the process's start to its end. ONNX Runtime then runs
+the calibration samples; its seconds, CPU seconds and peak memory are from the process's start to its end. ONNX Runtime then runs
 the model without graph optimizations on the held-out samples, and the answers are compared with FP32's.
 
     python benchmarks/accuracy.py --folder build/accuracy
@@ -97,16 +97,16 @@ def table(found):
     measured = [figures for figures in found if "failed" not in figures]
     metric = measured[0]["metric"] if measured else "agreement"
     rows = [
-        f"| {found[0]['network']} | {metric} | SQNR, dB | INT8 multiply-adds | not depthwise | s | MiB | engine, MB |",
-        "| --- |" + " ---: |" * 7,
+        f"| {found[0]['network']} | {metric} | SQNR, dB | INT8 multiply-adds | not depthwise | s | CPU s | MiB | engine, MB |",
+        "| --- |" + " ---: |" * 8,
     ]
     for figures in found:
         if "failed" in figures:
-            rows.append(f"| {figures['method']} | fails: {figures['failed'].replace('|', '/')} |" + " |" * 6)
+            rows.append(f"| {figures['method']} | fails: {figures['failed'].replace('|', '/')} |" + " |" * 7)
             continue
         noise = " / ".join("-" if value is None else f"{value:.1f}" for value in figures["sqnr_db"].values())
         cells = [f"{100 * figures[key]:.1f}%" for key in ("int8_share", "int8_share_without_depthwise")]
-        cells += [f"{figures[key]:.0f}" if key in figures else "" for key in ("seconds", "peak_mib")]
+        cells += [f"{figures[key]:.0f}" if key in figures else "" for key in ("seconds", "cpu_seconds", "peak_mib")]
         engine = figures.get("engine_mb", "")
         cells.append(engine if isinstance(engine, str) else f"{engine:.1f}")
         rows.append(f"| {figures['method']} | {100 * figures['agreement']:.1f}% | {noise} | {' | '.join(cells)} |")

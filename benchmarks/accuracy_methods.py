@@ -22,11 +22,11 @@ class CannotQuantizeError(Exception):
 
 
 def measure(method, model, data, output, modelopt, memory):
-    """Write the INT8 model of a method to `output`; return its seconds and peak memory in MiB, both of its processes.
+    """Write the INT8 model of a method to `output`; return what its processes took: seconds, CPU seconds, peak MiB.
 
     `modelopt` is the Python of ModelOpt's environment, `memory` the most bytes that a process may have.
     """
-    seconds, peak, log = 0, 0, output.with_suffix(".log")
+    seconds, cpu, peak, log = 0, 0, 0, output.with_suffix(".log")
     with log.open("w") as messages:
         for command in _commands(method, *map(str, (model, data, output)), modelopt):
             started = time.monotonic()
@@ -38,10 +38,11 @@ def measure(method, model, data, output, modelopt, memory):
             )
             _, status, usage = os.wait4(process.pid, 0)
             seconds, peak = seconds + time.monotonic() - started, max(peak, usage.ru_maxrss)
+            cpu += usage.ru_utime + usage.ru_stime
             if os.waitstatus_to_exitcode(status):
                 said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
                 raise CannotQuantizeError(said[-1][:300] if said else f"status {status}")
-    return {"seconds": seconds, "peak_mib": peak / 1024}
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak / 1024}
 
 
 def _commands(method, model, data, output, modelopt):
