@@ -1,8 +1,8 @@
 """Accuracy of INT8 on real networks: fastcal's and its peers', on pictures that no calibration has seen.
 
 For every network of `accuracy_networks` and every method of `METHODS`, a process of its own makes the INT8 model from
-the calibration samples; its seconds, CPU seconds and peak memory are from the process's start to its end. ONNX Runtime then runs
-the model without graph optimizations on the held-out samples, and the answers are compared with FP32's.
+the calibration samples; seconds, CPU seconds and peak memory are the whole process's. ONNX Runtime then runs the model
+without graph optimizations on the held-out samples, and the answers are compared with FP32's.
 
     python benchmarks/accuracy.py --folder build/accuracy
     python benchmarks/accuracy.py --evaluate model.int8.onnx --networks yolo
@@ -13,7 +13,6 @@ whose Python `--modelopt` names: `pip install "nvidia-modelopt[onnx]==0.47.0"`.
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -66,28 +65,27 @@ def evaluate(folder, name, model, threads=2):
 
 def result(args, name, method):
     """Return the figures of a method on a network, from the file that keeps them or measured now."""
-    kept = args.folder / "results" / f"{name}.{method}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    network, output = accuracy_networks.prepare(args.folder, name), args.folder / "models" / f"{name}.{method}.onnx"
+    network, kept = accuracy_networks.prepare(args.folder, name), args.folder / "results" / f"{name}.{method}.json"
+    output = network / "model.onnx" if method == "fp32" else args.folder / "models" / f"{name}.{method}.onnx"
     for folder in (kept.parent, output.parent):
         folder.mkdir(exist_ok=True)
-    figures = {"network": name, "method": method}
-    try:
-        if method == "fp32":
-            output = network / "model.onnx"
-        else:
-            settings = args.modelopt, args.memory << 30
-            figures |= accuracy_methods.measure(
-                method, network / "model.onnx", network / "calib.npz", output, *settings
-            )
-        evaluated = [sys.executable, __file__, "--folder", args.folder, "--networks", name, "--evaluate", output]
-        done = subprocess.run(list(map(str, evaluated)), capture_output=True, text=True)
-        if done.returncode:
-            raise accuracy_methods.CannotQuantizeError(f"does not run: {done.stderr.strip().splitlines()[-1][:300]}")
-        figures |= json.loads(done.stdout.splitlines()[-1])
-    except accuracy_methods.CannotQuantizeError as error:
-        figures["failed"] = str(error)
+    figures = json.loads(kept.read_text()) if kept.exists() else {"network": name, "method": method}
+    if not kept.exists():
+        try:
+            if method != "fp32":
+                files = network / "model.onnx", network / "calib.npz", output
+                figures |= accuracy_methods.measure(method, *files, args.modelopt, args.memory << 30)
+            options = "--folder", args.folder, "--networks", name, "--evaluate", output
+            figures |= json.loads(accuracy_methods.run(__file__, *options).splitlines()[-1])
+        except accuracy_methods.FailedError as error:
+            figures["failed"] = str(error)
+    if args.engines and not {"engine_mb", "failed"} & figures.keys():
+        engine = args.folder / "models" / f"{name}.{method}.engine"
+        try:
+            accuracy_methods.run(accuracy_methods.__file__, "engine", output, network / "calib.npz", engine)
+            figures["engine_mb"] = engine.stat().st_size / 1e6
+        except accuracy_methods.FailedError as error:
+            figures["engine_mb"] = f"fails: {error}"
     kept.write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
@@ -97,7 +95,8 @@ def table(found):
     measured = [figures for figures in found if "failed" not in figures]
     metric = measured[0]["metric"] if measured else "agreement"
     rows = [
-        f"| {found[0]['network']} | {metric} | SQNR, dB | INT8 multiply-adds | not depthwise | s | CPU s | MiB | engine, MB |",
+        f"| {found[0]['network']} | {metric} | SQNR, dB | INT8 multiply-adds | not depthwise "
+        "| s | CPU s | MiB | engine, MB |",
         "| --- |" + " ---: |" * 8,
     ]
     for figures in found:
@@ -108,7 +107,7 @@ def table(found):
         cells = [f"{100 * figures[key]:.1f}%" for key in ("int8_share", "int8_share_without_depthwise")]
         cells += [f"{figures[key]:.0f}" if key in figures else "" for key in ("seconds", "cpu_seconds", "peak_mib")]
         engine = figures.get("engine_mb", "")
-        cells.append(engine if isinstance(engine, str) else f"{engine:.1f}")
+        cells.append(engine.partition(":")[0] if isinstance(engine, str) else f"{engine:.1f}")
         rows.append(f"| {figures['method']} | {100 * figures['agreement']:.1f}% | {noise} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -126,6 +125,8 @@ def main():
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
     if args.evaluate:
+        if len(args.networks) != 1:
+            parser.error("--evaluate needs --networks with the one network that the model stands for")
         print(json.dumps(evaluate(args.folder, *args.networks, args.evaluate)))
         return
     everything = []

@@ -17,8 +17,21 @@ PEERS = ("ort-minmax", "ort-entropy", "ort-percentile", "modelopt-max", "modelop
 METHODS = ("fp32", "default", "tuned", *(f"fastcal-{algorithm}" for algorithm in FASTCAL), *PEERS)
 
 
-class CannotQuantizeError(Exception):
-    """A method ended with an error: its last line."""
+class FailedError(Exception):
+    """A process ended with an error: its last line."""
+
+
+def run(*command):
+    """Run a Python program and return what it prints."""
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        raise FailedError(_last_line(done.stderr, done.returncode))
+    return done.stdout
+
+
+def _last_line(text, status):
+    said = [line.strip() for line in text.splitlines() if line.strip()]
+    return said[-1][:300] if said else f"status {status}"
 
 
 def measure(method, model, data, output, modelopt, memory):
@@ -39,9 +52,8 @@ def measure(method, model, data, output, modelopt, memory):
             _, status, usage = os.wait4(process.pid, 0)
             seconds, peak = seconds + time.monotonic() - started, max(peak, usage.ru_maxrss)
             cpu += usage.ru_utime + usage.ru_stime
-            if os.waitstatus_to_exitcode(status):
-                said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                raise CannotQuantizeError(said[-1][:300] if said else f"status {status}")
+            if status:
+                raise FailedError(_last_line(log.read_text(errors="replace"), os.waitstatus_to_exitcode(status)))
     return {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak / 1024}
 
 
@@ -91,7 +103,7 @@ def _onnxruntime(calibration, model, samples, output):
         quant_pre_process(modern, prepared, skip_symbolic_shape=True)
     methods = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
     reader = _reader(samples)
-    options = {"ActivationSymmetric": True, "WeightSymmetric": True}
+    options = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}  # as TensorRT needs it
     if calibration != "minmax":  # whose memory does not grow: the others keep all activations unless they go in strides
         options["CalibStridedMinMax"] = max(n for n in range(1, 9) if len(reader) % n == 0)
     quantize_static(
@@ -155,18 +167,19 @@ def _engine(model, samples, output):
     import onnx
     import tensorrt_rtx as trt
 
+    proto = onnx.load(model)
+    for value in proto.graph.input:  # names of dimensions may stand for two sizes, as "?" does
+        for dim, size in zip(value.type.tensor_type.shape.dim, (1, *samples[value.name].shape[1:]), strict=True):
+            dim.dim_value = size
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(onnx.load(model).SerializeToString()):
+    if not parser.parse(proto.SerializeToString()):
         raise SystemExit(str(parser.get_error(0)))
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    for name, array in samples.items():
-        profile.set_shape(name, *[(1, *array.shape[1:])] * 3)
-    config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise SystemExit("TensorRT for RTX builds no engine")
