@@ -121,7 +121,7 @@ def main():
     parser.add_argument("--evaluate", type=Path, metavar="MODEL", help="print the figures of this model, as JSON")
     parser.add_argument("--modelopt", default=sys.executable, help="the Python that has ModelOpt")
     parser.add_argument("--engines", action="store_true", help="build engines, too, with TensorRT for RTX")
-    parser.add_argument("--memory", type=int, default=10, help="GiB that a method's process may take")
+    parser.add_argument("--memory", type=int, default=16, help="GiB that a method's process may take")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
     if args.evaluate:
