@@ -235,6 +235,10 @@ def loaded_bindings(tensorrt_bindings):
     """The module `tensorrt_bindings`, loaded into this process."""
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT itself is installed: its libraries and the stand-ins do not go into one process")
+    if importlib.util.find_spec("tensorrt_rtx") is not None:  # its first builder looks symbols up: not in the stand-ins
+        import tensorrt_rtx
+
+        tensorrt_rtx.Builder(tensorrt_rtx.Logger(tensorrt_rtx.Logger.ERROR))
     for library in sorted(Path(tensorrt_bindings["LD_LIBRARY_PATH"]).glob("*.so.10")):
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     return importlib.import_module("tensorrt_bindings")
