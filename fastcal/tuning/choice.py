@@ -19,8 +19,9 @@ from fastcal.tuning.unfinished import Unfinished
 #: The algorithms whose scales are tried.
 CANDIDATES = ("entropy2", "minmax", "percentile", "mse")
 
-#: The number of batches that algorithms are compared on.
-_COMPARING = 2
+#: The number of batches that algorithms are compared on; those with noise of at most this many times the least are
+#: compared on all.
+_COMPARING, _CLOSE = 2, 1.6
 
 #: The share of the noise below which the layers of a group are not told apart.
 _LITTLE = 0.03
@@ -76,7 +77,10 @@ def kept(model: Model, sampled: Sampled, cache: CalibrationCache, threads: int |
 def best(meter: NoiseMeter, scales: Mapping[str, Mapping[str, float]]) -> tuple[str, dict[str, float]]:
     """Return the name of the scales that cost least with all layers in INT8, and these scales; say so in the log."""
     noises = {name: meter.noise(meter.choice(True), each, batches=_COMPARING) for name, each in scales.items()}
-    name = min(noises, key=lambda name: noises[name])
+    close = [name for name, noise in noises.items() if noise <= _CLOSE * min(noises.values())]
+    if len(close) > 1:
+        noises |= {name: meter.noise(meter.choice(True), scales[name]) for name in close}
+    name = min(close, key=lambda name: noises[name])
     others = ", ".join(f"{each} {decibels(noise):.1f}" for each, noise in noises.items() if each != name)
     _log.info("scales by %s keep most at the outputs: %.1f dB (%s)", name, decibels(noises[name]), others)
     return name, dict(scales[name])

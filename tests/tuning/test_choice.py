@@ -9,7 +9,7 @@ from fastcal.accuracy.amplified import Amplified
 from fastcal.accuracy.labels import TopOne
 from fastcal.model import Model
 from fastcal.qdq_graph import Graph
-from fastcal.tuning.choice import fewest, in_order, rank_groups, within
+from fastcal.tuning.choice import best, fewest, in_order, rank_groups, within
 from fastcal.tuning.curve import Curve
 from fastcal.tuning.layers import Layer, depthwise_in, layers_of
 
@@ -141,3 +141,31 @@ def test_groups_of_layers_that_cost_little_are_not_told_apart():
     assert told == sorted(told)
     few = CountingMeter(np.array([0.2, 0.1]), 1, 1)
     np.testing.assert_allclose(rank_groups(few, {}, lambda done, of: None), [0.2, 0.1])
+
+
+class TableMeter(AdditiveMeter):
+    """Noises by the scale of x: over some batches, and over all."""
+
+    def __init__(self, table):
+        super().__init__([1.0], 1)
+        self._table, self.asked = table, []
+
+    def noise(self, is_int8, scales, batches=None):
+        assert is_int8.all()
+        self.asked.append((scales["x"], batches))
+        return self._table[scales["x"]][batches is None]
+
+
+@pytest.mark.parametrize(
+    ("table", "expected", "runs"),
+    [
+        ({1.0: (0.10, 0.15), 2.0: (0.12, 0.11), 3.0: (0.30, 0.01)}, 2.0, 5),  # the third is not close enough
+        ({1.0: (0.10, 0.15), 2.0: (0.20, 0.01)}, 1.0, 2),
+        ({1.0: (0.0, 0.0), 2.0: (0.0, 0.1)}, 1.0, 4),
+    ],
+)
+def test_close_algorithms_are_compared_on_all_samples(table, expected, runs):
+    meter = TableMeter(table)
+    name, scales = best(meter, {str(scale): {"x": scale} for scale in table})
+    assert (name, scales) == (str(expected), {"x": expected})
+    assert len(meter.asked) == runs
