@@ -76,7 +76,7 @@ def calibrate(
             network's inputs, in batches of any size.
         algorithm: "entropy2" (which TensorRT recommends for convolutional networks), "entropy", "minmax", "percentile",
             "mse" (least error), "best" (those of these scales that cost the outputs least on samples that are held
-            out, a quarter and at most 16), or an `Algorithm`.
+            out, a quarter and at most 32), or an `Algorithm`.
         quantile: For "percentile", the share of values that is not clipped.
         exact: Whether to clip the network's outputs and the tensors with a known range as TensorRT does, too. By
             default their scales cover the largest |x|, or 1 behind a Sigmoid or Tanh, and the log names the tensors for

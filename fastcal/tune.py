@@ -35,8 +35,8 @@ from fastcal.versions import DEFAULT_TENSORRT_VERSION
 #: The share of the multiply-adds that may stay in float, if no target asks for more.
 FLOAT_SHARE = 0.15
 
-#: The samples that are held out if there is more time, and if a target is to be reached: a metric counts samples.
-_THOROUGH, _FOR_TARGET = 32, 96
+#: The samples that are held out if a target is to be reached: a metric counts samples.
+_FOR_TARGET = 96
 
 _log = logging.getLogger("fastcal")
 
@@ -70,7 +70,7 @@ def tune(
     """Find the scales and the few layers in float with which INT8 keeps a network's outputs.
 
     One pass over the batches takes the histograms that scales are picked from, and holds some samples out: a quarter,
-    at most 16, 32 with `curve`, or 96 with a target. On these, ONNX Runtime runs the network with layers in INT8:
+    at most 32, or 96 with a target. On these, ONNX Runtime runs the network with layers in INT8:
 
     1. The scales of "entropy2", "minmax", "percentile" and "mse" are compared, all layers in INT8.
     2. Each layer runs in INT8 alone, or the layers of a group that costs little together. This ranks the layers by what
@@ -131,8 +131,7 @@ def tune(
     choose = chooser(network, metric, threshold)
     wanted = Algorithm.of(algorithm, quantile, exact=exact)
     with as_feed(feed, network, "auto") as batches:
-        most = _FOR_TARGET if target is not None else _THOROUGH if curve else HELD_OUT
-        sampled = Sampled(batches, network.inputs, most)
+        sampled = Sampled(batches, network.inputs, HELD_OUT if target is None else _FOR_TARGET)
         tuner = _Tuner(network, sampled, excluded, threads, status or (lambda text: None), curve or target is not None)
         shows_all = all_tensors or cache is not None or histograms is not None
         shown = network if shows_all else network.showing(tuner.tensors)

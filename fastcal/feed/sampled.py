@@ -14,7 +14,7 @@ from fastcal.feed.feed import Batch, Feed, length
 Samples = dict[str, npt.NDArray[Any]]
 
 #: The number of samples that are held out by default.
-HELD_OUT = 16
+HELD_OUT = 32
 
 #: The share of the samples that may be held out.
 _SHARE = 0.25

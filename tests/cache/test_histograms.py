@@ -68,7 +68,7 @@ def test_one_run_serves_all_algorithms(calibrate, batches):
             "algorithm (entropy2 then, minmax now)",
         ),
         ({"until_stable": 1000}, {"until_stable": 1000}, None),
-        ({"algorithm": "best"}, {}, "held_out (16 then)"),
+        ({"algorithm": "best"}, {}, "held_out (32 then)"),
         ({}, {"algorithm": "best"}, "held_out (not recorded)"),
         ({"algorithm": "best"}, {"algorithm": "best"}, None),
     ],
