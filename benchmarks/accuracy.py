@@ -67,8 +67,8 @@ def result(args, name, method):
     """Return the figures of a method on a network, from the file that keeps them or measured now."""
     network, kept = accuracy_networks.prepare(args.folder, name), args.folder / "results" / f"{name}.{method}.json"
     output = network / "model.onnx" if method == "fp32" else args.folder / "models" / f"{name}.{method}.onnx"
-    for folder in (kept.parent, output.parent):
-        folder.mkdir(exist_ok=True)
+    for made in ("results", "models"):
+        (args.folder / made).mkdir(exist_ok=True)
     figures = json.loads(kept.read_text()) if kept.exists() else {"network": name, "method": method}
     if not kept.exists():
         try:
@@ -124,6 +124,7 @@ def main():
     parser.add_argument("--memory", type=int, default=16, help="GiB that a method's process may take")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
+    args.folder = args.folder.resolve()
     if args.evaluate:
         if len(args.networks) != 1:
             parser.error("--evaluate needs --networks with the one network that the model stands for")

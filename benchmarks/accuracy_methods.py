@@ -4,9 +4,11 @@
 """
 
 import os
+import re
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def run(*command):
 
 
 def _last_line(text, status):
-    said = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
     return said[-1][:300] if said else f"status {status}"
 
 
@@ -40,13 +42,14 @@ def measure(method, model, data, output, modelopt, memory):
     `modelopt` is the Python of ModelOpt's environment, `memory` the most bytes that a process may have.
     """
     seconds, cpu, peak, log = 0, 0, 0, output.with_suffix(".log")
-    with log.open("w") as messages:
+    with log.open("w") as messages, tempfile.TemporaryDirectory() as folder:  # for what peers leave lying about
         for command in _commands(method, *map(str, (model, data, output)), modelopt):
             started = time.monotonic()
             process = subprocess.Popen(
                 command,
                 stdout=messages,
                 stderr=messages,
+                cwd=folder,
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (memory, memory)),
             )
             _, status, usage = os.wait4(process.pid, 0)
@@ -68,7 +71,16 @@ def _commands(method, model, data, output, modelopt):
             [*fastcal, "tune", model, data, "--target", "99%", "-o", tuned],
             [*fastcal, "quantize", model, tuned, "-o", output],
         ]
-    return [[modelopt if method.startswith("modelopt") else sys.executable, __file__, method, model, data, output]]
+    return [
+        [
+            modelopt if method.startswith("modelopt") else sys.executable,
+            os.path.abspath(__file__),
+            method,
+            model,
+            data,
+            output,
+        ]
+    ]
 
 
 def _fastcal(algorithm, model, samples, output):
@@ -91,7 +103,7 @@ def _onnxruntime(calibration, model, samples, output):
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    modern, prepared = f"{output}.modern", f"{output}.prepared"
+    modern, prepared = "modern.onnx", "prepared.onnx"
     loaded = onnx.load(model)
     if loaded.opset_import[0].version < 13:  # the first opset with a scale per channel
         loaded = onnx.version_converter.convert_version(loaded, 13)
@@ -103,7 +115,8 @@ def _onnxruntime(calibration, model, samples, output):
         quant_pre_process(modern, prepared, skip_symbolic_shape=True)
     methods = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
     reader = _reader(samples)
-    options = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}  # as TensorRT needs it
+    options = {"ActivationSymmetric": True, "WeightSymmetric": True}
+    options |= {"QuantizeBias": False, "AddQDQPairToWeight": True}  # without which TensorRT builds no engine
     if calibration != "minmax":  # whose memory does not grow: the others keep all activations unless they go in strides
         options["CalibStridedMinMax"] = max(n for n in range(1, 9) if len(reader) % n == 0)
     quantize_static(
@@ -117,8 +130,6 @@ def _onnxruntime(calibration, model, samples, output):
         calibrate_method=getattr(CalibrationMethod, methods[calibration]),
         extra_options=options,
     )
-    for path in (modern, prepared):
-        os.remove(path)
 
 
 def _reader(samples):
