@@ -18,6 +18,8 @@ from .errors import DataError as DataError
 from .errors import FastcalError as FastcalError
 from .errors import ModelError as ModelError
 from .errors import UnavailableError as UnavailableError
+from .extract import Extracted as Extracted
+from .extract import extract_scales as extract_scales
 from .feed.arrays import ArrayFeed as ArrayFeed
 from .feed.feed import Feed as Feed
 from .feed.images import ImageFeed as ImageFeed

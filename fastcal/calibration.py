@@ -30,12 +30,7 @@ from fastcal.observe.backends import (
 from fastcal.observe.histogram import Histogram, Observations
 from fastcal.progress import Progress
 from fastcal.stability import StabilityCheck
-from fastcal.versions import (
-    DEFAULT_TENSORRT_VERSION,
-    LAST_MAJOR,
-    check_tensorrt_version,
-    installed_tensorrt_version,
-)
+from fastcal.versions import cache_version
 
 _log = logging.getLogger("fastcal")
 
@@ -132,7 +127,7 @@ def calibrate(
         raise FastcalError("until_stable looks at the batches one after another; leave it or workers out")
     if ray_address is not None and workers is None:
         raise FastcalError(f"ray_address is {ray_address}, and without workers there is nothing to do there; set both")
-    version = _tensorrt_version(tensorrt_version)
+    version = cache_version(tensorrt_version)
     network = as_network(model)
     local: Mapping[str, LocalBackend] = {
         "onnxruntime": OnnxRuntimeBackend(threads, tf32, memory),
@@ -329,17 +324,6 @@ def _choose_backend(asked: str, network: Network) -> str:
         reason = f"cannot run {', '.join(foreign)}" if foreign else "has no CUDA provider here"
         _log.info("TensorRT runs the network: ONNX Runtime %s", reason)
     return chosen
-
-
-def _tensorrt_version(asked: str | None) -> str:
-    if asked is not None:
-        return check_tensorrt_version(asked)
-    installed = installed_tensorrt_version()
-    if installed is not None and int(installed.partition(".")[0]) <= LAST_MAJOR:
-        return check_tensorrt_version(installed)
-    here = "TensorRT is not installed here" if installed is None else f"TensorRT {installed} reads no caches"
-    _log.info("%s: the cache is written for TensorRT %s", here, DEFAULT_TENSORRT_VERSION)
-    return DEFAULT_TENSORRT_VERSION
 
 
 def _tell_of_ranges(kept: Mapping[str, tuple[float, float]]) -> None:

@@ -145,6 +145,12 @@ class Model:
         proto.graph.initializer.extend(initializers)
         return self._variant(proto)
 
+    def replaced(self, proto: onnx.ModelProto) -> "Model":
+        """Return a model of another graph with all its weights; its digest is that of the file `onnx.save` writes."""
+        variant = self._variant(proto)
+        variant.__dict__["digest"] = hashlib.sha256(proto.SerializeToString()).hexdigest()
+        return variant
+
     def showing(self, tensors: Iterable[str]) -> "Model":
         """Return the model with fewer `activations`, those among `tensors`: a calibration observes no others."""
         variant, shown = self._variant(self.proto), frozenset(tensors)

@@ -14,6 +14,7 @@ from fastcal.cli.options import (
     HistogramsOption,
     MemoryOption,
     ReportOption,
+    TensorRTOption,
     UntilStableOption,
     check_outputs,
     read_memory,
@@ -49,12 +50,7 @@ def calibrate(
             show_default="one started here",
         ),
     ] = None,
-    tensorrt: Annotated[
-        str | None,
-        typer.Option(
-            help="The TensorRT version that will read the cache.", show_default="the one installed, else 10.16.1"
-        ),
-    ] = None,
+    tensorrt: TensorRTOption = None,
     histograms: HistogramsOption = None,
     report: ReportOption = None,
 ) -> None:

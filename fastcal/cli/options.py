@@ -50,6 +50,10 @@ HistogramsOption = Annotated[
         metavar="FILE", help="The histograms, for other algorithms: reused if they are up to date, else written (.npz)."
     ),
 ]
+TensorRTOption = Annotated[
+    str | None,
+    typer.Option(help="The TensorRT version that will read the cache.", show_default="the one installed, else 10.16.1"),
+]
 ReportOption = Annotated[
     str | None, typer.Option(metavar="HTML", help="Write a page about the calibration, for a browser.")
 ]
