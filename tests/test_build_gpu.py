@@ -164,7 +164,8 @@ def test_the_algorithm_is_the_one_asked_for(trt, spawn_fastcal, tmp_path, algori
 @pytest.mark.parametrize("calibration", ["fastcal", "tensorrt"])
 def test_a_dynamic_size_is_that_of_the_images(trt, spawn_fastcal, tmp_path, onnx_file, calibration):
     model = onnx_file("f (float[N, 3, H, W] image) => (float[N, 3, H, W] y) { y = Relu(image) }")
-    words = ("-o", tmp_path / "x.engine", "--calibration", calibration, "--size", "24x40", "--batch-size", 32, "--max-batch", 40)
+    batches = ("--batch-size", 32, "--max-batch", 40)
+    words = ("-o", tmp_path / "x.engine", "--calibration", calibration, "--size", "24x40", *batches)
     done = spawn_fastcal("build", model, IMAGES, *words, *FAST)
     assert done.returncode == 0, done.stderr
     shapes = load(trt, tmp_path / "x.engine").get_tensor_profile_shape("image", 0)
@@ -200,7 +201,10 @@ def test_what_is_wrong_is_one_line_and_no_engine(spawn_fastcal, tmp_path, onnx_f
             r".*x.engine is the engine; name another file for the cache",
         ),
         ((MODEL, IMAGES, "--timing-cache", MODEL), r".*digits.onnx is the model itself; name another file for the tim"),
-        ((MODEL, IMAGES, "--min-batch", 0, "--batch-size", 32), r"the engine's batches are min_batch 0, opt_batch 32, max_batch 32; they"),
+        (
+            (MODEL, IMAGES, "--min-batch", 0, "--batch-size", 32),
+            r"the engine's batches are min_batch 0, opt_batch 32, max_batch 32; they",
+        ),
     ):
         done = spawn_fastcal("build", "-o", tmp_path / "x.engine", *arguments)
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
