@@ -52,9 +52,8 @@ def quantize(
     - An average pooling has a pair on its input if its output is quantized too. MaxPool, Concat and the layers that
       only change the shape need no pair: TensorRT moves the next pair through them.
 
-    With `depthwise=False`, depthwise convolutions stay in float: in INT8 they make an engine of TensorRT for RTX larger.
-    TensorRT 8.6 is slower with them in float, since it converts every tensor between them and their neighbours. With a
-    tuning, the layers that it leaves in float have no pairs, and the biases that it corrects are corrected.
+    With `depthwise=False`, depthwise convolutions stay in float, which makes an engine of TensorRT for RTX smaller.
+    TensorRT 8.6 becomes slower, since it converts every tensor between them and their neighbours. With a tuning, the layers that it leaves in float have no pairs, and the biases that it corrects are corrected.
 
     Weights may be any constant: an expression that depends on no input, such as a Cast or the DequantizeLinear of
     stored INT8, is computed and stored. Local functions are inlined. A layer stays in float if the cache has no scale
