@@ -53,7 +53,8 @@ def quantize(
       only change the shape need no pair: TensorRT moves the next pair through them.
 
     With `depthwise=False`, depthwise convolutions stay in float, which makes an engine of TensorRT for RTX smaller.
-    TensorRT 8.6 becomes slower, since it converts every tensor between them and their neighbours. With a tuning, the layers that it leaves in float have no pairs, and the biases that it corrects are corrected.
+    TensorRT 8.6 becomes slower, since it converts every tensor between them and their neighbours. With a tuning, the
+    layers that it leaves in float have no pairs, and the biases that it corrects are corrected.
 
     Weights may be any constant: an expression that depends on no input, such as a Cast or the DequantizeLinear of
     stored INT8, is computed and stored. Local functions are inlined. A layer stays in float if the cache has no scale
