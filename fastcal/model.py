@@ -146,7 +146,11 @@ class Model:
         return self._variant(proto)
 
     def replaced(self, proto: onnx.ModelProto) -> "Model":
-        """Return a model of another graph with all its weights; its digest is that of the file `onnx.save` writes."""
+        """Return a model of this path with another graph; its digest is that of the file that `onnx.save` writes.
+
+        Args:
+            proto: The model's content, with all its weights.
+        """
         variant = self._variant(proto)
         variant.__dict__["digest"] = hashlib.sha256(proto.SerializeToString()).hexdigest()
         return variant
