@@ -14,6 +14,7 @@ from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record
 from fastcal.calibration import calibrate
 from fastcal.carried import carry_scales
+from fastcal.dla import for_dla
 from fastcal.errors import first_few
 from fastcal.model import Model
 from fastcal.qdq_graph import Graph
@@ -42,7 +43,7 @@ class Extracted:
 
 
 def extract_scales(
-    model: str | os.PathLike[str] | Model, feed: Any = None, *, tensorrt_version: str | None = None
+    model: str | os.PathLike[str] | Model, feed: Any = None, *, tensorrt_version: str | None = None, dla: bool = False
 ) -> Extracted:
     """Return the float model and the calibration cache that a model with Q/DQ pairs stands for.
 
@@ -56,6 +57,7 @@ def extract_scales(
         model: The ONNX file with the pairs.
         feed: Batches to calibrate the other tensors with, as `calibrate` takes them. By default these have no scale.
         tensorrt_version: The TensorRT that will read the cache, as `calibrate` takes it.
+        dla: Whether the cache is for the DLA: see `for_dla`.
 
     Raises:
         ModelError: The model has no pairs, or pairs that a calibration cache cannot stand for: they are not symmetric,
@@ -78,4 +80,6 @@ def extract_scales(
     missing = [name for name in missing if name not in scales]
     if missing:
         _log.warning("no scale for %s: no pair holds one; with images, they are calibrated", first_few(missing))
+    if dla:
+        cache = for_dla(network, cache)
     return Extracted(network.proto, cache, tuple(unpaired.scales), tuple(missing))

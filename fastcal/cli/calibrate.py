@@ -14,9 +14,11 @@ from fastcal.cli.options import (
     HistogramsOption,
     MemoryOption,
     ReportOption,
+    TargetOption,
     TensorRTOption,
     UntilStableOption,
     check_outputs,
+    check_target,
     read_memory,
 )
 from fastcal.cli.summary import kept_row, outcome, print_summary
@@ -51,6 +53,7 @@ def calibrate(
         ),
     ] = None,
     tensorrt: TensorRTOption = None,
+    target: TargetOption = None,
     histograms: HistogramsOption = None,
     report: ReportOption = None,
 ) -> None:
@@ -65,6 +68,7 @@ def calibrate(
         check_outputs(network, {"cache": output, "histograms": histograms, "report": report}, options)
         check_cache_writable(output, network.activations)
         check_report(report)
+        check_target(target, options.algorithm)
         if workers is None and (histograms is None or not os.path.exists(histograms)):
             start_early(network, backend, tf32=options.tf32, batch_size=options.batch_size)
         with options.feed(network) as feed:
@@ -75,6 +79,8 @@ def calibrate(
                 backend=backend, memory=read_memory(memory), until_stable=until_stable,
                 workers=workers, ray_address=ray_address, tensorrt_version=tensorrt, histograms=histograms,
             )  # fmt: skip
+            if target is not None:
+                cache = fastcal.for_dla(network, cache)
             cache.save(output)
         kept = _kept(console, network, sampled, cache, options)
         files = {} if histograms is None else {"histograms": histograms}

@@ -54,6 +54,13 @@ TensorRTOption = Annotated[
     str | None,
     typer.Option(help="The TensorRT version that will read the cache.", show_default="the one installed, else 10.16.1"),
 ]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="dla: make scales equal where NVIDIA's DLA needs it, and name the layers that it does not run in INT8.",
+        show_default="a GPU",
+    ),
+]
 ReportOption = Annotated[
     str | None, typer.Option(metavar="HTML", help="Write a page about the calibration, for a browser.")
 ]
@@ -274,6 +281,17 @@ def data_by_input(data: str, network: "Model | None") -> str | dict[str, str]:
 def is_pipe(place: str) -> bool:
     """Return whether data are a list that can be read only once, from a shell's <(command) for instance."""
     return os.path.exists(place) and not os.path.isfile(place) and not os.path.isdir(place)
+
+
+def check_target(target: str | None, algorithm: str) -> None:
+    """Raise FastcalError if there is no such target, or if it does not take the caches of an algorithm."""
+    if target not in (None, "dla"):
+        raise FastcalError(f"there is no target {target!r}; write dla, or leave out --target for a GPU")
+    if target is not None:
+        from fastcal.algorithm import Algorithm
+        from fastcal.dla import check_for_dla
+
+        check_for_dla(Algorithm.of(algorithm))
 
 
 def read_memory(text: str | None) -> int | None:
