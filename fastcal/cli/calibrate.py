@@ -23,7 +23,8 @@ from fastcal.cli.options import (
 )
 from fastcal.cli.summary import kept_row, outcome, print_summary
 from fastcal.cli.terminal import Bar, finish, spinner, terminal
-from fastcal.errors import ModelError
+from fastcal.errors import FastcalError, ModelError
+from fastcal.feed.deepstream import calibration_file
 from fastcal.files import check_writable
 
 if TYPE_CHECKING:
@@ -33,8 +34,17 @@ if TYPE_CHECKING:
 
 def calibrate(
     *,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="CACHE", help="The cache to write.")],
     options: CalibrationOptions,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="CACHE",
+            help="The cache to write.",
+            show_default="the int8-calib-file of DeepStream's file in --preprocess",
+        ),
+    ] = None,
     backend: BackendOption = "auto",
     memory: MemoryOption = None,
     until_stable: UntilStableOption = None,
@@ -65,6 +75,7 @@ def calibrate(
         from fastcal.observe.backends import start_early
 
         network = Model(options.model)
+        output = _named_in(options.preprocess) if output is None else output
         check_outputs(network, {"cache": output, "histograms": histograms, "report": report}, options)
         check_cache_writable(output, network.activations)
         check_report(report)
@@ -87,6 +98,14 @@ def calibrate(
         written = {"cache": f"{output}, {cache.header}", **files, **save_report(report, cache, options)}
         print_summary(cache, feed, progress, **kept_row(kept, cache.algorithm.name), **written)
         finish(cache=output, report=report, kept=kept, **files, **outcome(cache, feed, progress))
+
+
+def _named_in(preprocess: str | None) -> str:
+    """Return the cache that DeepStream's configuration names; raise FastcalError if there is no such name."""
+    named = calibration_file(preprocess)
+    if named is None:
+        raise FastcalError("there is no file to write: name the cache with -o")
+    return named
 
 
 def _kept(

@@ -15,6 +15,7 @@ import fastcal
 from fastcal.cli.constants import read_constants
 from fastcal.cli.terminal import Output, output
 from fastcal.errors import DataError, FastcalError
+from fastcal.feed import deepstream
 from fastcal.feed.preprocess import PRESETS
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class FeedOptions:
 
         if self.preprocess is None:
             preprocess, _ = choose_preprocess(network)
-        elif self.preprocess not in PRESETS and self.preprocess.endswith((".toml", ".json")):
+        elif self.preprocess not in PRESETS and self.preprocess.endswith((".toml", ".json", *deepstream.SUFFIXES)):
             preprocess = fastcal.Preprocess.load(self.preprocess)
         else:
             preprocess = preset_for(self.preprocess, network)
