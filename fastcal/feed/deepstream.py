@@ -94,7 +94,6 @@ def _properties(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         if os.fspath(path).endswith(".txt"):
             parser = configparser.RawConfigParser(delimiters="=", comment_prefixes="#", strict=False)
-            parser.optionxform = str  # type: ignore[assignment, method-assign]  # keys keep their case
             parser.read_string(text)
             values: Any = dict(parser[_GROUP]) if parser.has_section(_GROUP) else None
         else:

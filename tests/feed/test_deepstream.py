@@ -160,6 +160,11 @@ def test_keys_that_are_not_supported(tmp_path, keys, message):
         Preprocess.load(path)
 
 
+def test_the_last_one_of_equal_keys_counts(tmp_path):
+    path = write(tmp_path / "c.txt", **{"infer-dims": "3;8;16\ninfer-dims=3;32;24"})
+    assert Preprocess.load(path).size == (32, 24)
+
+
 def test_keys_that_nvinfer_ignores_too(tmp_path):
     path = write(tmp_path / "c.txt", **{"input-dims": "3;9;9;0", "infer-dims": "3;8;16", "symmetric-padding": 1})
     assert Preprocess.load(path).size == (8, 16)
