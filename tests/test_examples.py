@@ -277,3 +277,19 @@ def test_tritons_repository_has_the_files_that_its_configuration_names(tmp_path,
     inputs = {value.name: ", ".join(map(str, value.shape[1:])) for value in model.inputs}
     assert declared == inputs | {"logits": "10"}
     assert [value.name for value in model.proto.graph.output] == ["logits"]
+
+
+def test_ultralytics_export_and_its_cache(tmp_path):
+    pytest.importorskip("ultralytics")
+    command = [sys.executable, EXAMPLES / "ultralytics" / "export.py", "--weights", "yolo11n.yaml", "--size", "64"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [*command, "--limit", "4", "--tensorrt", "8.6.1", "--dla"], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "images are prepared as letterbox 114 to 64x64, not antialiased, RGB, (x * 0.0039215" in done.stdout
+    cache = fastcal.CalibrationCache.load(tmp_path / "yolo11n.cache")
+    assert cache.header == "TRT-8601-EntropyCalibration2"
+    assert fastcal.check_cache(cache, tmp_path / "yolo11n.onnx").missing == ()
+    assert cache.scales == fastcal.for_dla(tmp_path / "yolo11n.onnx", cache).scales

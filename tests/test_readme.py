@@ -53,7 +53,7 @@ done
 FASTCAL = re.compile(r"fastcal [^#$&;<>|\\]*")
 
 #: Packages that a block may show fastcal together with, and that the tests do without.
-OTHERS = ("modelopt", "polygraphy", "torch")
+OTHERS = ("modelopt", "polygraphy", "torch", "ultralytics")
 
 
 def marks(code):
