@@ -458,3 +458,12 @@ def test_the_command(run_fastcal, block, tmp_path):
         assert (done.returncode, done.stdout) == (2, "")
         assert re.match(f"error: {message}", done.stderr.splitlines()[-1]), done.stderr
     assert not (tmp_path / "y.cache").exists()
+
+
+def test_external_weights_come_with_the_model(block, tmp_path):
+    path, batches = block
+    quantized = fastcal.quantize(path, fastcal.calibrate(path, fastcal.ArrayFeed(batches)))
+    onnx.save(quantized, tmp_path / "pairs.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    extracted = fastcal.extract_scales(tmp_path / "pairs.onnx")
+    (tmp_path / "weights").unlink()
+    assert run(extracted.model, batches[0])[0].tobytes() == run(path, batches[0])[0].tobytes()
