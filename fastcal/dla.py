@@ -15,7 +15,7 @@ import onnx
 from fastcal.algorithm import Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record
-from fastcal.errors import CacheError, first_few
+from fastcal.errors import CacheError, counted, first_few
 from fastcal.model import Model, node_label
 from fastcal.qdq_graph import attribute
 
@@ -89,8 +89,7 @@ def for_dla(model: str | os.PathLike[str] | Model, cache: CalibrationCache) -> C
         found = [scales[name] for name in group if name in scales]
         scales |= {name: max(found) for name in group if name in scales}
     if unfit:
-        texts = [f"{name} ({reason})" for name, reason in unfit.items()]
-        _log.warning("the DLA does not run %s in INT8", first_few(texts))
+        _log.warning("the DLA does not run %s in INT8: %s", counted(len(unfit), "layer"), _by_reason(unfit))
     touched = dict.fromkeys(name for node in layers for name in (*node.input, *node.output))
     lacking = [name for name in touched if name in network.calibrated and fault_of_scale(scales.get(name, 0.0))]
     if lacking:
@@ -105,6 +104,14 @@ def check_for_dla(algorithm: Algorithm) -> None:
         raise CacheError(
             f"the DLA takes caches of Entropy calibration 2 alone, not of {algorithm.name}; use entropy2, mse or best"
         )
+
+
+def _by_reason(unfit: Mapping[str, str]) -> str:
+    """Return the reasons, each with the layers that it is true of."""
+    names: dict[str, list[str]] = {}
+    for name, reason in unfit.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{reason} ({first_few(found, 2)})" for reason, found in names.items())
 
 
 def _layers(network: Model) -> Iterator[onnx.NodeProto]:

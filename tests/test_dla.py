@@ -58,8 +58,19 @@ def test_what_the_dla_lacks_is_named(block, caplog):
         changed = fastcal.for_dla(block, cache_of(**scales))
     assert "f" not in changed.scales
     assert caplog.messages == [
-        "the DLA does not run y (a Sigmoid runs in FP16) in INT8",
+        "the DLA does not run 1 layer in INT8: a Sigmoid runs in FP16 (y)",
         "the DLA does not run in INT8 what touches x, f: no scale, or 0",
+    ]
+
+
+def test_layers_are_named_by_the_reason(onnx_file, caplog):
+    layers = "a = Sigmoid(x) b = Erf(a) c = Sigmoid(b) d = Erf(c) y = Sigmoid(d)"
+    path = onnx_file(f"f (float[1, 4] x) => (float[1, 4] y) {{ {layers} }}")
+    with caplog.at_level(logging.WARNING, "fastcal"):
+        fastcal.for_dla(path, cache_of())
+    assert caplog.messages == [
+        "the DLA does not run 5 layers in INT8: "
+        "a Sigmoid runs in FP16 (a, c and 1 more); there is no Erf on the DLA (b, d)"
     ]
 
 
@@ -126,8 +137,9 @@ def test_the_command(run_fastcal, tmp_path):
     words = ("calibrate", DIGITS / "digits.onnx", DIGITS / "images", "--limit", 64)
     done = run_fastcal(*words, "-o", "plain.cache", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = run_fastcal(*words, "-o", "dla.cache", "--target", "dla", "--tensorrt", "8.6.1", cwd=tmp_path)
+    done = run_fastcal(*words, "-o", "dla.cache", "--target", "dla", "--tensorrt", "8.6.1", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["unfit_for_dla"] == {}
     plain, changed = (fastcal.CalibrationCache.load(tmp_path / f"{name}.cache") for name in ("plain", "dla"))
     assert changed.header == "TRT-8601-EntropyCalibration2"
     assert changed.scales == fastcal.for_dla(DIGITS / "digits.onnx", plain).scales != plain.scales

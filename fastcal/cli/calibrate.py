@@ -97,7 +97,8 @@ def calibrate(
         files = {} if histograms is None else {"histograms": histograms}
         written = {"cache": f"{output}, {cache.header}", **files, **save_report(report, cache, options)}
         print_summary(cache, feed, progress, **kept_row(kept, cache.algorithm.name), **written)
-        finish(cache=output, report=report, kept=kept, **files, **outcome(cache, feed, progress))
+        unfit = {} if target is None else {"unfit_for_dla": fastcal.unfit_for_dla(network)}
+        finish(cache=output, report=report, kept=kept, **files, **unfit, **outcome(cache, feed, progress))
 
 
 def _named_in(preprocess: str | None) -> str:
