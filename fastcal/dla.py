@@ -15,7 +15,7 @@ import onnx
 from fastcal.algorithm import Algorithm, fault_of_scale
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record
-from fastcal.errors import CacheError, counted, first_few
+from fastcal.errors import CacheError, FastcalError, counted, first_few
 from fastcal.model import Model, node_label
 from fastcal.qdq_graph import attribute
 
@@ -45,6 +45,9 @@ _LIMITS: Mapping[str, Mapping[str, tuple[int, int]]] = {
     "ConvTranspose": {"pads": (0, 0), "dilations": (1, 1), "group": (1, 1)},
     **{kind: {"kernel_shape": (1, 8), "strides": (1, 16), "pads": (0, 7)} for kind in _POOLS},
 }
+
+#: The targets of a cache: a GPU, or the DLA.
+TARGETS = (None, "dla")
 
 _log = logging.getLogger("fastcal")
 
@@ -80,7 +83,7 @@ def for_dla(model: str | os.PathLike[str] | Model, cache: CalibrationCache) -> C
         ModelError: The model cannot be loaded.
         CacheError: The cache has another header.
     """
-    check_for_dla(cache.algorithm)
+    check_target("dla", cache.algorithm)
     network = Model.of(model)
     unfit = unfit_for_dla(network)
     layers = [node for node in _layers(network) if node_label(node) not in unfit]
@@ -98,9 +101,11 @@ def for_dla(model: str | os.PathLike[str] | Model, cache: CalibrationCache) -> C
     return replace(cache, scales=scales, record=record)
 
 
-def check_for_dla(algorithm: Algorithm) -> None:
-    """Raise CacheError if the DLA does not take the caches of an algorithm."""
-    if algorithm.is_tensorrts and algorithm.name != "entropy2":
+def check_target(target: str | None, algorithm: Algorithm) -> None:
+    """Raise FastcalError if there is no such target, or if it does not take the caches of an algorithm."""
+    if target not in TARGETS:
+        raise FastcalError(f"there is no target {target!r}; choose dla, or leave it out for a GPU")
+    if target == "dla" and algorithm.is_tensorrts and algorithm.name != "entropy2":
         raise CacheError(
             f"the DLA takes caches of Entropy calibration 2 alone, not of {algorithm.name}; use entropy2, mse or best"
         )

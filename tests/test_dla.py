@@ -151,12 +151,39 @@ def test_the_command(run_fastcal, tmp_path):
     assert check.returncode == 0, check.stdout
     for options, message in (
         (("--algorithm", "minmax", "--target", "dla"), "the DLA takes caches of Entropy calibration 2 alone"),
-        (("--target", "cpu"), "there is no target 'cpu'; write dla, or leave out --target for a GPU"),
+        (("--target", "cpu"), "there is no target 'cpu'; choose dla, or leave it out for a GPU"),
     ):
         done = run_fastcal(*words, "-o", "no.cache", *options, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         assert f"error: {message}" in done.stderr
         assert not (tmp_path / "no.cache").exists()
+
+
+def test_a_cache_is_up_to_date_for_its_target_alone(block, tmp_path, caplog):
+    batches = [{"x": np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype="f4")}]
+    kept = {"cache": tmp_path / "x.cache", "histograms": tmp_path / "x.npz"}
+    found, said = {}, {}
+    for run, target in enumerate(("dla", "dla", None, "dla")):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "fastcal"):
+            found[run] = fastcal.calibrate(block, fastcal.ArrayFeed(batches), target=target, **kept).scales
+        said[run] = [text.replace(str(tmp_path), "") for text in caplog.messages if "reused" in text]
+    assert found[0] == found[1] == found[3] != found[2]
+    assert found[2] == fastcal.calibrate(block, fastcal.ArrayFeed(batches)).scales
+    same = "made from the same model, samples and settings"
+    assert said[1] == [f"/x.cache is reused: it was {same}"]
+    of_histograms = f"the histograms in /x.npz are reused: they were {same}"
+    assert said[2] == ["calibrating: /x.cache is not reused, it was made from other target (dla then)", of_histograms]
+    assert said[3] == [
+        "calibrating: /x.cache is not reused, it was made from other target (not recorded)",
+        of_histograms,
+    ]
+
+
+@pytest.mark.parametrize("make", [fastcal.calibrate, fastcal.extract_scales])
+def test_other_targets(block, make):
+    with pytest.raises(fastcal.FastcalError, match="there is no target 'cpu'; choose dla, or leave it out for a GPU"):
+        make(block, [], target="cpu")
 
 
 def test_pairs_for_the_dla(run_fastcal, tmp_path, onnx_file):

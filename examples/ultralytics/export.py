@@ -22,8 +22,7 @@ options = parser.parse_args()
 model = Path(YOLO(options.weights).export(format="onnx", imgsz=options.size))
 with fastcal.ImageFeed(options.images, model=model, limit=options.limit) as feed:
     print(f"images are prepared as {feed.preprocess}")
-    cache = fastcal.calibrate(model, feed, tensorrt_version=options.tensorrt)
-if options.dla:
-    cache = fastcal.for_dla(model, cache)
+    target = "dla" if options.dla else None
+    cache = fastcal.calibrate(model, feed, tensorrt_version=options.tensorrt, target=target)
 cache.save(model.with_suffix(".cache"))
 print(f"{model.with_suffix('.cache')}: {len(cache.scales)} tensors, {cache.header}")

@@ -18,7 +18,6 @@ from fastcal.cli.options import (
     TensorRTOption,
     UntilStableOption,
     check_outputs,
-    check_target,
     read_memory,
 )
 from fastcal.cli.summary import kept_row, outcome, print_summary
@@ -69,7 +68,9 @@ def calibrate(
 ) -> None:
     """Write the calibration cache that TensorRT would write, from a model and images."""
     with terminal() as console:
+        from fastcal.algorithm import Algorithm
         from fastcal.cache.record import check_cache_writable
+        from fastcal.dla import check_target
         from fastcal.feed.sampled import HELD_OUT, Sampled
         from fastcal.model import Model
         from fastcal.observe.backends import start_early
@@ -79,7 +80,7 @@ def calibrate(
         check_outputs(network, {"cache": output, "histograms": histograms, "report": report}, options)
         check_cache_writable(output, network.activations)
         check_report(report)
-        check_target(target, options.algorithm)
+        check_target(target, Algorithm.of(options.algorithm))
         if workers is None and (histograms is None or not os.path.exists(histograms)):
             start_early(network, backend, tf32=options.tf32, batch_size=options.batch_size)
         with options.feed(network) as feed:
@@ -89,9 +90,8 @@ def calibrate(
                 console, network, sampled or feed, options,
                 backend=backend, memory=read_memory(memory), until_stable=until_stable,
                 workers=workers, ray_address=ray_address, tensorrt_version=tensorrt, histograms=histograms,
+                target=target,
             )  # fmt: skip
-            if target is not None:
-                cache = fastcal.for_dla(network, cache)
             cache.save(output)
         kept = _kept(console, network, sampled, cache, options)
         files = {} if histograms is None else {"histograms": histograms}

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fastcal
-from fastcal.cli.options import FeedOptions, TargetOption, TensorRTOption, check_outputs, check_target
+from fastcal.cli.options import FeedOptions, TargetOption, TensorRTOption, check_outputs
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.errors import counted, first_few
 from fastcal.files import check_writable, write_atomically
@@ -47,9 +47,8 @@ def extract(
         check_cache_writable(output, network.activations)
         if float_model is not None:
             check_writable(float_model, network.path.stat().st_size)
-        check_target(target, "entropy2")
         with contextlib.nullcontext() if not options.data else options.feed(network) as feed:
-            found = fastcal.extract_scales(network, feed, tensorrt_version=tensorrt, dla=target is not None)
+            found = fastcal.extract_scales(network, feed, tensorrt_version=tensorrt, target=target)
         if float_model is not None:
             write_atomically(float_model, found.model.SerializeToString())
         found.cache.save(output)

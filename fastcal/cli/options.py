@@ -284,17 +284,6 @@ def is_pipe(place: str) -> bool:
     return os.path.exists(place) and not os.path.isfile(place) and not os.path.isdir(place)
 
 
-def check_target(target: str | None, algorithm: str) -> None:
-    """Raise FastcalError if there is no such target, or if it does not take the caches of an algorithm."""
-    if target not in (None, "dla"):
-        raise FastcalError(f"there is no target {target!r}; write dla, or leave out --target for a GPU")
-    if target is not None:
-        from fastcal.algorithm import Algorithm
-        from fastcal.dla import check_for_dla
-
-        check_for_dla(Algorithm.of(algorithm))
-
-
 def read_memory(text: str | None) -> int | None:
     """Return --memory in bytes."""
     if text is None:
