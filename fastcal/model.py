@@ -145,16 +145,6 @@ class Model:
         proto.graph.initializer.extend(initializers)
         return self.variant(proto)
 
-    def replaced(self, proto: onnx.ModelProto) -> "Model":
-        """Return a model of this path with another graph; its digest is that of the file that `onnx.save` writes.
-
-        Args:
-            proto: The model's content, with all its weights.
-        """
-        variant = self.variant(proto)
-        variant.__dict__["digest"] = hashlib.sha256(proto.SerializeToString()).hexdigest()
-        return variant
-
     def showing(self, tensors: Iterable[str]) -> "Model":
         """Return the model with fewer `activations`, those among `tensors`: a calibration observes no others."""
         variant, shown = self.variant(self.proto), frozenset(tensors)
@@ -326,6 +316,16 @@ class Model:
     def least_thresholds(self) -> Mapping[str, float]:
         """The tensors that must not be clipped: see `fastcal.ranges.least_thresholds`."""
         return least_thresholds(self.proto.graph)
+
+    def replaced(self, proto: onnx.ModelProto) -> "Model":
+        """Return a model of this path with another graph; its digest is that of the file that `onnx.save` writes.
+
+        Args:
+            proto: The model's content, with all its weights.
+        """
+        variant = self.variant(proto)
+        variant.__dict__["digest"] = hashlib.sha256(proto.SerializeToString()).hexdigest()
+        return variant
 
     @property
     def external_files(self) -> list[Path]:
