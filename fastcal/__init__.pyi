@@ -13,6 +13,8 @@ from .calibrators import EntropyCalibrator as EntropyCalibrator
 from .calibrators import EntropyCalibrator2 as EntropyCalibrator2
 from .calibrators import LegacyCalibrator as LegacyCalibrator
 from .calibrators import MinMaxCalibrator as MinMaxCalibrator
+from .dla import for_dla as for_dla
+from .dla import unfit_for_dla as unfit_for_dla
 from .errors import CacheError as CacheError
 from .errors import DataError as DataError
 from .errors import FastcalError as FastcalError

@@ -13,6 +13,7 @@ from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.histograms import reuse_histograms, save_histograms
 from fastcal.cache.record import Record, check_cache_writable, read_record, why_no_record
 from fastcal.definition import Definition, Network, as_network
+from fastcal.dla import check_target, for_dla
 from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
@@ -54,6 +55,7 @@ def calibrate(
     ray_address: str | None = None,
     cache: str | os.PathLike[str] | None = None,
     histograms: str | os.PathLike[str] | None = None,
+    target: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CalibrationCache:
     """Pick the INT8 scales of a network's tensors; with `exact`, those that TensorRT's own calibration would pick.
@@ -105,6 +107,8 @@ def calibrate(
             complete, and the log names the difference.
         histograms: An .npz file to keep the histograms in, for other algorithms. If they are up to date, scales are
             picked from them and the network does not run; else they are replaced when the new ones are complete.
+        target: None for a GPU, or "dla": the scales are equal where NVIDIA's DLA needs equal ones, see `for_dla`. Only
+            for an ONNX file.
         progress: Called after every batch; with workers after every few seconds' work of a worker.
 
     Returns:
@@ -119,6 +123,7 @@ def calibrate(
         Exception: As the feed.
     """
     picked = Algorithm.of(algorithm, quantile, exact=exact)
+    check_target(target, picked)
     check_range("threads", threads, 1, MOST_THREADS)
     check_range("memory", memory, 1)
     if until_stable is not None and not until_stable > 0:
@@ -143,7 +148,9 @@ def calibrate(
     if picked.is_measured and (workers is not None or not isinstance(network, Model)):
         raise FastcalError("algorithm best runs an ONNX file in INT8 in this process; choose another, or tune the file")
     with as_feed(feed, network, runner.device) as batches:
-        calibration = Calibration(batches, picked, network, runner, version, until_stable, histograms=histograms)
+        calibration = Calibration(
+            batches, picked, network, runner, version, until_stable, histograms=histograms, target=target
+        )
         return calibration.run(progress) if cache is None else calibration.keep(cache, progress)
 
 
@@ -160,6 +167,7 @@ class Calibration:
         until_stable: The percentage of `fastcal.calibrate`; None uses all batches.
         pick: A function that returns the name of the best algorithm and its scales, in place of algorithm "best".
         histograms: The file that keeps the histograms; None keeps none.
+        target: None for a GPU, or "dla".
     """
 
     feed: Feed
@@ -170,8 +178,11 @@ class Calibration:
     until_stable: float | None = None
     pick: Callable[[Observations], tuple[str, dict[str, float]]] | None = None
     histograms: str | os.PathLike[str] | None = None
+    target: str | None = None
 
     def __post_init__(self) -> None:
+        if self.target is not None and self._file is None:
+            raise FastcalError("a cache for the DLA needs the ONNX file; name it as the model")
         if self.algorithm.is_measured and not isinstance(self.feed, Sampled):
             assert self.network is not None
             object.__setattr__(self, "feed", Sampled(self.feed, self.network.inputs, HELD_OUT))
@@ -186,7 +197,12 @@ class Calibration:
         """The record of the cache, known before the calibration runs."""
         digest = None if self.network is None else self.network.digest
         settings = {**self.algorithm.settings, "until_stable": self.until_stable, "precision": self.backend.precision}
-        return Record.of(self.feed.describe(), digest, **settings)
+        return Record.of(self.feed.describe(), digest, **settings, target=self.target)
+
+    @property
+    def _file(self) -> Model | None:
+        """The network's ONNX file; None if it is not known."""
+        return self.network.file if isinstance(self.network, Definition) else self.network
 
     def reuse(self, path: str | os.PathLike[str]) -> tuple[bytes | None, str]:
         """Return the contents of the cache at `path` and "" if it is up to date, else None and the reason."""
@@ -213,6 +229,8 @@ class Calibration:
         differences = self.record.differences(earlier)
         if self.until_stable is None and "until_stable" in earlier.entries:
             differences.append(f"until_stable ({earlier.entries['until_stable']} then: perhaps not all batches)")
+        if self.target is None and "target" in earlier.entries:
+            differences.append(f"target ({earlier.entries['target']} then)")
         return (None, "it was made from other " + ", ".join(differences)) if differences else (data, "")
 
     def keep(
@@ -258,7 +276,11 @@ class Calibration:
         # Workers decide on the backend, and so on the precision, when they run.
         entries = {**cache.record.entries, "precision": observed.precision}
         record = Record(entries | ({"picked": picked.name} if self.algorithm.is_measured else {}))
-        return replace(cache, record=record, observed=observed)
+        cache = replace(cache, record=record, observed=observed)
+        if self.target is None:
+            return cache
+        assert self._file is not None
+        return for_dla(self._file, cache)
 
     def _observe(self, progress: Callable[[Progress], None] | None) -> Observations:
         """Run the network over the batches."""
@@ -279,7 +301,9 @@ class Calibration:
         algorithm = {}
         if self.until_stable is not None:  # its scales have decided on the end
             algorithm = replace(self._stable_by, keeps_ranges=None).settings
-        others = {name: value for name, value in self.record.entries.items() if name not in self.algorithm.settings}
+        others = dict(self.record.entries)
+        for name in (*self.algorithm.settings, "target"):
+            others.pop(name, None)
         record = Record({**others, "backend": self.backend.name, **algorithm})
         observed, reason = reuse_histograms(path, record)
         if observed is None:

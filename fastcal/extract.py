@@ -10,10 +10,12 @@ from typing import Any
 
 import onnx
 
+from fastcal.algorithm import Algorithm
 from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import Record
 from fastcal.calibration import calibrate
 from fastcal.carried import carry_scales
+from fastcal.dla import check_target, for_dla
 from fastcal.errors import first_few
 from fastcal.model import Model
 from fastcal.qdq_graph import Graph
@@ -42,7 +44,11 @@ class Extracted:
 
 
 def extract_scales(
-    model: str | os.PathLike[str] | Model, feed: Any = None, *, tensorrt_version: str | None = None
+    model: str | os.PathLike[str] | Model,
+    feed: Any = None,
+    *,
+    tensorrt_version: str | None = None,
+    target: str | None = None,
 ) -> Extracted:
     """Return the float model and the calibration cache that a model with Q/DQ pairs stands for.
 
@@ -56,13 +62,15 @@ def extract_scales(
         model: The ONNX file with the pairs.
         feed: Batches to calibrate the other tensors with, as `calibrate` takes them. By default these have no scale.
         tensorrt_version: The TensorRT that will read the cache, as `calibrate` takes it.
+        target: "dla" for a cache as `for_dla` makes it, or None for a GPU.
 
     Raises:
         ModelError: The model has no pairs, or pairs that a calibration cache cannot stand for: they are not symmetric,
             their scale is computed or differs between the two nodes, an activation has several scales, or a layer
             computes in INT8.
-        FastcalError: As `calibrate`.
+        FastcalError: There is no such target; or as `calibrate`.
     """
+    check_target(target, Algorithm())
     version = cache_version(tensorrt_version)
     unpaired = Unpaired(Model.of(model))
     network = unpaired.model
@@ -78,4 +86,6 @@ def extract_scales(
     missing = [name for name in missing if name not in scales]
     if missing:
         _log.warning("no scale for %s: no pair holds one; with images, they are calibrated", first_few(missing))
+    if target == "dla":
+        cache = for_dla(network, cache)
     return Extracted(network.proto, cache, tuple(unpaired.scales), tuple(missing))

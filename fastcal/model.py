@@ -125,7 +125,7 @@ class Model:
                 proto = onnx.version_converter.convert_version(self.proto, opset)
             except Exception as error:  # of many kinds
                 raise ModelError(" ".join(str(error).split())) from error
-            converted = self._variant(proto)
+            converted = self.variant(proto)
             gone = {*self.input_names, *self.activations} - converted.tensors
             if gone:
                 raise ModelError(f"the converter loses the tensors {first_few(sorted(gone))}")
@@ -143,21 +143,16 @@ class Model:
         proto.CopyFrom(self.proto)
         proto.graph.node.extend(nodes)
         proto.graph.initializer.extend(initializers)
-        return self._variant(proto)
-
-    def replaced(self, proto: onnx.ModelProto) -> "Model":
-        """Return a model of another graph with all its weights; its digest is that of the file `onnx.save` writes."""
-        variant = self._variant(proto)
-        variant.__dict__["digest"] = hashlib.sha256(proto.SerializeToString()).hexdigest()
-        return variant
+        return self.variant(proto)
 
     def showing(self, tensors: Iterable[str]) -> "Model":
         """Return the model with fewer `activations`, those among `tensors`: a calibration observes no others."""
-        variant, shown = self._variant(self.proto), frozenset(tensors)
+        variant, shown = self.variant(self.proto), frozenset(tensors)
         variant.__dict__["activations"] = tuple(name for name in self.activations if name in shown)
         return variant
 
-    def _variant(self, proto: onnx.ModelProto) -> "Model":
+    def variant(self, proto: onnx.ModelProto) -> "Model":
+        """Return a model with the content `proto`, and the same file and external data."""
         variant = copy(self)
         variant.__dict__ = {"path": self.path, "external": self.external, "proto": proto, "_converted": {}}
         return variant
@@ -321,6 +316,16 @@ class Model:
     def least_thresholds(self) -> Mapping[str, float]:
         """The tensors that must not be clipped: see `fastcal.ranges.least_thresholds`."""
         return least_thresholds(self.proto.graph)
+
+    def replaced(self, proto: onnx.ModelProto) -> "Model":
+        """Return a model of this path with another graph; its digest is that of the file that `onnx.save` writes.
+
+        Args:
+            proto: The model's content, with all its weights.
+        """
+        variant = self.variant(proto)
+        variant.__dict__["digest"] = hashlib.sha256(proto.SerializeToString()).hexdigest()
+        return variant
 
     @property
     def external_files(self) -> list[Path]:

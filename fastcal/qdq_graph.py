@@ -180,10 +180,15 @@ class Graph:
                 node.input[index] = dequantized[name, axis]
             nodes.append(node)
         self.proto.ir_version = max(self.proto.ir_version, _FIRST_IR)
+        kept = [node for node in nodes if self._folded.isdisjoint(node.output)]
+        self.replace_nodes(kept, drops_unread=bool(self._folded) or int8_weights or self._has_unread)
+
+    def replace_nodes(self, nodes: Sequence[onnx.NodeProto], *, drops_unread: bool = True) -> None:
+        """Put nodes into the copy in place of its own; if asked for, drop the constants that none of them reads."""
         self.proto.graph.ClearField("node")
-        self.proto.graph.node.extend(node for node in nodes if self._folded.isdisjoint(node.output))
-        if self._folded or int8_weights or self._has_unread:
-            self.drop_unread()
+        self.proto.graph.node.extend(nodes)
+        if drops_unread:
+            self._drop_unread()
 
     def _names_output_type(self, name: str) -> bool:
         """Return True if the pair of an activation is to name its type in place of a zero point."""
@@ -201,7 +206,7 @@ class Graph:
                 self._folded.add(output)
                 self.proto.graph.initializer.append(numpy_helper.from_array(np.asarray(self.constant(output)), output))
 
-    def drop_unread(self) -> None:
+    def _drop_unread(self) -> None:
         """Drop the constants that nothing reads: other constants were computed from them, or hold them as INT8."""
         graph, varying = self.proto.graph, self.model.varying.keys()
         read, kept = {*self.outputs, *(name for value in graph.input if (name := value.name) in varying)}, []

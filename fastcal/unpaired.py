@@ -159,15 +159,13 @@ class Unpaired:
                 nodes.append(helper.make_node("Identity", [source], [output]))
         names = {name: ends.get(source, source) for name, source in names.items()} | ends
         self.scales = {ends.get(name, name): scale for name, scale in self.scales.items()}
-        for field, values in (
-            ("node", nodes),
-            ("value_info", [value for value in proto.graph.value_info if value.name not in {*names, *self._int8}]),
-            ("quantization_annotation", []),
-        ):
+        kept = [value for value in proto.graph.value_info if value.name not in {*names, *self._int8}]
+        for field, values in (("value_info", kept), ("quantization_annotation", [])):
             proto.graph.ClearField(field)
             getattr(proto.graph, field).extend(values)
         proto.graph.initializer.extend(self._weights)
+        graph.replace_nodes(nodes, drops_unread=False)
         rename(proto.graph, names)
-        graph.drop_unread()
+        graph.replace_nodes(list(proto.graph.node))
         graph.model.external.load(proto.graph)
         return graph.model.replaced(proto)

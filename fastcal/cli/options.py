@@ -15,6 +15,7 @@ import fastcal
 from fastcal.cli.constants import read_constants
 from fastcal.cli.terminal import Output, output
 from fastcal.errors import DataError, FastcalError
+from fastcal.feed import deepstream
 from fastcal.feed.preprocess import PRESETS
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ HistogramsOption = Annotated[
 TensorRTOption = Annotated[
     str | None,
     typer.Option(help="The TensorRT version that will read the cache.", show_default="the one installed, else 10.16.1"),
+]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="dla: make scales equal where NVIDIA's DLA needs it, and name the layers that it does not run in INT8.",
+        show_default="a GPU",
+    ),
 ]
 ReportOption = Annotated[
     str | None, typer.Option(metavar="HTML", help="Write a page about the calibration, for a browser.")
@@ -161,7 +169,7 @@ class FeedOptions:
 
         if self.preprocess is None:
             preprocess, _ = choose_preprocess(network)
-        elif self.preprocess not in PRESETS and self.preprocess.endswith((".toml", ".json")):
+        elif self.preprocess not in PRESETS and self.preprocess.endswith((".toml", ".json", *deepstream.SUFFIXES)):
             preprocess = fastcal.Preprocess.load(self.preprocess)
         else:
             preprocess = preset_for(self.preprocess, network)

@@ -267,7 +267,8 @@ def _geometry(shape: Any, preprocess: Preprocess) -> tuple[Any, Any]:
     else:
         # round(a / b) is (2 * a + b) // (2 * b), and here b is the other side, area // size.
         area = shape[0] * shape[1]
-        new = (size * size * _vector([2 * side for side in target[::-1]]) + area) // (2 * area)
+        half = area if preprocess.rounding == "nearest" else 0
+        new = (size * size * _vector([2 * side for side in target[::-1]]) + half) // (2 * area)
         new = dali_math.clamp(new, 1, _vector(target))
         if preprocess.padding == "end":
             return fn.cast(new, dtype=types.FLOAT), (0.0, 0.0)
