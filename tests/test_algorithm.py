@@ -64,8 +64,8 @@ def test_mse_has_the_least_error_of_all_thresholds(case):
         return
     values = np.abs(values.astype("f8"))
     step = histogram.width / 127
-    coarse = min(range(32, 2049, 16), key=lambda bins: error(values, bins * step))
-    near = range(max(1, coarse - 20), min(2048, coarse + 20) + 1, 4)
+    coarse = min(range(64, 2049, 64), key=lambda bins: error(values, bins * step))
+    near = range(max(1, coarse - 64), min(2048, coarse + 64) + 1, 8)
     least = min(error(values, bins * step) for bins in near)
     assert error(values, picked) <= 1.001 * least + 1e-9
 

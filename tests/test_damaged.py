@@ -16,8 +16,8 @@ import fuzz
 from fastcal.errors import ModelError
 from fastcal.model import Model
 
-COUNTS = {"models": 150, "caches": 500, "records": 200, "lists": 200, "arrays": 200, "preprocessing": 200}
-COUNTS |= {"histograms": 100, "tunings": 100}
+COUNTS = {"models": 80, "caches": 300, "records": 100, "lists": 100, "arrays": 100, "preprocessing": 100}
+COUNTS |= {"histograms": 60, "tunings": 60}
 
 
 @pytest.mark.parametrize("kind", COUNTS)

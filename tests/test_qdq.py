@@ -224,8 +224,14 @@ def quantize_with_onnxruntime(path, batches, method, output, layers, options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "algorithm"), [("MinMax", "minmax"), ("Entropy", "entropy")])
-@pytest.mark.parametrize("network", ["digits", pytest.param("squeezenet", marks=needs_squeezenet)])
+@pytest.mark.parametrize(
+    ("network", "method", "algorithm"),
+    [
+        ("digits", "MinMax", "minmax"),
+        ("digits", "Entropy", "entropy"),
+        pytest.param("squeezenet", "MinMax", "minmax", marks=needs_squeezenet),
+    ],
+)
 def test_the_output_suffers_no_more_than_with_onnxruntimes_quantizer(tmp_path, network, method, algorithm):
     path = DIGITS / "digits.onnx" if network == "digits" else SQUEEZENET
     batches = digits_batches() if network == "digits" else list(squeezenet_batches())

@@ -668,7 +668,7 @@ time.sleep(60)
     assert (process.returncode, stderr) == (130, "interrupted; nothing was written\n")
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_do_no_harm(tmp_path, images, closed):
     command = f"{sys.executable} -m fastcal calibrate {MODEL} {images} -o {tmp_path}/c.cache --report {tmp_path}/r.html"
     done = subprocess.run(f"{command} {closed}", shell=True, capture_output=True, text=True, timeout=120)
@@ -680,9 +680,7 @@ def test_closed_streams_do_no_harm(tmp_path, images, closed):
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize(
-    ("words", "status"), [("calibrate none.onnx images -o c", 2), ("calibrate", 2), ("--help", 0), ("--version", 0)]
-)
+@pytest.mark.parametrize(("words", "status"), [("calibrate none.onnx images -o c", 2), ("--help", 0)])
 def test_closed_streams_change_no_exit_status(tmp_path, words, closed, status):
     done = subprocess.run(
         f"{sys.executable} -m fastcal {words} {closed}", shell=True, capture_output=True, cwd=tmp_path
