@@ -1,7 +1,6 @@
 """Compare the latency and size of TensorRT engines: FP32, FP16, INT8 from a cache, and INT8 from Q/DQ pairs.
 
-INT8 engines may run layers in FP16 too. "explicit" leaves depthwise convolutions in float, "explicit-depthwise" has
-them in INT8 as well. Each engine is built for one batch size. A latency is the median of `--runs` launches of a CUDA
+INT8 engines may run layers in FP16 too. "explicit-float-depthwise" leaves depthwise convolutions in float. Each engine is built for one batch size. A latency is the median of `--runs` launches of a CUDA
 graph. For TensorRT 8.6 to 10, and models with one image input of float32 and a dynamic batch.
 
     python benchmarks/engines.py MODEL.onnx ... [--batches 1 32] [--optimization-level 3] [--layers FOLDER]
@@ -52,7 +51,7 @@ class Network:
             calibrator.calibrate(parse(builder, model, logger), tactic_sources=TACTICS)
             self.cache = bytes(calibrator.read_calibration_cache())
         self.models = dict.fromkeys(("FP32", "FP16", "implicit"), model)
-        for way, depthwise in (("explicit", False), ("explicit-depthwise", True)):
+        for way, depthwise in (("explicit", True), ("explicit-float-depthwise", False)):
             onnx.save(
                 fastcal.quantize(path, CalibrationCache.from_bytes(self.cache, "cache"), depthwise=depthwise),
                 folder / f"{way}.onnx",
@@ -128,7 +127,7 @@ def main():
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--side", type=int, default=320, help="the height and width of inputs that leave them open")
-    parser.add_argument("--ways", nargs="+", default=["FP16", "implicit", "explicit", "explicit-depthwise"])
+    parser.add_argument("--ways", nargs="+", default=["FP16", "implicit", "explicit", "explicit-float-depthwise"])
     parser.add_argument("--optimization-level", type=int, default=3)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--layers", type=Path, help="a folder for what TensorRT says of each engine's layers")
