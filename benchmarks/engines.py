@@ -1,7 +1,8 @@
 """Compare the latency and size of TensorRT engines: FP32, FP16, INT8 from a cache, and INT8 from Q/DQ pairs.
 
-INT8 engines may run layers in FP16 too. "explicit-float-depthwise" leaves depthwise convolutions in float. Each engine is built for one batch size. A latency is the median of `--runs` launches of a CUDA
-graph. For TensorRT 8.6 to 10, and models with one image input of float32 and a dynamic batch.
+INT8 engines may run layers in FP16 too. "explicit-float-depthwise" leaves depthwise convolutions in float. Each engine
+is built for one batch size. A latency is the median of `--runs` launches of a CUDA graph. For TensorRT 8.6 to 10, and
+models with one image input of float32 and a dynamic batch.
 
     python benchmarks/engines.py MODEL.onnx ... [--batches 1 32] [--optimization-level 3] [--layers FOLDER]
 """
