@@ -125,7 +125,7 @@ class Model:
                 proto = onnx.version_converter.convert_version(self.proto, opset)
             except Exception as error:  # of many kinds
                 raise ModelError(" ".join(str(error).split())) from error
-            converted = self._variant(proto)
+            converted = self.variant(proto)
             gone = {*self.input_names, *self.activations} - converted.tensors
             if gone:
                 raise ModelError(f"the converter loses the tensors {first_few(sorted(gone))}")
@@ -143,15 +143,16 @@ class Model:
         proto.CopyFrom(self.proto)
         proto.graph.node.extend(nodes)
         proto.graph.initializer.extend(initializers)
-        return self._variant(proto)
+        return self.variant(proto)
 
     def showing(self, tensors: Iterable[str]) -> "Model":
         """Return the model with fewer `activations`, those among `tensors`: a calibration observes no others."""
-        variant, shown = self._variant(self.proto), frozenset(tensors)
+        variant, shown = self.variant(self.proto), frozenset(tensors)
         variant.__dict__["activations"] = tuple(name for name in self.activations if name in shown)
         return variant
 
-    def _variant(self, proto: onnx.ModelProto) -> "Model":
+    def variant(self, proto: onnx.ModelProto) -> "Model":
+        """Return a model that has another graph, and the same file and external data."""
         variant = copy(self)
         variant.__dict__ = {"path": self.path, "external": self.external, "proto": proto, "_converted": {}}
         return variant

@@ -17,11 +17,13 @@ from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import record_path
 from fastcal.errors import CacheError, FastcalError, ModelError, first_few
 from fastcal.graph import nodes_within
+from fastcal.half import BF16, FP16, HalfType
 from fastcal.model import Model, node_label
 from fastcal.qdq_graph import Graph, modern
 from fastcal.qdq_placement import PAIRED, WEIGHTED, Placement
 from fastcal.tuning.layers import depthwise_in
 from fastcal.tuning.tuned import Tuning
+from fastcal.typed import narrow
 
 __all__ = ["WEIGHTED", "add_pairs", "check_quantizable", "count_quantized", "load_for", "quantize"]
 
@@ -38,6 +40,8 @@ def quantize(
     exclude: Iterable[str] = (),
     depthwise: bool = False,
     int8_weights: bool = False,
+    fp16: bool = False,
+    bf16: bool = False,
 ) -> onnx.ModelProto:
     """Return a copy of a model with Q/DQ pairs that hold the scales of a calibration cache or of a tuning.
 
@@ -46,7 +50,7 @@ def quantize(
     - Every activation that a Conv, ConvTranspose, Gemm or MatMul reads has a pair with the cache's scale, unchanged.
       The weights have a pair with one scale per output channel, amax / 127; a MatMul's weights of more than two
       dimensions have one scale. INT8 is symmetric, every zero point is 0. The weights themselves stay float32, unless
-      `int8_weights`; biases stay float32 without a pair.
+      `int8_weights` or `fp16`; biases stay float32 without a pair.
     - There is no pair between layers that TensorRT fuses: convolution, BatchNormalization, Relu, and the Add of a
       residual connection. Such an Add has a pair on its other input, so that the convolution can write INT8.
     - An average pooling has a pair on its input if its output is quantized too. MaxPool, Concat and the layers that
@@ -69,18 +73,24 @@ def quantize(
         depthwise: Whether depthwise convolutions are in INT8 too.
         int8_weights: Whether to store the weights that would have a pair as INT8, a quarter of their size, with a
             DequantizeLinear alone. The outputs stay the same.
+        fp16: Whether the layers between the pairs run in FP16, as a model for TensorRT 11 must say itself. Weights,
+            biases and scales have that type too, with Casts where FP32 begins; inputs and outputs keep their types.
+            Layers stay in FP32 if one of their tensors could overflow, by the largest values that the calibration saw,
+            or if they sum many values or compute with positions: the log names them. The opset is at least 19.
+        bf16: The same in BF16, with opset 22 or later. ONNX Runtime does not run such a model on the CPU.
 
     Returns:
         The new model with all its weights, external ones included.
 
     Raises:
-        ModelError: The model cannot be loaded, has Q/DQ pairs already, has an opset below 13 and cannot be converted,
-            or has no layer to quantize.
+        ModelError: The model cannot be loaded, has Q/DQ pairs already, has too low an opset and cannot be converted, or
+            has no layer to quantize.
         CacheError: The cache cannot be read, or belongs to another model.
-        FastcalError: A layer to exclude is not in the model.
+        FastcalError: A layer to exclude is not in the model, or both fp16 and bf16 are asked for.
     """
     model = Model.of(model)
-    quantized = add_pairs(model, cache, exclude, depthwise=depthwise, int8_weights=int8_weights)
+    half = half_type(fp16, bf16)
+    quantized = add_pairs(model, cache, exclude, depthwise=depthwise, int8_weights=int8_weights, half=half)
     model.external.load(quantized.graph)
     return quantized
 
@@ -92,15 +102,16 @@ def add_pairs(
     *,
     depthwise: bool = False,
     int8_weights: bool = False,
+    half: HalfType | None = None,
     placing: type[Placement] = Placement,
 ) -> onnx.ModelProto:
     """Return the model of `quantize`, whose external data stays where the model has it; errors as there.
 
-    `placing` places the pairs.
+    `half` is the type of the layers between the pairs, by default FP32; `placing` places the pairs.
     """
     tuning = load_for(model, cache)
     scales = tuning.cache.scales
-    model = modern(model)
+    model = modern(model, half)
     excluded = check_quantizable(model, exclude)
     graph = Graph(model)
     excluded |= _tuned(graph, tuning)
@@ -119,8 +130,23 @@ def add_pairs(
         _log.warning("layers that stay in float: %s", in_float)
     for name, correction in tuning.bias.items():
         graph.correct_bias(graph.producers[name], np.asarray(correction, np.float32))
-    graph.insert_pairs(placement.axes, scales, int8_weights=int8_weights)
-    return graph.proto
+    graph.insert_pairs(placement.axes, scales, int8_weights=int8_weights, half=half)
+    return graph.proto if half is None else narrow(model.variant(graph.proto), half, _largest(tuning.cache))
+
+
+def half_type(fp16: bool, bf16: bool) -> HalfType | None:
+    """Return the type of 16 bits that the layers between the pairs run in; None for FP32."""
+    if fp16 and bf16:
+        raise FastcalError("both fp16 and bf16 are asked for; choose one")
+    return FP16 if fp16 else BF16 if bf16 else None
+
+
+def _largest(cache: CalibrationCache) -> dict[str, float]:
+    """Return the largest |x| of tensors: as it was observed, else what their scales stand for."""
+    largest = {name: 127 * scale for name, scale in cache.scales.items()}
+    if cache.observed is not None:
+        largest |= {name: histogram.amax for name, histogram in cache.observed.histograms.items()}
+    return largest
 
 
 def _tuned(graph: Graph, tuning: Tuning) -> set[int]:
