@@ -162,7 +162,7 @@ class Graph:
 
         `axes` has the edges that get a pair, with the axis along which a constant's scales lie; None for one scale.
         If `int8_weights`, constants are stored as INT8, in the place of the pair's QuantizeLinear. The scales of
-        constants are such that the type `half` holds them.
+        constants are values of the type `half`, unless the largest is too small for it.
         """
         taken = set(names_in(self.proto.graph))
         dequantized: dict[tuple[str, int | None], str] = {}
@@ -175,7 +175,7 @@ class Graph:
                 if (name, axis) not in dequantized:
                     weights = self.constant(name)
                     scale = np.asarray(scales[name], "f4") if weights is None else weight_scales(weights, axis)
-                    if weights is not None and half is not None:
+                    if weights is not None and half is not None and half.holds(scale.max()):
                         scale = half.rounded_up(scale)
                     pair, parameters = _pair(name, taken, scale, axis, self._names_output_type(name))
                     if weights is not None and int8_weights:

@@ -1,7 +1,7 @@
 """`narrow`: a typed model, whose layers run in FP16 or BF16 where that keeps their results.
 
-From 11.0 on TensorRT runs each layer in the type that the model names. ONNX Runtime's converter to float16 knows neither
-BF16 nor the tensors that overflow, and gives pairs a type that their opset does not allow.
+From 11.0 on TensorRT runs each layer in the type that the model names. The float16 converter of ONNX Runtime knows no
+BF16 and no tensors that overflow, and gives pairs a type that their opset does not allow.
 """
 
 import logging
@@ -20,21 +20,16 @@ from fastcal.qdq_graph import IN_SUBGRAPH, Graph, attribute, names_in, round_wei
 from fastcal.qdq_placement import WEIGHTED
 
 #: The operators that lose precision in 16 bits: they sum many values, widen their range, or compute with positions.
-_PRECISE = frozenset(
-    {
-        "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "CumSum", "Exp", "GridSample", "Log", "LogSoftmax",
-        "LpNormalization", "LpPool", "MeanVarianceNormalization", "Pow", "Range", "ReduceL1", "ReduceL2",
-        "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare", "RoiAlign",
-    }
+_PRECISE = (
+    "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitCast", "CumSum", "Exp", "GridSample", "Log", "LogSoftmax",
+    "LpNormalization", "LpPool", "MeanVarianceNormalization", "Pow", "Range", "ReduceL1", "ReduceL2", "ReduceLogSum",
+    "ReduceLogSumExp", "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare", "RoiAlign",
 )  # fmt: skip
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 #: What a tensor may grow beyond the largest value that a calibration saw, before 16 bits hold it no more.
 _HEADROOM = 4.0
-
-#: The relative error of a single constant or a scale that changes no result much: 1 %.
-_TOLERANCE = 0.01
 
 #: Constants with more elements are weights.
 _FEW = 16
@@ -118,6 +113,8 @@ class _Choice:
             return ""
         if node.op_type in _PRECISE:
             return node.op_type
+        if node.op_type in self._half.lacking:
+            return f"TensorRT lacks {node.op_type} in {self._half.label}"
         for name in filter(None, (*node.input, *node.output)):
             if _HEADROOM * self._largest.get(name, 0.0) > self._half.largest:
                 return f"{name} reaches {self._largest[name]:.3g}"
@@ -131,7 +128,7 @@ class _Choice:
         finite = np.abs(values[np.isfinite(values)].astype(np.float32, copy=False))
         if finite.size and finite.max() > self._half.largest:
             return f"holds {finite.max():.3g}"
-        if finite.size <= _FEW and (np.abs(self._half.rounded(finite) - finite) > _TOLERANCE * finite).any():
+        if finite.size <= _FEW and not self._half.holds(finite):
             return f"holds {finite[finite > 0].min():.3g}"
         return ""
 
@@ -154,23 +151,24 @@ class _Choice:
                 readers = [reader for reader, _ in self._graph.readers.get(node.output[0], [])]
                 if self._scales_fit(node) and all(reader in self.narrowed for reader in readers):
                     continue
-                before = self._graph.producers.get(node.input[0])
+                before = self._graph.producers.get(node.input[0], number)  # stored INT8 has no producer
+                for reader in self.narrowed.keys() & readers:
+                    reason = f"it shares {node.output[0]} with a layer in FP32"
+                    self.reasons.setdefault(node_label(self._graph.nodes[reader]), reason)
                 for each in (number, before, *readers):
-                    if each is not None:
-                        self.narrowed.pop(each, None)
+                    self.narrowed.pop(each, None)
                 again = True
 
     def _scales_fit(self, node: onnx.NodeProto) -> bool:
         """Return True if the type holds the scales of a pair; note the reason of the layers that read it if not."""
         scales = self._graph.constant(node.input[1])
         assert scales is not None
-        scale = np.asarray(scales.max(), np.float32)
-        error = abs(self._half.rounded(scale) - scale)
-        if bool(error <= _TOLERANCE * scale):
+        largest = np.asarray(scales.max(), np.float32)
+        if self._half.holds(largest):
             return True
         for reader, _ in self._graph.readers.get(node.output[0], []):
             label = node_label(self._graph.nodes[reader])
-            self.reasons.setdefault(label, f"{node.input[1]} is {scale:.3g}")
+            self.reasons.setdefault(label, f"{node.input[1]} is {largest:.3g}")
         return False
 
 
@@ -279,7 +277,7 @@ def types_of(graph: Graph) -> dict[str, int]:
 def is_stored(graph: Graph, name: str) -> bool:
     """Return True for an initializer, or the output of a Constant node."""
     if name in graph.producers:
-        return graph.nodes[graph.producers[name]].op_type == "Constant"
+        return str(graph.nodes[graph.producers[name]].op_type) == "Constant"
     return name not in graph.model.varying
 
 

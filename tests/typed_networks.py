@@ -93,7 +93,7 @@ NETWORKS = {
           y = Softmax<axis = 1>(log_odds) best = ArgMax<axis = 1>(log_odds)
         }""",
         {"w0": (8, 12), "w1": (8, 3), "b": (8,), "b3": (3,)},
-        {"x": (4, 12)},
+        {"x": (64, 12)},
     ),
     "grouped": (
         """f (float[N, 8, 10, 10] x) => (float[N, 5] y) {
@@ -125,7 +125,5 @@ def write_network(name, folder, opset=17):
             values = shape
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(values), key))
     onnx.save(model, folder / f"{name}.onnx")
-    batches = [
-        {key: random.standard_normal(shape, dtype="f4") for key, shape in inputs.items()} for _ in range(3)
-    ]
+    batches = [{key: random.standard_normal(shape, dtype="f4") for key, shape in inputs.items()} for _ in range(3)]
     return folder / f"{name}.onnx", batches

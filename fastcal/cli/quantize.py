@@ -33,6 +33,7 @@ from fastcal.versions import DEFAULT_TENSORRT_VERSION, check_tensorrt_version
 if TYPE_CHECKING:
     import onnx
 
+    from fastcal.half import HalfType
     from fastcal.model import Model
 
 #: The most bytes of a model in one file: Protocol Buffers hold less than 2 GiB.
@@ -90,17 +91,44 @@ class QuantizeOptions(CalibrationOptions):
         return True
 
 
-def quantize(
-    *,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="MODEL", help="The quantized model to write.")],
-    options: QuantizeOptions,
-    tuning_options: TuningOptions,
+@dataclass
+class FormOptions:
+    """Options of the form of the model that is written: arguments of `fastcal.quantize`."""
+
     int8_weights: Annotated[
         bool,
         typer.Option(
             "--int8-weights", help="Store the weights as INT8, a quarter of their size, with a DequantizeLinear alone."
         ),
-    ] = False,
+    ] = False
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Run the layers between the pairs in FP16, as TensorRT 11 wants to be told.")
+    ] = False
+    bf16: Annotated[bool, typer.Option("--bf16", help="Run the layers between the pairs in BF16.")] = False
+
+    @property
+    def half(self) -> "HalfType | None":
+        """The type of 16 bits that was asked for; None for FP32."""
+        from fastcal.qdq import half_type
+
+        return half_type(self.fp16, self.bf16)
+
+    @property
+    def stored(self) -> str:
+        """The type of the weights, as text."""
+        if self.int8_weights:
+            return "INT8"
+        if self.half is not None:
+            return f"{self.half.label}; --int8-weights stores INT8"
+        return "float32, since TensorRT rounds them itself; --int8-weights stores INT8"
+
+
+def quantize(
+    *,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="MODEL", help="The quantized model to write.")],
+    options: QuantizeOptions,
+    tuning_options: TuningOptions,
+    form: FormOptions,
 ) -> None:
     """Write the model with QuantizeLinear and DequantizeLinear layers, which TensorRT 11 needs for INT8."""
     with terminal() as console:
@@ -109,7 +137,7 @@ def quantize(
         from fastcal.qdq import check_quantizable
 
         network = Model(options.model)
-        check_quantizable(network, tuning_options.exclude or ())
+        check_quantizable(network, tuning_options.exclude or (), form.half)
         has_cache = options.has_cache(tuning_options)
         outputs = {
             "quantized model": output, "report": options.report, "cache": options.cache,
@@ -125,7 +153,7 @@ def quantize(
         check_report(options.report)
         if options.cache is not None and not os.path.exists(options.cache):  # an existing one may be reused
             check_cache_writable(options.cache, network.activations)
-        writer = _Writer(network, output, tuning_options, int8_weights)
+        writer = _Writer(network, output, tuning_options, form)
         if has_cache:
             made, rows = writer.write(options.data)
             print_rows(scales=options.data, **rows)
@@ -157,7 +185,7 @@ def _tune(console: Console, writer: "_Writer", options: QuantizeOptions) -> None
         tuning, progress = tune_on(
             console, writer.network, feed, options, writer.tuning, memory=read_memory(options.memory),
             cache=None if options.report else options.cache, until_stable=options.until_stable,
-            histograms=options.histograms, all_tensors=options.report is not None,
+            histograms=options.histograms, all_tensors=options.report is not None or writer.form.half is not None,
         )  # fmt: skip
     made, rows = writer.write(tuning)
     rows |= tuning_rows(tuning)
@@ -217,7 +245,7 @@ class _Writer:
     network: "Model"
     output: str
     tuning: TuningOptions
-    int8_weights: bool
+    form: FormOptions
 
     def write(self, cache: "str | fastcal.CalibrationCache | fastcal.Tuning") -> tuple[dict[str, Any], dict[str, str]]:
         """Write the model; return the summary of it as JSON entries and as rows.
@@ -228,20 +256,18 @@ class _Writer:
 
         model = add_pairs(
             self.network, cache, self.tuning.exclude or (), depthwise=self.tuning.depthwise,
-            int8_weights=self.int8_weights,
+            int8_weights=self.form.int8_weights, half=self.form.half,
         )  # fmt: skip
         quantized, layers = count_quantized(model)
         rows = {"INT8": f"{quantized} of {layers} {', '.join(WEIGHTED)}", "model": self.output}
         entries = {
-            "model": self.output, "quantized": quantized, "layers": layers, "int8_weights": self.int8_weights,
+            "model": self.output, "quantized": quantized, "layers": layers, "int8_weights": self.form.int8_weights,
+            "other_layers": "FP32" if self.form.half is None else self.form.half.label,
         }  # fmt: skip
         size, data = self._save(model)
         if data is not None:
             entries["external_data"] = rows["weights"] = data
-        stored = (
-            "INT8" if self.int8_weights else "float32, since TensorRT rounds them itself; --int8-weights stores INT8"
-        )
-        return entries | {"bytes": size}, rows | {"size": f"{size / 1e6:.3g} MB, weights in {stored}"}
+        return entries | {"bytes": size}, rows | {"size": f"{size / 1e6:.3g} MB, weights in {self.form.stored}"}
 
     def _save(self, model: "onnx.ModelProto") -> tuple[int, str | None]:
         """Write the files; return the number of bytes, and the name of the second file if there is one."""

@@ -1,0 +1,254 @@
+"""Typed models, FP16 or BF16 between the pairs: of small networks of many structures, and of the shipped sample."""
+
+import json
+import logging
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, numpy_helper
+from typed_networks import NETWORKS, write_network
+
+import fastcal
+from conftest import DIGITS
+from fastcal.errors import FastcalError, ModelError
+from fastcal.half import BF16, FP16
+from fastcal.model import Model
+from fastcal.qdq import WEIGHTED, count_quantized
+
+HALVES = {"fp16": FP16, "bf16": BF16}
+
+
+class Made:
+    """A network, its batches, its cache, and its quantized models by the type of the layers between the pairs."""
+
+    def __init__(self, path, batches):
+        self.path, self.batches = path, batches
+        self.cache = fastcal.calibrate(path, batches, algorithm="minmax", backend="onnxruntime")
+        self.models = {
+            kind: fastcal.quantize(path, self.cache, depthwise=True, **({kind: True} if kind in HALVES else {}))
+            for kind in ("fp32", *HALVES)
+        }
+
+    def run(self, model):
+        """The float outputs at ONNX Runtime's default optimization level, all batches in one array each."""
+        data = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        runs = zip(*[session.run(None, batch) for batch in self.batches], strict=True)
+        return [np.concatenate(values) for values in runs if values[0].dtype.kind == "f"]
+
+
+@pytest.fixture(scope="module", params=[*NETWORKS, "digits"])
+def made(request, tmp_path_factory):
+    if request.param == "digits":
+        with fastcal.ImageFeed(DIGITS / "images", model=DIGITS / "digits.onnx", batch_size=32, limit=64) as feed:
+            return Made(DIGITS / "digits.onnx", [{"image": np.array(batch["image"])} for batch in feed])
+    return Made(*write_network(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+@pytest.fixture(scope="module")
+def build():
+    """A function that builds an engine with TensorRT for RTX, whose parser and builder need no GPU."""
+    rtx = pytest.importorskip("tensorrt_rtx")
+    logger = rtx.Logger(rtx.Logger.INTERNAL_ERROR)
+    builder = rtx.Builder(logger)
+
+    def build(model, shapes):
+        network = builder.create_network(0)
+        parser = rtx.OnnxParser(network, logger)
+        assert parser.parse(model.SerializeToString()), parser.get_error(0).desc()
+        config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(rtx.ComputeCapability.SM89, 0)
+        for name, shape in shapes.items():
+            profile.set_shape(name, *[shape] * 3)
+        config.add_optimization_profile(profile)
+        return builder.build_serialized_network(network, config)
+
+    return build
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
+def test_nvidias_builder_makes_an_engine(made, build, kind):
+    shapes = {name: array.shape for name, array in made.batches[0].items()}
+    assert build(made.models[kind], shapes) is not None
+
+
+def decibels(exact, rounded):
+    noise = np.square(exact.astype(np.float64) - rounded).sum()
+    return 10 * np.log10(np.square(exact.astype(np.float64)).sum() / noise)
+
+
+def test_onnxruntimes_outputs_are_as_exact_in_fp16(made):
+    """ONNX Runtime's CPU provider has no pairs of BF16."""
+    exact, fp32, fp16 = made.run(made.path), made.run(made.models["fp32"]), made.run(made.models["fp16"])
+    for reference, with_fp32, with_fp16 in zip(exact, fp32, fp16, strict=True):
+        assert with_fp16.dtype == reference.dtype
+        assert decibels(reference, with_fp16) > decibels(reference, with_fp32) - 1
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_layers_weights_and_scales_have_the_type(made, kind):
+    half, model = HALVES[kind], made.models[kind]
+    onnx.checker.check_model(model, full_check=True)
+    before = Model(made.path).proto
+    assert model.graph.input == before.graph.input
+    assert model.graph.output == before.graph.output
+    assert model.opset_import[0].version == half.opset
+    assert count_quantized(model) == count_quantized(made.models["fp32"])
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.input)}
+    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    in_fp32 = [node for node in model.graph.node if node.op_type in WEIGHTED and types[node.input[0]] != half.kind]
+    assert {node.op_type for node in in_fp32} <= ({"ConvTranspose"} if kind == "bf16" else set())
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert types[node.input[0]] == types[node.input[1]] != TensorProto.UNDEFINED
+    stored = {name for node in model.graph.node for name in node.input}
+    assert {tensor.name for tensor in model.graph.initializer} <= stored
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_weights_are_rounded_once(made, kind):
+    """The INT8 weights are those of the exact weights, whatever the type of 16 bits does to them before."""
+    half, model = HALVES[kind], made.models[kind]
+    exact = {tensor.name: numpy_helper.to_array(tensor) for tensor in Model(made.path).proto.graph.initializer}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    count = 0
+    for node in model.graph.node:
+        if node.op_type != "QuantizeLinear" or stored.get(node.input[0], TensorProto()).data_type != half.kind:
+            continue
+        count += 1
+        weights, scales = (half.values(np.frombuffer(stored[name].raw_data, "u2")) for name in node.input[:2])
+        weights = weights.reshape(stored[node.input[0]].dims)
+        axis = next((value.i for value in node.attribute if value.name == "axis"), None)
+        if axis is not None:
+            scales = scales.reshape([-1 if axis == other else 1 for other in range(weights.ndim)])
+        original = exact[node.input[0].removesuffix(f"_{half.name}")]
+        assert np.rint(weights / scales).tolist() == np.rint(original / scales).tolist()
+        assert np.abs(np.rint(original / scales)).max() <= 127
+    assert count
+
+
+def kept_in_fp32(caplog, path, cache, **options):
+    """The layers that the log names, with the reasons, and the model."""
+    with caplog.at_level(logging.DEBUG, "fastcal"):
+        caplog.clear()
+        model = fastcal.quantize(path, cache, **options)
+    (text,) = [text for text in caplog.messages if text.startswith("all layers that stay in FP32: ")] or [": "]
+    return dict(part.rstrip(")").split(" (", 1) for part in text.partition(": ")[2].split(", ") if part), model
+
+
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory):
+    path, batches = write_network("attention", tmp_path_factory.mktemp("attention"))
+    return path, fastcal.calibrate(path, batches, algorithm="minmax", backend="onnxruntime")
+
+
+def test_sums_and_small_constants_stay_in_fp32(attention, caplog):
+    kept, model = kept_in_fp32(caplog, *attention, fp16=True)
+    assert kept == {"m": "ReduceMean", "d2": "Pow", "var": "ReduceMean", "ve": "eps holds 1e-12"}
+    assert "layers that stay in FP32: m (ReduceMean), d2 (Pow), var (ReduceMean), ve (eps holds 1e-12)" in caplog.text
+    types = types_in(model)
+    assert types["sd"] == TensorProto.FLOAT  # the root of what stays in FP32
+    assert types["d"] == types["n"] == TensorProto.FLOAT16
+    assert kept_in_fp32(caplog, *attention, bf16=True)[0].keys() == {"m", "d2", "var"}
+    assert kept_in_fp32(caplog, *attention)[0] == {}
+
+
+def types_in(model):
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    return {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
+
+
+OVERFLOWING = """f (float[N, 4] x) => (float[N, 4] y) {
+  [first] a = MatMul(x, w) [large] b = Mul(a, thousand) [still] c = Neg(b) [small] d = Tanh(c)
+  [second] e = MatMul(d, w) y = Relu(e)
+}"""
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(1000, []), (30000, ["large", "still", "small"])])
+def test_what_could_overflow_stays_in_fp32(onnx_file, caplog, factor, kept):
+    path = onnx_file(OVERFLOWING, {"w": np.eye(4, dtype="f4"), "thousand": np.float32(factor)})
+    batches = [{"x": np.linspace(-1, 1, 32, dtype="f4").reshape(8, 4)}]
+    cache = fastcal.calibrate(path, batches, algorithm="entropy2", backend="onnxruntime")
+    cache.scales["b"] = cache.scales["c"] = 1.0  # less than what was observed
+    found, model = kept_in_fp32(caplog, path, cache, fp16=True)
+    assert list(found) == kept
+    assert {types_in(model)[name] for name in "bc"} == {TensorProto.FLOAT if kept else TensorProto.FLOAT16}
+    assert types_in(model)["e"] == TensorProto.FLOAT16
+    assert kept_in_fp32(caplog, path, cache, bf16=True)[0] == {}
+    unseen = fastcal.CalibrationCache(cache.scales)  # as from a file: with scales alone
+    assert kept_in_fp32(caplog, path, unseen, fp16=True)[0] == {}
+    unseen.scales["b"] = factor / 127
+    assert list(kept_in_fp32(caplog, path, unseen, fp16=True)[0]) == kept[:2]
+
+
+def test_a_scale_that_fp16_does_not_hold_keeps_the_layers_that_read_it(onnx_file, caplog):
+    path = onnx_file(
+        "f (float[N, 4] x) => (float[N, 4] y, float[N, 4] z) { r = Relu(x) n = Neg(x) [one] a = MatMul(x, w)"
+        "  [two] y = MatMul(r, w) [three] b = MatMul(x, v) z = Relu(b) [four] m = MatMul(n, u) c = Tanh(m) }",
+        {"w": np.eye(4, dtype="f4"), "u": np.eye(4, dtype="f4"), "v": 1e-7 * np.eye(4, dtype="f4")},
+    )
+    kept, model = kept_in_fp32(caplog, path, fastcal.CalibrationCache({"x": 0.1, "n": 0.1, "r": 1.3e-7}), fp16=True)
+    assert kept == {
+        "two": "r_scale is 1.3e-07",
+        "three": "v_scale is 7.87e-10",
+        "one": "it shares x_DequantizeLinear_Output with a layer in FP32",
+    }
+    types = types_in(model)
+    assert (types["c"], types["b"], types["z"]) == (TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.FLOAT)
+
+
+def test_what_branches_and_outputs_read_keeps_its_type(onnx_file):
+    path = onnx_file(
+        """f (float[N, 4] x, bool b) => (float[N, 4] a, float[N, 4] y) {
+            a = MatMul(x, w) r = Relu(a) s = Neg(r)
+            t = If(b) <then_branch = g1 () => (float[N, 4] u) { u = Mul(s, w1) },
+                       else_branch = g2 () => (float[N, 4] e) { e = Identity(s) }>
+            y = MatMul(t, w)
+        }""",
+        {"w": np.eye(4, dtype="f4"), "w1": np.ones(4, "f4")},
+    )
+    proto = onnx.load(path)
+    proto.opset_import[0].version = 22
+    onnx.save(proto, path)
+    model = fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.01, "t": 0.01}), fp16=True)
+    onnx.checker.check_model(model, full_check=True)
+    batch = {"x": np.linspace(-1, 1, 8, dtype="f4").reshape(2, 4), "b": np.array(True)}
+    runs = [
+        onnxruntime.InferenceSession(each.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, batch)
+        for each in (proto, model)
+    ]
+    for exact, found in zip(*runs, strict=True):
+        assert found.dtype == np.float32
+        assert found == pytest.approx(exact, abs=0.02)
+    assert types_in(model)["r"] == TensorProto.FLOAT16
+
+
+def test_a_model_that_cannot_be_of_the_opset_says_so(onnx_file):
+    path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { t = MatMul(x, w) y = EfficientNMS_TRT(t) }")
+    with pytest.raises(ModelError, match=r"has opset 17, and FP16 needs opset 19; export the network with opset 19 an"):
+        fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.5}), fp16=True)
+
+
+def test_one_type_is_asked_for(attention):
+    with pytest.raises(FastcalError, match=r"^both fp16 and bf16 are asked for; choose one$"):
+        fastcal.quantize(*attention, fp16=True, bf16=True)
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_the_command_writes_a_typed_model(run_fastcal, tmp_path, attention, kind):
+    path, cache = attention
+    cache.save(tmp_path / "x.cache")
+    done = run_fastcal("quantize", path, tmp_path / "x.cache", "-o", tmp_path / "y.onnx", f"--{kind}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert onnx.load(tmp_path / "y.onnx") == fastcal.quantize(path, tmp_path / "x.cache", **{kind: True})
+    assert json.loads(done.stdout)["other_layers"] == HALVES[kind].label
+    done = run_fastcal("quantize", path, tmp_path / "x.cache", "-o", tmp_path / "y.onnx", f"--{kind}")
+    assert f"weights in {HALVES[kind].label}; --int8-weights stores INT8" in done.stdout
+    done = run_fastcal("quantize", path, tmp_path / "x.cache", "-o", tmp_path / "z.onnx", "--fp16", "--bf16")
+    assert (done.returncode, done.stderr) == (2, "error: both fp16 and bf16 are asked for; choose one\n")
