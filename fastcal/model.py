@@ -152,7 +152,7 @@ class Model:
         return variant
 
     def variant(self, proto: onnx.ModelProto) -> "Model":
-        """Return a model that has another graph, and the same file and external data."""
+        """Return a model with the content `proto`, and the same file and external data."""
         variant = copy(self)
         variant.__dict__ = {"path": self.path, "external": self.external, "proto": proto, "_converted": {}}
         return variant

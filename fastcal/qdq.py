@@ -128,10 +128,22 @@ def add_pairs(
         )
     if in_float:
         _log.warning("layers that stay in float: %s", in_float)
-    for name, correction in tuning.bias.items():
-        graph.correct_bias(graph.producers[name], np.asarray(correction, np.float32))
+    _correct(graph, tuning)
     graph.insert_pairs(placement.axes, scales, int8_weights=int8_weights, half=half)
     return graph.proto if half is None else narrow(model.variant(graph.proto), half, _largest(tuning.cache))
+
+
+def correct_biases(model: Model, tuning: Tuning) -> onnx.ModelProto:
+    """Return a model with the corrected biases of a tuning, and without pairs; errors as `quantize`."""
+    graph = Graph(modern(model))
+    _tuned(graph, tuning)
+    _correct(graph, tuning)
+    return graph.proto
+
+
+def _correct(graph: Graph, tuning: Tuning) -> None:
+    for name, correction in tuning.bias.items():
+        graph.correct_bias(graph.producers[name], np.asarray(correction, np.float32))
 
 
 def half_type(fp16: bool, bf16: bool) -> HalfType | None:

@@ -3,8 +3,7 @@
 import contextlib
 import logging
 import os
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +13,6 @@ import fastcal
 from fastcal.cli.calibrate import calibrate_on, check_report, save_report
 from fastcal.cli.options import (
     BackendOption,
-    CalibrationOptions,
     HistogramsOption,
     MemoryOption,
     ReportOption,
@@ -23,10 +21,11 @@ from fastcal.cli.options import (
     check_outputs,
     read_memory,
 )
+from fastcal.cli.scales import ScalesOptions
 from fastcal.cli.summary import outcome, print_summary, run_rows, tuning_rows
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.cli.tune import tune_on, tuning_outcome
-from fastcal.errors import CacheError, FastcalError
+from fastcal.errors import FastcalError
 from fastcal.files import check_writable, write_atomically, write_together
 from fastcal.versions import DEFAULT_TENSORRT_VERSION, check_tensorrt_version
 
@@ -41,15 +40,9 @@ _MOST_IN_A_FILE = 2_000_000_000
 
 
 @dataclass
-class QuantizeOptions(CalibrationOptions):
+class QuantizeOptions(ScalesOptions):
     """Options of `quantize`: those of a calibration; a cache may take the place of the images."""
 
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="CACHE|DATA", help="A calibration cache, or what tune wrote, or images as calibrate takes them."
-        ),
-    ]
     algorithm: Annotated[
         str,
         typer.Option(
@@ -66,29 +59,6 @@ class QuantizeOptions(CalibrationOptions):
         str | None,
         typer.Option(metavar="CACHE", help="The calibration cache: reused if it is up to date, else written."),
     ] = None
-
-    def has_cache(self, tuning_options: TuningOptions) -> bool:
-        """Return whether the second argument is a calibration cache or a tuning, after checking the other options."""
-        from fastcal.cache.cache import CalibrationCache
-        from fastcal.feed.signatures import CACHE, TEXT, identify
-
-        path = Path(self.data)
-        if self.data.endswith(".cache") and not path.exists():
-            raise CacheError(f"no such file: {self.data}; name a calibration cache, or images")
-        kind = identify(path) if path.is_file() else ""
-        if kind not in (TEXT, CACHE):  # a shard may be too large to read
-            return False
-        content = path.read_bytes()
-        try:
-            CalibrationCache.from_any(content, self.data)
-        except FastcalError:
-            if kind == CACHE or (content.startswith(b"{") and b'"images"' not in content):  # COCO's JSON
-                raise
-            return False
-        option = self.first_given(field.name for field in fields(self)[2:])
-        if option := option or tuning_options.for_images():
-            raise FastcalError(f"{self.data} is a calibration cache, and {option} is for images; leave one of them out")
-        return True
 
 
 @dataclass
@@ -138,7 +108,7 @@ def quantize(
 
         network = Model(options.model)
         check_quantizable(network, tuning_options.exclude or (), form.half)
-        has_cache = options.has_cache(tuning_options)
+        has_cache = options.has_cache(tuning_options.for_images())
         outputs = {
             "quantized model": output, "report": options.report, "cache": options.cache,
             "histograms": options.histograms,
