@@ -62,8 +62,8 @@ def build_engine(
             the scales of all tensors: tune with `all_tensors`.
         explicit: Whether to build from a model with Q/DQ pairs; by default only if TensorRT has no other way.
         builder: "tensorrt", or "rtx" for TensorRT for RTX, which builds without a GPU too.
-        compute_capabilities: The GPUs that TensorRT for RTX builds for, "8.9" for instance; by default all that it
-            knows, in an engine that is the larger for that.
+        compute_capabilities: The GPUs that TensorRT for RTX builds for, "8.9" for instance; by default those that it
+            chooses itself.
         calibration: "fastcal" calibrates at the speed of the data; "tensorrt" lets TensorRT's builder calibrate, on one
             CPU core. With `exact`, the scales are the same.
         exact: Whether fastcal clips outputs and tensors with a known range as TensorRT does: see `fastcal.calibrate`.

@@ -5,6 +5,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ BUILDERS = tuple(_MODULES)
 
 #: A model of more bytes is parsed from a file: Protocol Buffers hold less than 2 GiB.
 _MOST_IN_MEMORY = 2_000_000_000
+
+#: Words of warnings about what TensorRT for RTX always does with pairs of 16 bits, which tell a user nothing.
+_EXPECTED = "scales to fp32"
 
 #: TensorRT's messages go to a logger of their own, so that an application can show or hide them.
 _log = logging.getLogger("fastcal.tensorrt")
@@ -50,6 +54,11 @@ def load_library(builder: str) -> Any:
 def is_strongly_typed(library: Any) -> bool:
     """Return True if every network runs in the types that its model names, as from TensorRT 11 on."""
     return not hasattr(library.BuilderFlag, "INT8")
+
+
+def is_rtx(library: Any) -> bool:
+    """Return True for TensorRT for RTX."""
+    return hasattr(library, "ComputeCapability")
 
 
 def tactic_bits(library: Any, sources: int | Iterable[str] | None) -> int | None:
@@ -79,12 +88,19 @@ class Messages:
         self.errors: list[str] = []
         self.warnings: list[str] = []
 
+    def clear(self) -> None:
+        """Forget the errors and warnings so far."""
+        self.errors.clear()
+        self.warnings.clear()
+
     def log(self, severity: Any, message: str) -> None:
         """Take a message; TensorRT calls this method."""
         kinds = self.library.ILogger
         levels = {kinds.VERBOSE: 5, kinds.INFO: logging.DEBUG, kinds.WARNING: logging.WARNING}
         if severity in (kinds.ERROR, kinds.INTERNAL_ERROR):
             self.errors.append(message)
+        elif severity == kinds.WARNING and _EXPECTED in message:
+            severity = kinds.INFO
         elif severity == kinds.WARNING:
             self.warnings.append(message)
         _log.log(levels.get(severity, logging.ERROR), "TensorRT: %s", message)
@@ -95,8 +111,9 @@ class Messages:
         return " ".join("; ".join(said).split()) or "no reason given"
 
 
-def make_logger(library: Any) -> Any:
-    """Return a logger of `Messages` for a library."""
+@cache
+def logger_of(library: Any) -> Any:
+    """Return the one logger of `Messages` for a library: TensorRT keeps to the first that it is given."""
     return type("Logger", (Messages, library.ILogger), {"library": library})()
 
 

@@ -34,7 +34,9 @@ class BuildOptions:
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="N.N", help="For rtx: a GPU to build for, 8.9 for instance; may be repeated.", show_default="all"
+            metavar="N.N",
+            help="For rtx: a GPU to build for, 8.9 for instance; may be repeated.",
+            show_default="its own choice",
         ),
     ] = None
     explicit: Annotated[
@@ -63,7 +65,9 @@ class BuildOptions:
     ] = None
     workspace: Annotated[
         int | None,
-        typer.Option(metavar="MIB", help="GPU memory for TensorRT's scratch data, in MiB.", show_default="all"),
+        typer.Option(
+            metavar="MIB", help="GPU memory for TensorRT's scratch data, in MiB.", show_default="its own choice"
+        ),
     ] = None
     timing_cache: Annotated[
         str | None,

@@ -9,7 +9,7 @@ import onnx
 from fastcal.engine.settings import BuildSettings, fill_sizes, input_shapes, make_profile
 from fastcal.errors import FastcalError
 from fastcal.feed.feed import Feed
-from fastcal.library import is_strongly_typed, make_logger, parse_with, start
+from fastcal.library import is_rtx, is_strongly_typed, logger_of, parse_with, start
 from fastcal.model import Model
 
 
@@ -35,7 +35,8 @@ def build_typed(
         compute_capabilities: The GPUs that TensorRT for RTX builds for, like "8.9"; by default the one that is there.
     """
     batches = settings.batches(model, 1 if feed is None else feed.batch_size)
-    logger = make_logger(library)
+    logger = logger_of(library)
+    logger.clear()
     builder = start(library, logger)
     network = parse_with(library, builder, logger, model, proto)
     config = settings.configure(library, builder)
@@ -54,7 +55,7 @@ def check_compute_capabilities(library: Any, names: Sequence[str]) -> None:
     """Raise FastcalError if the builder cannot build for these compute capabilities."""
     if isinstance(names, str):
         raise FastcalError(f"compute_capabilities is {names!r}; give a list of names like '8.9'")
-    if names and not hasattr(library, "ComputeCapability"):
+    if names and not is_rtx(library):
         raise FastcalError(
             "TensorRT builds for the GPU that is there; leave out compute_capabilities, or take builder rtx"
         )

@@ -13,7 +13,7 @@ from fastcal.device import resolve
 from fastcal.errors import DataError, FastcalError, ModelError, check_range
 from fastcal.feed.feed import Feed
 from fastcal.files import check_writable, write_atomically
-from fastcal.library import Messages, tactic_bits
+from fastcal.library import Messages, is_rtx, tactic_bits
 from fastcal.model import Model
 
 _log = logging.getLogger("fastcal")
@@ -36,6 +36,8 @@ class BuildSettings:
         check_range("workspace", self.workspace, 1)
         check_range("optimization_level", self.optimization_level, 0, 5)
         tactic_bits(library, self.tactic_sources)
+        if self.timing_cache is not None and is_rtx(library):
+            raise FastcalError("TensorRT for RTX keeps no timings; leave out timing_cache")
         if self.timing_cache is not None:
             check_writable(self.timing_cache, 1)
             _read_timings(self.timing_cache)
