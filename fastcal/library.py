@@ -16,7 +16,10 @@ from fastcal.model import Model
 
 #: The Python modules of the builders by name, and the commands that install them.
 _MODULES = {
-    "tensorrt": ("tensorrt", f"pip install tensorrt; or {TENSORRT} for one with calibrators"),
+    "tensorrt": (
+        "tensorrt",
+        f"pip install tensorrt, or {TENSORRT} for calibrators; without it, fastcal calibrate writes a cache",
+    ),
     "rtx": ("tensorrt_rtx", "pip install tensorrt-rtx-cu13"),
 }
 
@@ -47,7 +50,8 @@ def load_library(builder: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:
         raise UnavailableError(
-            f"builder {builder} needs {module}, which cannot be imported ({error}): {command}"
+            f"builder {builder} needs the module {module}, which cannot be imported ({error}): {command}",
+            "TensorRT",
         ) from error
 
 

@@ -171,9 +171,8 @@ def test_without_the_builder(monkeypatch, cache):
     import sys
 
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(
-        fastcal.UnavailableError, match=r"^builder rtx needs tensorrt_rtx, which cannot .*: pip install tensorrt-rtx-cu"
-    ):
+    message = r"^builder rtx needs the module tensorrt_rtx, which cannot .*: pip install tensorrt-rtx-cu13$"
+    with pytest.raises(fastcal.UnavailableError, match=message):
         fastcal.build_engine(MODEL, tuning=cache, **RTX)
 
 

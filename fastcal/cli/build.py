@@ -113,9 +113,9 @@ def build(
         from fastcal.cache.record import check_cache_writable
         from fastcal.model import Model
 
+        is_explicit = build_options.is_explicit
         if build_options.builder == "tensorrt":
             _check_gpu()
-        is_explicit = build_options.is_explicit
         network = Model(options.model)
         has_cache = options.has_cache(None if cache is None else "--cache")
         check_outputs(network, {"engine": output, "cache": cache, "timing cache": build_options.timing_cache}, options)
