@@ -101,7 +101,7 @@ def build_engine(
     settings.check(library)
     check_compute_capabilities(library, compute_capabilities)
     if is_explicit(library, explicit):
-        half = half_type(fp16 and not bf16, bf16)
+        half = half_type(fp16 and not bf16, bf16, model)
         return _build_explicit(
             library, model, calibrator, tuning, settings, half, compute_capabilities, exact=exact, tf32=tf32
         )

@@ -24,6 +24,7 @@ from fastcal.qdq_placement import PAIRED, WEIGHTED, Placement
 from fastcal.tuning.layers import depthwise_in
 from fastcal.tuning.tuned import Tuning
 from fastcal.typed import narrow
+from fastcal.widen import half_ends, is_half
 
 __all__ = ["WEIGHTED", "add_pairs", "check_quantizable", "count_quantized", "load_for", "quantize"]
 
@@ -60,9 +61,10 @@ def quantize(
     tuning, the layers that it leaves in float have no pairs, and the biases that it corrects are corrected.
 
     Weights may be any constant: an expression that depends on no input, such as a Cast or the DequantizeLinear of
-    stored INT8, is computed and stored. Local functions are inlined. A layer stays in float if the cache has no scale
-    for the layer's input, or the scale 0, if the layer's weights depend on the inputs or are not float32, or if the
-    layer lies in an If, a Loop or a Scan. The log names these layers.
+    stored INT8, is computed and stored. Local functions are inlined. A float16 model stays one, with pairs of FP16. A
+    layer stays in float if the cache has no scale for the layer's input, or the scale 0, if the layer's weights depend
+    on the inputs or are of another type than the model's, or if the layer lies in an If, a Loop or a Scan. The log
+    names these layers.
 
     Args:
         model: The ONNX file.
@@ -89,7 +91,7 @@ def quantize(
         FastcalError: A layer to exclude is not in the model, or both fp16 and bf16 are asked for.
     """
     model = Model.of(model)
-    half = half_type(fp16, bf16)
+    half = half_type(fp16, bf16, model)
     quantized = add_pairs(model, cache, exclude, depthwise=depthwise, int8_weights=int8_weights, half=half)
     model.external.load(quantized.graph)
     return quantized
@@ -111,6 +113,8 @@ def add_pairs(
     """
     tuning = load_for(model, cache)
     scales = tuning.cache.scales
+    half = half or half_type(False, False, model)
+    ends = half_ends(model.proto)
     model = modern(model, half)
     excluded = check_quantizable(model, exclude)
     graph = Graph(model)
@@ -130,7 +134,7 @@ def add_pairs(
         _log.warning("layers that stay in float: %s", in_float)
     _correct(graph, tuning)
     graph.insert_pairs(placement.axes, scales, int8_weights=int8_weights, half=half)
-    return graph.proto if half is None else narrow(model.variant(graph.proto), half, _largest(tuning.cache))
+    return graph.proto if half is None else narrow(model.variant(graph.proto), half, _largest(tuning.cache), ends)
 
 
 def correct_biases(model: Model, tuning: Tuning) -> onnx.ModelProto:
@@ -146,10 +150,17 @@ def _correct(graph: Graph, tuning: Tuning) -> None:
         graph.correct_bias(graph.producers[name], np.asarray(correction, np.float32))
 
 
-def half_type(fp16: bool, bf16: bool) -> HalfType | None:
-    """Return the type of 16 bits that the layers between the pairs run in; None for FP32."""
+def half_type(fp16: bool, bf16: bool, model: Model | None = None) -> HalfType | None:
+    """Return the type of 16 bits that the layers between the pairs run in; None for FP32.
+
+    A float16 `model` stays one.
+    """
     if fp16 and bf16:
         raise FastcalError("both fp16 and bf16 are asked for; choose one")
+    if model is not None and is_half(model.proto):
+        if bf16:
+            raise FastcalError(f"{model.label} is float16; leave out bf16, or export the network in float32")
+        return FP16
     return FP16 if fp16 else BF16 if bf16 else None
 
 
@@ -191,7 +202,7 @@ def count_quantized(model: onnx.ModelProto) -> tuple[int, int]:
 
 def check_quantizable(model: Model, exclude: Iterable[str] = (), half: HalfType | None = None) -> set[int]:
     """Return the numbers of the nodes to exclude, in the graph's order, if `quantize` accepts the model."""
-    model = modern(model, half)
+    model = modern(model, half or half_type(False, False, model))
     if model.has_pairs:
         raise ModelError(
             f"{model.label} has QuantizeLinear or DequantizeLinear already; quantize the float model that it was made "

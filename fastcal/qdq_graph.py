@@ -235,13 +235,13 @@ class Graph:
 def modern(model: Model, half: HalfType | None = None) -> Model:
     """Return a model of an opset that has a scale per channel: the model, or what ONNX's converter makes of it.
 
-    With `half`, the scales may have that type.
+    With `half`, the scales may have that type. What is float16 becomes float32.
     """
     least, needed_for = (_FIRST_OPSET, "a scale per channel") if half is None else (half.opset, half.label)
     if model.opset >= least:
-        return model
+        return model.wide
     try:
-        return model.to_opset(least)
+        return model.to_opset(least).wide
     except ModelError as error:
         raise ModelError(
             f"{model.label} has opset {model.opset}, and {needed_for} needs opset {least}; export the "

@@ -5,7 +5,7 @@ BF16 and no tensors that overflow, and gives pairs a type that their opset does 
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ _FEW = 16
 _log = logging.getLogger("fastcal")
 
 
-def narrow(model: Model, half: HalfType, largest: Mapping[str, float]) -> onnx.ModelProto:
+def narrow(model: Model, half: HalfType, largest: Mapping[str, float], ends: Collection[str] = ()) -> onnx.ModelProto:
     """Return a model with pairs whose layers run in a type of 16 bits; inputs and outputs keep their types.
 
     Layers stay in FP32 if one of their tensors could overflow, or if they lose precision; the log names them.
@@ -46,6 +46,7 @@ def narrow(model: Model, half: HalfType, largest: Mapping[str, float]) -> onnx.M
         model: The model with pairs, of an opset in which they take the type.
         half: The type.
         largest: The largest |x| of tensors, by name, as far as it is known.
+        ends: The inputs and outputs that are to be of 16 bits.
     """
     graph = Graph(model)
     choice = _Choice(graph, half, largest)
@@ -53,7 +54,7 @@ def narrow(model: Model, half: HalfType, largest: Mapping[str, float]) -> onnx.M
         named = [f"{name} ({reason})" for name, reason in choice.reasons.items()]
         _log.info("layers that stay in FP32: %s", first_few(named))
         _log.debug("all layers that stay in FP32: %s", ", ".join(named))
-    return _Rewriting(graph, half, choice).run()
+    return _Rewriting(graph, half, choice, ends).run()
 
 
 class _Choice:
@@ -175,13 +176,18 @@ class _Choice:
 class _Rewriting:
     """Rewrites a graph for a choice: Casts at the borders, and constants in the types that their readers take."""
 
-    def __init__(self, graph: Graph, half: HalfType, choice: _Choice) -> None:
+    def __init__(self, graph: Graph, half: HalfType, choice: _Choice, ends: Collection[str]) -> None:
         self._graph, self._half, self._narrowed = graph, half, choice.narrowed
         self._types = types_of(graph)
         self._taken = set(names_in(graph.proto.graph))
-        self._within = {name for name, edges in graph.readers.items() if IN_SUBGRAPH in {index for _, index in edges}}
+        self._ends = set(ends)
+        within = {name for name, edges in graph.readers.items() if IN_SUBGRAPH in {index for _, index in edges}}
+        self._pinned = graph.outputs - self._ends | within  # what stays float32
         self._nodes: list[onnx.NodeProto] = []
-        self._halves: dict[str, str] = {}  # the names of tensors in 16 bits, by their names in the graph
+        # The names of tensors in 16 bits, by their names in the graph.
+        self._halves: dict[str, str] = {
+            value.name: value.name for value in graph.proto.graph.input if value.name in self._ends
+        }
         self._floats: dict[str, str] = {}  # the names of tensors of 16 bits in float32
         self._constants: dict[tuple[str, str], str] = {}  # those of constants, by their names and those of scales
 
@@ -195,23 +201,27 @@ class _Rewriting:
                     is_half = index in self._narrowed.get(number, ())
                     node.input[index] = self._as_half(name, node, before) if is_half else self._as_float(name)
             self._nodes.append(node)
-            if number in self._narrowed:
-                self._name_outputs(node)
-        for value in proto.graph.value_info:
+            self._name_outputs(node, is_half=number in self._narrowed)
+        for value in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
             if self._halves.get(value.name) == value.name:
                 value.type.tensor_type.elem_type = self._half.kind
         self._graph.replace_nodes(self._nodes)
         return proto
 
-    def _name_outputs(self, node: onnx.NodeProto) -> None:
-        """Note the outputs of 16 bits of a node; what must stay float32 is cast."""
+    def _name_outputs(self, node: onnx.NodeProto, *, is_half: bool) -> None:
+        """Note the outputs of a node that have 16 bits, and cast those that must be of the other type."""
         for index, name in enumerate(node.output):
             if self._types.get(name) != TensorProto.FLOAT:
                 continue
-            self._halves[name] = name
-            if name in self._graph.outputs | self._within:
+            if is_half and name in self._pinned:
                 node.output[index] = self._halves[name] = self._unique(f"{name}_{self._half.name}")
                 self._cast(node.output[index], name, TensorProto.FLOAT)
+            elif is_half:
+                self._halves[name] = name
+            elif name in self._ends:
+                node.output[index] = self._floats[name] = self._unique(f"{name}_float32")
+                self._halves[name] = name
+                self._cast(node.output[index], name, self._half.kind)
 
     def _as_float(self, name: str) -> str:
         """Return the name of a tensor in float32, cast if it has 16 bits."""
@@ -229,20 +239,9 @@ class _Rewriting:
         if is_stored(self._graph, name):
             is_rounded = node.op_type == "QuantizeLinear" and name == read[0]
             return self._stored(name, read[1] if is_rounded else "", node)
-        source = self._source(name)
-        if source is None:
-            source = self._unique(f"{name}_{self._half.name}")
-            self._cast(name, source, self._half.kind)
-        self._halves[name] = source
-        return source
-
-    def _source(self, name: str) -> str | None:
-        """Return the tensor of 16 bits that a Cast of the model has made float32; None if it has not."""
-        number = self._graph.producers.get(name)
-        if number is None or self._graph.nodes[number].op_type != "Cast":
-            return None
-        source = str(self._graph.nodes[number].input[0])
-        return source if self._types.get(source) == self._half.kind else None
+        self._halves[name] = self._unique(f"{name}_{self._half.name}")
+        self._cast(name, self._halves[name], self._half.kind)
+        return self._halves[name]
 
     def _stored(self, name: str, scale: str, node: onnx.NodeProto) -> str:
         """Return the name of a constant in 16 bits; with a scale, rounded to its multiples as INT8 would be."""

@@ -252,3 +252,81 @@ def test_the_command_writes_a_typed_model(run_fastcal, tmp_path, attention, kind
     assert f"weights in {HALVES[kind].label}; --int8-weights stores INT8" in done.stdout
     done = run_fastcal("quantize", path, tmp_path / "x.cache", "-o", tmp_path / "z.onnx", "--fp16", "--bf16")
     assert (done.returncode, done.stderr) == (2, "error: both fp16 and bf16 are asked for; choose one\n")
+
+
+def as_half(path):
+    """Write a model beside another in which all that was float32 is float16; return its path."""
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    scales = {name for node in model.graph.node if node.op_type == "Resize" for name in node.input[2:3]}
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and tensor.name not in scales:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    onnx.save(model, path.with_suffix(".half.onnx"))
+    return path.with_suffix(".half.onnx")
+
+
+@pytest.mark.parametrize("name", ["residual", "concat", "gemm"])
+def test_a_model_of_float16_stays_one(tmp_path, build, name):
+    path, batches = write_network(name, tmp_path)
+    half = Made.__new__(Made)
+    half.path, half.batches = as_half(path), [{"x": batch["x"].astype(np.float16)} for batch in batches]
+    cache = fastcal.calibrate(half.path, half.batches, algorithm="minmax", backend="onnxruntime")
+    model = fastcal.quantize(half.path, cache)
+    onnx.checker.check_model(model, full_check=True)
+    before = onnx.load(half.path).graph
+    assert [model.graph.input, model.graph.output] == [before.input, before.output]
+    assert count_quantized(model)[0] == count_quantized(model)[1] > 0
+    kinds = [tensor.data_type for tensor in model.graph.initializer]
+    assert TensorProto.FLOAT not in kinds or name == "concat"  # the scales of a Resize
+    whole = Made(path, batches)
+    exact, found, fp16 = half.run(half.path), half.run(model), whole.run(whole.models["fp16"])
+    floats = whole.run(path)
+    for reference, rounded, exact_float, rounded_float in zip(exact, found, floats, fp16, strict=True):
+        assert rounded.dtype == np.float16
+        assert decibels(reference, rounded) > decibels(exact_float, rounded_float) - 2
+    assert build(model, {"x": half.batches[0]["x"].shape}) is not None
+    with pytest.raises(FastcalError, match=r"half.onnx is float16; leave out bf16, or export the network in float32$"):
+        fastcal.quantize(half.path, cache, bf16=True)
+
+
+def test_a_model_of_float16_is_tuned_and_compared(tmp_path):
+    path, batches = write_network("residual", tmp_path)
+    path, batches = as_half(path), [{"x": batch["x"].astype(np.float16)} for batch in batches]
+    tuning = fastcal.tune(path, batches)
+    assert tuning.result.sqnr > 30
+    onnx.save(fastcal.quantize(path, tuning), typed := tmp_path / "typed.onnx")
+    assert fastcal.compare(path, batches, caches={"mine": tuning}, quantized={"typed": typed}).best
+    assert [value.type.tensor_type.elem_type for value in onnx.load(typed).graph.output] == [TensorProto.FLOAT16]
+
+
+def test_outputs_of_float16_that_fp32_computes(onnx_file):
+    """Pow stays in FP32, and Casts are no layers of their own."""
+    path = onnx_file(
+        "f (float16[N, 4] x) => (float16[N, 4] y, float16[N, 4] z) { m = MatMul(x, w) c = Cast<to = 1>(m)"
+        "  s = Mul(c, c) h = Cast<to = 10>(s) y = Pow(h, two) z = MatMul(y, w) }",
+        {"w": np.eye(4, dtype="f2"), "two": np.float16(2)},
+    )
+    model = fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.01, "y": 0.01}))
+    onnx.checker.check_model(model, full_check=True)
+    batch = {"x": np.linspace(-1, 1, 8, dtype="f2").reshape(2, 4)}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for found in session.run(None, batch):
+        assert found.dtype == np.float16
+        assert found == pytest.approx(batch["x"] ** 4, abs=0.05)
+    assert types_in(model)["s"] == TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize("opset", [9, 11])
+def test_a_model_of_an_old_opset_becomes_typed(tmp_path, opset):
+    path, batches = write_network("residual", tmp_path, opset)
+    cache = fastcal.calibrate(path, batches, algorithm="minmax", backend="onnxruntime")
+    old = fastcal.quantize(path, cache, fp16=True)
+    onnx.checker.check_model(old, full_check=True)
+    path, _ = write_network("residual", tmp_path, 17)
+    new = fastcal.quantize(path, fastcal.CalibrationCache(cache.scales), fp16=True)
+    assert [node.output for node in old.graph.node] == [node.output for node in new.graph.node]
+    values = [{tensor.name: tensor.raw_data for tensor in each.graph.initializer} for each in (old, new)]
+    assert values[0] == values[1]

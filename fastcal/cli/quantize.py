@@ -76,20 +76,18 @@ class FormOptions:
     ] = False
     bf16: Annotated[bool, typer.Option("--bf16", help="Run the layers between the pairs in BF16.")] = False
 
-    @property
-    def half(self) -> "HalfType | None":
-        """The type of 16 bits that was asked for; None for FP32."""
+    def half(self, network: "Model") -> "HalfType | None":
+        """Return the type of 16 bits that was asked for, or that the network has; None for FP32."""
         from fastcal.qdq import half_type
 
-        return half_type(self.fp16, self.bf16)
+        return half_type(self.fp16, self.bf16, network)
 
-    @property
-    def stored(self) -> str:
-        """The type of the weights, as text."""
+    def stored(self, network: "Model") -> str:
+        """Return the type of the weights, as text."""
         if self.int8_weights:
             return "INT8"
-        if self.half is not None:
-            return f"{self.half.label}; --int8-weights stores INT8"
+        if half := self.half(network):
+            return f"{half.label}; --int8-weights stores INT8"
         return "float32, since TensorRT rounds them itself; --int8-weights stores INT8"
 
 
@@ -107,7 +105,8 @@ def quantize(
         from fastcal.qdq import check_quantizable
 
         network = Model(options.model)
-        check_quantizable(network, tuning_options.exclude or (), form.half)
+        half = form.half(network)
+        check_quantizable(network, tuning_options.exclude or (), half)
         has_cache = options.has_cache(tuning_options.for_images())
         outputs = {
             "quantized model": output, "report": options.report, "cache": options.cache,
@@ -123,7 +122,7 @@ def quantize(
         check_report(options.report)
         if options.cache is not None and not os.path.exists(options.cache):  # an existing one may be reused
             check_cache_writable(options.cache, network.activations)
-        writer = _Writer(network, output, tuning_options, form)
+        writer = _Writer(network, output, tuning_options, form, half)
         if has_cache:
             made, rows = writer.write(options.data)
             print_rows(scales=options.data, **rows)
@@ -155,7 +154,7 @@ def _tune(console: Console, writer: "_Writer", options: QuantizeOptions) -> None
         tuning, progress = tune_on(
             console, writer.network, feed, options, writer.tuning, memory=read_memory(options.memory),
             cache=None if options.report else options.cache, until_stable=options.until_stable,
-            histograms=options.histograms, all_tensors=options.report is not None or writer.form.half is not None,
+            histograms=options.histograms, all_tensors=options.report is not None or writer.half is not None,
         )  # fmt: skip
     made, rows = writer.write(tuning)
     rows |= tuning_rows(tuning)
@@ -216,6 +215,7 @@ class _Writer:
     output: str
     tuning: TuningOptions
     form: FormOptions
+    half: "HalfType | None"
 
     def write(self, cache: "str | fastcal.CalibrationCache | fastcal.Tuning") -> tuple[dict[str, Any], dict[str, str]]:
         """Write the model; return the summary of it as JSON entries and as rows.
@@ -226,18 +226,20 @@ class _Writer:
 
         model = add_pairs(
             self.network, cache, self.tuning.exclude or (), depthwise=self.tuning.depthwise,
-            int8_weights=self.form.int8_weights, half=self.form.half,
+            int8_weights=self.form.int8_weights, half=self.half,
         )  # fmt: skip
         quantized, layers = count_quantized(model)
         rows = {"INT8": f"{quantized} of {layers} {', '.join(WEIGHTED)}", "model": self.output}
         entries = {
             "model": self.output, "quantized": quantized, "layers": layers, "int8_weights": self.form.int8_weights,
-            "other_layers": "FP32" if self.form.half is None else self.form.half.label,
+            "other_layers": "FP32" if self.half is None else self.half.label,
         }  # fmt: skip
         size, data = self._save(model)
         if data is not None:
             entries["external_data"] = rows["weights"] = data
-        return entries | {"bytes": size}, rows | {"size": f"{size / 1e6:.3g} MB, weights in {self.form.stored}"}
+        return entries | {"bytes": size}, rows | {
+            "size": f"{size / 1e6:.3g} MB, weights in {self.form.stored(self.network)}"
+        }
 
     def _save(self, model: "onnx.ModelProto") -> tuple[int, str | None]:
         """Write the files; return the number of bytes, and the name of the second file if there is one."""
