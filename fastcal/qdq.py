@@ -134,7 +134,7 @@ def add_pairs(
         _log.warning("layers that stay in float: %s", in_float)
     _correct(graph, tuning)
     graph.insert_pairs(placement.axes, scales, int8_weights=int8_weights, half=half)
-    return graph.proto if half is None else narrow(model.variant(graph.proto), half, _largest(tuning.cache), ends)
+    return graph.proto if half is None else narrow(model.variant(graph.proto), half, largest_values(tuning.cache), ends)
 
 
 def correct_biases(model: Model, tuning: Tuning) -> onnx.ModelProto:
@@ -164,7 +164,7 @@ def half_type(fp16: bool, bf16: bool, model: Model | None = None) -> HalfType | 
     return FP16 if fp16 else BF16 if bf16 else None
 
 
-def _largest(cache: CalibrationCache) -> dict[str, float]:
+def largest_values(cache: CalibrationCache) -> dict[str, float]:
     """Return the largest |x| of tensors: as it was observed, else what their scales stand for."""
     largest = {name: 127 * scale for name, scale in cache.scales.items()}
     if cache.observed is not None:

@@ -2,7 +2,8 @@
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from rich.filesize import decimal
 
 import fastcal
 from fastcal.cli.calibrate import calibrate_on
+from fastcal.cli.engine import contents_rows, speed_rows
 from fastcal.cli.options import check_outputs
 from fastcal.cli.scales import ScalesOptions
 from fastcal.cli.summary import data_rows, run_rows, speed
@@ -20,6 +22,7 @@ from fastcal.files import check_writable, write_atomically
 from fastcal.versions import DEFAULT_TENSORRT_VERSION, is_installed
 
 if TYPE_CHECKING:
+    from fastcal.engine.settings import BuildSettings
     from fastcal.feed_calibrator import FeedCalibrator
     from fastcal.model import Model
 
@@ -77,12 +80,24 @@ class BuildOptions:
         int | None, typer.Option(help="0 (fastest build) to 5 (fastest engine).", show_default="TensorRT's, 3")
     ] = None
 
+    time: Annotated[
+        bool,
+        typer.Option("--time", help="Measure the engine's speed beside the network's in FP16 and FP32, built too."),
+    ] = False
+
     def keywords(self) -> dict[str, Any]:
         """Return the options as arguments of `build_engine`."""
         workspace = None if self.workspace is None else self.workspace * 2**20
-        capabilities = vars(self) | {"compute_capabilities": self.compute_capability or ()}
-        del capabilities["compute_capability"]
-        return capabilities | {"workspace": workspace}
+        given = {name: value for name, value in vars(self).items() if name not in ("compute_capability", "time")}
+        return given | {"compute_capabilities": self.compute_capability or (), "workspace": workspace}
+
+    def settings(self, tactic_sources: Any) -> "BuildSettings":
+        """Return the settings that engines to compare with are built with."""
+        from fastcal.engine.settings import BuildSettings
+
+        names = {field.name for field in fields(BuildSettings)}
+        given = {name: value for name, value in self.keywords().items() if name in names}
+        return BuildSettings(**given, tactic_sources=tactic_sources)
 
     @property
     def is_explicit(self) -> bool:
@@ -114,7 +129,7 @@ def build(
         from fastcal.model import Model
 
         is_explicit = build_options.is_explicit
-        if build_options.builder == "tensorrt":
+        if build_options.builder == "tensorrt" or build_options.time:
             _check_gpu()
         network = Model(options.model)
         has_cache = options.has_cache(None if cache is None else "--cache")
@@ -144,8 +159,8 @@ class _Building:
 
     def from_scales(self) -> None:
         """Build with the scales of a cache or a tuning."""
-        made, entries = self._write(tuning=self.options.data)
-        print_rows(scales=self.options.data, engine=made)
+        rows, entries = self._write(tuning=self.options.data)
+        print_rows(scales=self.options.data, **rows)
         finish(**entries)
 
     def explicit(self) -> None:
@@ -155,9 +170,8 @@ class _Building:
                 self.console, self.network, feed, self.options, cache=self.cache,
                 tensorrt_version=DEFAULT_TENSORRT_VERSION,
             )  # fmt: skip
-            made, entries = self._write(feed, tuning=scales)
-        rows = {} if self.cache is None else {"cache": self.cache}
-        print_rows(**run_rows(scales, feed, progress), engine=made, **rows)
+            rows, entries = self._write(feed, tuning=scales)
+        print_rows(**run_rows(scales, feed, progress), **rows, **self._cache_row())
         finish(**entries, cache=self.cache, skipped=feed.skipped, calibrated=_calibrated(progress))
 
     def implicit(self) -> None:
@@ -171,20 +185,44 @@ class _Building:
                 Algorithm.of(options.algorithm, options.quantile), feed, cache=self.cache, model=self.network,
                 progress=progress,
             )  # fmt: skip
-            made, entries = self._write(calibrator, exact=options.exact, **options.for_tensorrt())
-        _print_build_summary(calibrator, feed, progress.last, made, self.cache)
+            rows, entries = self._write(calibrator, exact=options.exact, **options.for_tensorrt())
+        print_rows(**_calibration_rows(calibrator, feed, progress.last), **rows, **self._cache_row())
         finish(**entries, cache=self.cache, skipped=feed.skipped, calibrated=_calibrated(progress.last))
 
-    def _write(self, calibrator: Any = None, **more: Any) -> tuple[str, dict[str, Any]]:
-        """Build and write the engine; return a text about it, and JSON entries."""
+    def _cache_row(self) -> dict[str, str]:
+        return {} if self.cache is None else {"cache": self.cache}
+
+    def _write(self, calibrator: Any = None, **more: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        """Build and write the engine; return rows and JSON entries about it."""
         from fastcal.build import build_engine
 
         started = time.perf_counter()
         engine = build_engine(self.network, calibrator, **self.build_options.keywords(), **more)
         seconds = time.perf_counter() - started
         write_atomically(self.output, engine)
-        text = f"{self.output}, {decimal(len(engine))}, built in {seconds:.0f} s"
-        return text, {"engine": self.output, "bytes": len(engine), "build_seconds": seconds}
+        rows = {"engine": f"{self.output}, {decimal(len(engine))}, built in {seconds:.0f} s"}
+        entries: dict[str, Any] = {"engine": self.output, "bytes": len(engine), "build_seconds": seconds}
+        for found, entry in self._outcome(engine, getattr(calibrator, "feed", calibrator), more.get("tuning")):
+            rows |= found
+            entries |= entry
+        return rows, entries
+
+    def _outcome(self, engine: bytes, feed: Any, tuning: Any) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+        """Yield rows and entries about the engine's layers and its speed, as far as they can be known here."""
+        from fastcal.device import resolve
+        from fastcal.engine.contents import contents_of
+        from fastcal.engine.speed import speeds
+        from fastcal.library import load_library
+        from fastcal.qdq import largest_values
+        from fastcal.tuning.tuned import Tuning
+
+        library = load_library(self.build_options.builder)
+        if resolve("auto") is not None:  # an engine is loaded on a GPU alone
+            yield contents_rows(contents_of(library, engine, self.network))
+        if self.build_options.time:
+            settings = self.build_options.settings(self.options.for_tensorrt()["tactic_sources"])
+            largest = {} if tuning is None else largest_values(Tuning.of(tuning).cache)
+            yield speed_rows(speeds(library, self.network, engine, feed, settings, largest))
 
 
 def _calibrated(progress: fastcal.Progress) -> dict[str, Any] | None:
@@ -202,9 +240,8 @@ def _check_gpu() -> None:
         )
 
 
-def _print_build_summary(
-    calibrator: "FeedCalibrator", feed: "fastcal.Feed", progress: fastcal.Progress, engine: str, cache: str | None
-) -> None:
+def _calibration_rows(calibrator: "FeedCalibrator", feed: "fastcal.Feed", progress: fastcal.Progress) -> dict[str, str]:
+    """Return the rows that describe a calibrator's calibration, or that it was not needed."""
     stats = calibrator.stats
     rows = {"images": "none: the cache was reused"}
     if progress.batches:
@@ -212,4 +249,4 @@ def _print_build_summary(
     if stats.batches:
         first, worst = stats.waited_first * 1e3, stats.waited_worst * 1e3
         rows["get_batch"] = f"{first:.1f} ms for the first batch, {worst:.2f} ms at most for the others"
-    print_rows(**rows, engine=engine, **({} if cache is None else {"cache": cache}))
+    return rows
