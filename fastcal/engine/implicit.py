@@ -1,5 +1,6 @@
 """Engines of TensorRT 8.6 to 10 from a calibration ("implicit quantization")."""
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,12 @@ from fastcal.feed.feed import Feed
 from fastcal.feed_calibrator import FeedCalibrator
 from fastcal.model import Model
 from fastcal.network import Logger, float_names, layers, parse, start_builder, trt
+from fastcal.observe.parsed import completed_scales
 from fastcal.qdq import correct_biases
 from fastcal.tuning.tuned import Tuning
 from fastcal.versions import check_tensorrt_version
+
+_log = logging.getLogger("fastcal")
 
 
 class KeptScales(trt.IInt8EntropyCalibrator2):  # type: ignore[misc]
@@ -72,13 +76,11 @@ def build_tuned(model: Model, tuning: Tuning, feed: Feed | None, settings: Build
     network = parse(builder, model, logger, correct_biases(model, tuning) if tuning.bias else None)
     config = _configure(settings, builder, fp16)
     _add_profiles(builder, network, config, batches, feed)
-    if missing := [name for name in float_names(network) if name not in tuning.cache.scales]:
-        logger.log(
-            trt.ILogger.WARNING,
-            f"no scale for {first_few(missing)}: layers with these tensors do not run in INT8; tune with all_tensors",
-        )
+    scales = completed_scales(network, tuning.cache.scales, model)
+    if missing := [name for name in float_names(network) if name not in scales]:
+        _log.warning("no scale for %s: layers with these tensors do not run in INT8", first_few(missing))
     keep_in_float(network, config, tuning.in_float or (), trt.float16 if fp16 else trt.float32)
-    config.int8_calibrator = calibrator = KeptScales(tuning.cache)
+    config.int8_calibrator = calibrator = KeptScales(replace(tuning.cache, scales=scales))
     engine = settings.build(builder, network, config, logger, model)
     del calibrator  # TensorRT holds no reference to it
     return engine
