@@ -13,7 +13,7 @@ from fastcal.errors import FastcalError
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
 from fastcal.half import HalfType
-from fastcal.library import is_strongly_typed, load_library, tactic_bits
+from fastcal.library import is_rtx, is_strongly_typed, load_library, tactic_bits
 from fastcal.model import Model
 from fastcal.qdq import add_pairs, check_quantizable, half_type
 from fastcal.tuning.tuned import Tuning
@@ -21,6 +21,9 @@ from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
 #: The values of `calibration`: fastcal calibrates, or TensorRT's builder does.
 CALIBRATIONS = ("fastcal", "tensorrt")
+
+#: The layers that TensorRT for RTX 1.7 never runs in INT8: a pair would round their inputs for nothing.
+_FLOAT_ON_RTX = ("AveragePool", "ConvTranspose", "GlobalAveragePool")
 
 
 def build_engine(
@@ -160,7 +163,9 @@ def _build_explicit(
     with _feed(batches, model) as feed:
         if tuning is None:
             tuning = calibrate(model, feed, tensorrt_version=DEFAULT_TENSORRT_VERSION, **options)
-        proto = add_pairs(model, tuning, half=typed)
+        types = {node.op_type for node in model.proto.graph.node}
+        exclude = types.intersection(_FLOAT_ON_RTX if is_rtx(library) else ())
+        proto = add_pairs(model, tuning, exclude, half=typed)
         flags = ["INT8", *([] if half is None else [half.label])]
         return build_typed(
             library, model, proto, feed, settings, flags=flags, compute_capabilities=compute_capabilities

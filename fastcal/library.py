@@ -82,7 +82,13 @@ def tactic_bits(library: Any, sources: int | Iterable[str] | None) -> int | None
 
 
 class Messages:
-    """Passes messages on to `logging`, and keeps errors and warnings for fastcal's own errors; for an `ILogger`."""
+    """Passes messages on to `logging`, and keeps errors and warnings for fastcal's own errors; for an `ILogger`.
+
+    Attributes:
+        errors: The errors so far.
+        warnings: The warnings so far.
+        layers: The layers of the last engine, if the builder tells them.
+    """
 
     #: TensorRT's Python module.
     library: Any
@@ -91,15 +97,19 @@ class Messages:
         self.library.ILogger.__init__(self)
         self.errors: list[str] = []
         self.warnings: list[str] = []
+        self.layers = ""
 
     def clear(self) -> None:
-        """Forget the errors and warnings so far."""
+        """Forget what was said so far."""
         self.errors.clear()
         self.warnings.clear()
+        self.layers = ""
 
     def log(self, severity: Any, message: str) -> None:
         """Take a message; TensorRT calls this method."""
         kinds = self.library.ILogger
+        if severity == kinds.VERBOSE and message.startswith("Layers:"):
+            self.layers = message
         levels = {kinds.VERBOSE: 5, kinds.INFO: logging.DEBUG, kinds.WARNING: logging.WARNING}
         if severity in (kinds.ERROR, kinds.INTERNAL_ERROR):
             self.errors.append(message)

@@ -213,6 +213,8 @@ class _Rewriting:
         for index, name in enumerate(node.output):
             if self._types.get(name) != TensorProto.FLOAT:
                 continue
+            if (is_half and name in self._pinned) or (not is_half and name in self._ends):
+                node.name = node.name or f"node_of_{name}"  # as TensorRT names it, by its output
             if is_half and name in self._pinned:
                 node.output[index] = self._halves[name] = self._unique(f"{name}_{self._half.name}")
                 self._cast(node.output[index], name, TensorProto.FLOAT)

@@ -18,6 +18,9 @@ rtx = pytest.importorskip("tensorrt_rtx")
 MODEL, IMAGES = DIGITS / "digits.onnx", DIGITS / "images"
 RTX = {"builder": "rtx", "compute_capabilities": ["8.9"]}
 
+#: What TensorRT for RTX runs in float anyway: the pooling of the sample.
+FLOAT = ["AveragePool"]
+
 
 @pytest.fixture(scope="module")
 def cache():
@@ -60,14 +63,14 @@ def profiles(monkeypatch):
 def test_the_engine_is_that_of_the_typed_model(cache, parsed, options, form):
     engine = fastcal.build_engine(MODEL, tuning=cache, **RTX, **options)
     assert len(engine) > 100_000
-    assert parsed == [fastcal.quantize(MODEL, cache, **form)]
+    assert parsed == [fastcal.quantize(MODEL, cache, exclude=FLOAT, **form)]
 
 
 def test_tensorrt_11_has_this_way_alone(cache, rtx, parsed, tmp_path):
     """TensorRT for RTX stands in for TensorRT 11, whose interface it has."""
     cache.save(tmp_path / "x.cache")
     fastcal.build_engine(MODEL, tuning=tmp_path / "x.cache", optimization_level=0)
-    assert parsed == [fastcal.quantize(MODEL, cache, fp16=True)]
+    assert parsed == [fastcal.quantize(MODEL, cache, fp16=True, exclude=FLOAT)]
     with pytest.raises(FastcalError, match=r"^TensorRT 1\.7\.\S+ has no implicit quantization; leave out explicit$"):
         fastcal.build_engine(MODEL, tuning=cache, explicit=False)
     with pytest.raises(
@@ -80,15 +83,15 @@ def test_batches_are_calibrated_with(parsed, profiles):
     batches = [{"image": np.random.default_rng(number).standard_normal((3, 3, 32, 32), "f4")} for number in range(2)]
     fastcal.build_engine(MODEL, batches, max_batch=5, exact=True, **RTX)
     expected = fastcal.calibrate(MODEL, batches, backend="onnxruntime", exact=True, tensorrt_version="10.3.0")
-    assert parsed == [fastcal.quantize(MODEL, expected, fp16=True)]
+    assert parsed == [fastcal.quantize(MODEL, expected, fp16=True, exclude=FLOAT)]
     assert profiles == [({"image": (-1, 3, 32, 32)}, (1, 3, 5))]
 
 
 def test_a_tuning_decides_on_layers_and_biases(cache, parsed):
     tuning = fastcal.Tuning(cache, in_float=["/3/first/Conv_output_0"], bias={"/0/Conv_output_0": [0.5] * 16})
     fastcal.build_engine(MODEL, tuning=tuning, min_batch=2, **RTX)
-    assert parsed == [fastcal.quantize(MODEL, tuning, fp16=True)]
-    assert parsed != [fastcal.quantize(MODEL, cache, fp16=True)]
+    assert parsed == [fastcal.quantize(MODEL, tuning, fp16=True, exclude=FLOAT)]
+    assert parsed != [fastcal.quantize(MODEL, cache, fp16=True, exclude=FLOAT)]
 
 
 def test_dynamic_sizes_are_those_of_the_batches(onnx_file, profiles):
@@ -185,7 +188,7 @@ def test_the_command_builds_with_images(run_fastcal, tmp_path, parsed, profiles)
     said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert said["images"] == "64 in 2 batches of 32"
     assert said["engine"].startswith(f"{tmp_path / 'x.engine'}, ")
-    assert parsed == [fastcal.quantize(MODEL, tmp_path / "x.cache", fp16=True)]
+    assert parsed == [fastcal.quantize(MODEL, tmp_path / "x.cache", fp16=True, exclude=FLOAT)]
     assert profiles == [({"image": (-1, 3, 32, 32)}, (1, 32, 64))]
     assert sorted(os.listdir(tmp_path)) == ["x.cache", "x.cache.json", "x.engine"]
     done = run_fastcal("build", MODEL, tmp_path / "x.cache", "-o", tmp_path / "y.engine", *options, "--json")
@@ -222,3 +225,48 @@ def test_expected_warnings_are_no_warnings(cache, caplog):
         fastcal.build_engine(MODEL, tuning=cache, **RTX)
     texts = [record for record in caplog.records if "scales to fp32" in record.getMessage()]
     assert {record.levelname for record in texts} == {"DEBUG"}
+
+
+#: Blocks of networks, between whose layers INT8 stays: the parts of YOLO, and a residual block.
+BLOCKS = {
+    "pooling": """c = Conv(x, w) s = Sigmoid(c) a = Mul(c, s)
+        m1 = MaxPool<kernel_shape = [5, 5], pads = [2, 2, 2, 2]>(a)
+        m2 = MaxPool<kernel_shape = [5, 5], pads = [2, 2, 2, 2]>(m1) t = Concat<axis = 1>(a, m1, m2, m2)
+        d = Conv(t, v) y = Relu(d)""",
+    "residual": """c = Conv<pads = [1, 1, 1, 1]>(x, k) a = Relu(c) d = Conv<pads = [1, 1, 1, 1]>(a, k) e = Relu(d)
+        g = Conv<pads = [1, 1, 1, 1]>(e, k) h = Add(g, a) i = Relu(h) j = Conv(i, w) y = Relu(j)""",
+    "split": """c = Conv(x, w) s = Sigmoid(c) a = Mul(c, s) l, r = Split<axis = 1>(a, halves) p = Conv(r, u)
+        q = Sigmoid(p) z = Mul(p, q) n = Add(r, z) t = Concat<axis = 1>(l, r, n, l) d = Conv(t, v2) y = Relu(d)""",
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_int8_stays_between_layers(onnx_file, name):
+    """No kernel of the engine reads a tensor of FP16: they read INT8, or the sums of products."""
+    from fastcal.engine.contents import contents_of
+    from fastcal.model import Model
+
+    shapes = {"w": (32, 32, 1, 1), "v": (32, 128, 1, 1), "v2": (32, 64, 1, 1), "u": (16, 16, 1, 1), "k": (32, 32, 3, 3)}
+    text = BLOCKS[name]
+    weights = {key: np.ones(shape, "f4") for key, shape in shapes.items() if f", {key})" in text}
+    weights |= {"halves": np.int64([16, 16])} if "halves" in text else {}
+    path = onnx_file(f"f (float[1, 32, 16, 16] x) => (float[1, 32, 16, 16] y) {{ {text} }}", weights)
+    model = Model(path)
+    scales = fastcal.CalibrationCache(dict.fromkeys([*model.input_names, *model.activations], 0.03))
+    contents = contents_of(rtx, fastcal.build_engine(path, tuning=scales, **RTX), model)
+    assert set(contents.weighted.values()) == {"INT8"}
+    assert contents.layers.get("FP16", 0) == 0
+
+
+def test_layers_that_rtx_runs_in_float_have_no_pair(onnx_file, parsed):
+    path = onnx_file(
+        "f (float[1, 8, 8, 8] x) => (float[1, 8, 15, 15] y) { c = Conv(x, w) n = Neg(c)"
+        "  p = AveragePool<kernel_shape = [2, 2], pads = [0, 0, 1, 1]>(n) d = Conv(p, w) t = ConvTranspose(d, u)"
+        "  y = Relu(t) }",
+        {"w": np.ones((8, 8, 1, 1), "f4"), "u": np.ones((8, 8, 8, 8), "f4")},
+    )
+    scales = fastcal.CalibrationCache(dict.fromkeys("xcnpdty", 0.03))
+    fastcal.build_engine(path, tuning=scales, **RTX)
+    (model,) = parsed
+    read = [node.input[0].removesuffix("_float16") for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert sorted(read) == ["p", "w", "x"]

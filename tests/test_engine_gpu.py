@@ -35,6 +35,7 @@ def contents(trt, tmp_path):
 
 def test_an_explicit_engine_runs_every_weighted_layer_in_int8(cache, contents):
     found = contents(fastcal.build_engine(MODEL, tuning=cache, explicit=True, max_batch=64, **QUICK))
+    assert len(found.weighted) == 8
     assert found.not_int8 == {}
     assert found.layers["INT8"] >= 7
 

@@ -101,7 +101,7 @@ class BuildOptions:
 
     @property
     def is_explicit(self) -> bool:
-        """Whether the build is explicit; errors as `build_engine`, also for options that do not go together."""
+        """True if the build is explicit; errors as `build_engine`, also for options that do not go together."""
         from fastcal.build import check_calibration, is_explicit
         from fastcal.engine.explicit import check_compute_capabilities
         from fastcal.library import load_library
@@ -209,7 +209,6 @@ class _Building:
 
     def _outcome(self, engine: bytes, feed: Any, tuning: Any) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
         """Yield rows and entries about the engine's layers and its speed, as far as they can be known here."""
-        from fastcal.device import resolve
         from fastcal.engine.contents import contents_of
         from fastcal.engine.speed import speeds
         from fastcal.library import load_library
@@ -217,8 +216,7 @@ class _Building:
         from fastcal.tuning.tuned import Tuning
 
         library = load_library(self.build_options.builder)
-        if resolve("auto") is not None:  # an engine is loaded on a GPU alone
-            yield contents_rows(contents_of(library, engine, self.network))
+        yield contents_rows(contents_of(library, engine, self.network))
         if self.build_options.time:
             settings = self.build_options.settings(self.options.for_tensorrt()["tactic_sources"])
             largest = {} if tuning is None else largest_values(Tuning.of(tuning).cache)

@@ -21,7 +21,7 @@ def contents_rows(contents: "Contents | None") -> tuple[dict[str, str], dict[str
     rows = {"layers": ", ".join(f"{count} in {kind}" for kind, count in sorted(contents.layers.items()))}
     if contents.not_int8:
         rows["float"] = first_few([f"{name} ({kind})" for name, kind in contents.not_int8.items()])
-    return rows, asdict(contents)
+    return rows, {"layers": dict(contents.layers), "not_int8": contents.not_int8}
 
 
 def speed_rows(speeds: "Mapping[str, Speed]") -> tuple[dict[str, str], dict[str, Any]]:
