@@ -308,6 +308,16 @@ def names_in(graph: onnx.GraphProto) -> Iterator[str]:
                 yield from names_in(subgraph)
 
 
+def unique_name(name: str, taken: set[str]) -> str:
+    """Return a name like `name` that is not taken, and add it to those that are."""
+    unique, number = name, 1
+    while unique in taken:
+        number += 1
+        unique = f"{name}_{number}"
+    taken.add(unique)
+    return unique
+
+
 def weight_scales(weights: npt.NDArray[np.float32], axis: int | None) -> npt.NDArray[np.float32]:
     """Return a scale, amax / 127, for each index of an axis, or one scale for all weights.
 

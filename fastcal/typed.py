@@ -15,8 +15,9 @@ from onnx import TensorProto, helper
 from fastcal.errors import first_few
 from fastcal.graph import subgraphs
 from fastcal.half import HalfType
+from fastcal.large_bias import split_biases
 from fastcal.model import Model, node_label
-from fastcal.qdq_graph import IN_SUBGRAPH, Graph, attribute, names_in, round_weights, spread
+from fastcal.qdq_graph import IN_SUBGRAPH, Graph, attribute, names_in, round_weights, spread, unique_name
 from fastcal.qdq_placement import WEIGHTED
 
 #: The operators that lose precision in 16 bits: they sum many values, widen their range, or compute with positions.
@@ -48,7 +49,7 @@ def narrow(model: Model, half: HalfType, largest: Mapping[str, float], ends: Col
         largest: The largest |x| of tensors, by name, as far as it is known.
         ends: The inputs and outputs that are to be of 16 bits.
     """
-    graph = Graph(model)
+    graph = Graph(split_biases(model, half))
     choice = _Choice(graph, half, largest)
     if choice.reasons:
         named = [f"{name} ({reason})" for name, reason in choice.reasons.items()]
@@ -216,12 +217,12 @@ class _Rewriting:
             if (is_half and name in self._pinned) or (not is_half and name in self._ends):
                 node.name = node.name or f"node_of_{name}"  # as TensorRT names it, by its output
             if is_half and name in self._pinned:
-                node.output[index] = self._halves[name] = self._unique(f"{name}_{self._half.name}")
+                node.output[index] = self._halves[name] = self._new_name(f"{name}_{self._half.name}")
                 self._cast(node.output[index], name, TensorProto.FLOAT)
             elif is_half:
                 self._halves[name] = name
             elif name in self._ends:
-                node.output[index] = self._floats[name] = self._unique(f"{name}_float32")
+                node.output[index] = self._floats[name] = self._new_name(f"{name}_float32")
                 self._halves[name] = name
                 self._cast(node.output[index], name, self._half.kind)
 
@@ -230,7 +231,7 @@ class _Rewriting:
         if self._halves.get(name) != name:
             return name
         if name not in self._floats:
-            self._floats[name] = self._unique(f"{name}_float32")
+            self._floats[name] = self._new_name(f"{name}_float32")
             self._cast(name, self._floats[name], TensorProto.FLOAT)
         return self._floats[name]
 
@@ -241,7 +242,7 @@ class _Rewriting:
         if is_stored(self._graph, name):
             is_rounded = node.op_type == "QuantizeLinear" and name == read[0]
             return self._stored(name, read[1] if is_rounded else "", node)
-        self._halves[name] = self._unique(f"{name}_{self._half.name}")
+        self._halves[name] = self._new_name(f"{name}_{self._half.name}")
         self._cast(name, self._halves[name], self._half.kind)
         return self._halves[name]
 
@@ -253,20 +254,15 @@ class _Rewriting:
             if scales is not None:  # so that 16 bits do not round the weights a second time
                 axis = attribute(node, "axis", None)
                 values = round_weights(values, scales, axis) * spread(scales, axis, values.ndim)
-            self._constants[name, scale] = self._unique(f"{name}_{self._half.name}")
+            self._constants[name, scale] = self._new_name(f"{name}_{self._half.name}")
             self._graph.proto.graph.initializer.append(self._half.tensor(values, self._constants[name, scale]))
         return self._constants[name, scale]
 
     def _cast(self, name: str, new: str, kind: int) -> None:
-        self._nodes.append(helper.make_node("Cast", [name], [new], self._unique(f"{new}_Cast"), to=kind))
+        self._nodes.append(helper.make_node("Cast", [name], [new], self._new_name(f"{new}_Cast"), to=kind))
 
-    def _unique(self, name: str) -> str:
-        unique, number = name, 1
-        while unique in self._taken:
-            number += 1
-            unique = f"{name}_{number}"
-        self._taken.add(unique)
-        return unique
+    def _new_name(self, name: str) -> str:
+        return unique_name(name, self._taken)
 
 
 def types_of(graph: Graph) -> dict[str, int]:

@@ -331,3 +331,30 @@ def test_a_model_of_an_old_opset_becomes_typed(tmp_path, opset):
     assert [node.output for node in old.graph.node] == [node.output for node in new.graph.node]
     values = [{tensor.name: tensor.raw_data for tensor in each.graph.initializer} for each in (old, new)]
     assert values[0] == values[1]
+
+
+@pytest.mark.parametrize(
+    ("graph", "weights", "shape"),
+    [
+        ("[a] t = Conv(x, w, b) r = Relu(t) [b] y = Conv(r, w, b)", (8, 8, 1, 1), (4, 8, 4, 4)),
+        ("[a] t = ConvTranspose(x, w, b) [b] y = ConvTranspose(t, w, b)", (8, 8, 1, 1), (4, 8, 4, 4)),
+        ("[a] t = Gemm<transB = 1>(x, w, b) [b] y = Gemm<beta = 0.5>(t, w, b)", (8, 8), (4, 8)),
+        ("[a] m = MatMul(x, w) t = Add(m, b) [b] n = MatMul(t, w) y = Add(b, n)", (8, 8), (4, 8)),
+    ],
+)
+def test_large_biases_do_not_overflow(onnx_file, graph, weights, shape):
+    """ONNX Runtime divides them by the product of the scales: by 1e-6 and less here."""
+    random = np.random.default_rng(0)
+    values = {
+        "w": random.standard_normal(weights, dtype="f4") / 100,
+        "b": 20 * np.abs(random.standard_normal(8, dtype="f4")),
+    }
+    dims = ", ".join(["N", *map(str, shape[1:])])
+    path = onnx_file(f"f (float[{dims}] x) => (float[{dims}] y) {{ {graph} }}", values)
+    found = Made(path, [{"x": random.standard_normal(shape, dtype="f4")}])
+    (exact,), (fp16,) = found.run(path), found.run(found.models["fp16"])
+    assert decibels(exact, fp16) > 60
+    assert count_quantized(found.models["fp16"]) == (2, 2)
+    assert {"a", "b"} <= {node.name for node in found.models["fp16"].graph.node}
+    same = [node.op_type for node in found.models["bf16"].graph.node if node.op_type in ("Add", "Sub")]
+    assert same == (["Add", "Add"] if "MatMul" in graph else [])
