@@ -12,6 +12,8 @@ import pytest
 import fastcal
 from conftest import DIGITS
 from fastcal.errors import DataError, FastcalError, ModelError
+from fastcal.external import ExternalData
+from fastcal.library import logger_of
 
 rtx = pytest.importorskip("tensorrt_rtx")
 
@@ -85,6 +87,35 @@ def test_batches_are_calibrated_with(parsed, profiles):
     expected = fastcal.calibrate(MODEL, batches, backend="onnxruntime", exact=True, tensorrt_version="10.3.0")
     assert parsed == [fastcal.quantize(MODEL, expected, fp16=True, exclude=FLOAT)]
     assert profiles == [({"image": (-1, 3, 32, 32)}, (1, 3, 5))]
+    fastcal.build_engine(MODEL, batches, max_batch=2, tuning=expected, **RTX)
+    assert profiles[1][1] == (1, 2, 2)
+
+
+def test_a_calibration_is_exact_if_asked_for(onnx_file, parsed):
+    path = onnx_file(
+        "f (float[N, 4] x) => (float[N, 4] y) { m = MatMul(x, w) s = Sigmoid(m) y = MatMul(s, w) }",
+        {"w": np.eye(4, dtype="f4")},
+    )
+    batches = [{"x": np.random.default_rng(0).standard_normal((64, 4), "f4")}]
+    for exact in (False, True):
+        fastcal.build_engine(path, batches, exact=exact, **RTX)
+        cache = fastcal.calibrate(path, batches, exact=exact, backend="onnxruntime", tensorrt_version="10.3.0")
+        assert parsed[-1] == fastcal.quantize(path, cache, fp16=True)
+    assert parsed[0] != parsed[1]
+
+
+def test_the_engine_is_for_the_named_gpus(cache, monkeypatch):
+    from fastcal.engine.settings import BuildSettings
+
+    found, build = [], BuildSettings.build
+
+    def record(settings, builder, network, config, *more):
+        found.extend(config.get_compute_capability(index).name for index in range(config.num_compute_capabilities))
+        return build(settings, builder, network, config, *more)
+
+    monkeypatch.setattr(BuildSettings, "build", record)
+    fastcal.build_engine(MODEL, tuning=cache, builder="rtx", compute_capabilities=["8.9", "12.0"])
+    assert found == ["SM89", "SM120"]
 
 
 def test_a_tuning_decides_on_layers_and_biases(cache, parsed):
@@ -111,16 +142,22 @@ def test_a_large_model_is_parsed_from_a_file(cache, monkeypatch, tmp_path):
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="weights", size_threshold=0)
     plain = fastcal.CalibrationCache(cache.scales)
     engine = fastcal.build_engine(tmp_path / "m.onnx", tuning=plain, **RTX)
+    moved, move = [], ExternalData.move
+    monkeypatch.setattr(ExternalData, "move", lambda *arguments: moved.append(arguments) or move(*arguments))
     monkeypatch.setattr("fastcal.library._MOST_IN_MEMORY", 1)
     assert abs(len(fastcal.build_engine(tmp_path / "m.onnx", tuning=plain, **RTX)) - len(engine)) < 2000
+    assert len(moved) == 1
 
 
-def test_what_tensorrt_cannot_parse_is_named(onnx_file):
+def test_what_tensorrt_cannot_parse_is_named(onnx_file, cache):
     path = onnx_file(
         "f (float[N, 2] x) => (float[N, 2] y) { t = MatMul(x, w) y = NoSuchLayer(t) }", {"w": np.eye(2, dtype="f4")}
     )
     with pytest.raises(ModelError, match=r"^TensorRT cannot parse .*model.onnx: NoSuchLayer node of 'y': \S"):
         fastcal.build_engine(path, tuning=fastcal.CalibrationCache({"x": 0.1}), fp16=False, **RTX)
+    assert logger_of(rtx).errors
+    fastcal.build_engine(MODEL, tuning=cache, **RTX)
+    assert logger_of(rtx).errors == []
 
 
 @pytest.mark.parametrize(

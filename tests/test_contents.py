@@ -71,6 +71,8 @@ Name: __myl_CastMul_myl0_0, LayerType: kgen, Inputs: [ { Name: x, Datatype: Floa
 Outputs: [ { Name: t, Datatype: Int8 }], Metadata: [ONNX Layer: x_Cast][ONNX Layer: a_conv]
 Name: a_conv_myl0_1, LayerType: correlation, Inputs: [ { Name: t, Datatype: Int8, Format: (NHWC) }], Outputs: [ { \
 Name: u, Datatype: Float }], Metadata: [ONNX Layer: a_conv][ONNX Layer: w_DequantizeLinear]
+Name: __myl_Cast_myl0_4, LayerType: kgen, Inputs: [ { Name: t, Datatype: Int8 }], Metadata: [ONNX Layer: node_of_b]
+Name: __myl_Cast_myl0_5, LayerType: kgen, Inputs: [ { Name: t, Datatype: Half }], Metadata: [ONNX Layer: fc]
 Name: node_of_b_myl0_2, LayerType: correlation, Inputs: [ { Name: u, Datatype: Half }], Metadata: [ONNX Layer: \
 node_of_b]
 Name: c_conv_myl0_3, LayerType: correlation, Inputs: [ { Name: u, Datatype: BFloat16 }], Metadata: [ONNX Layer: c_conv]
@@ -86,5 +88,5 @@ def test_layers_of_the_builders_log(onnx_file):
     library = SimpleNamespace()
     with mock.patch("fastcal.engine.contents.logger_of", return_value=SimpleNamespace(layers=LOGGED)):
         contents = contents_of(library, b"", model)
-    assert contents.layers == {"FP32": 1, "INT8": 1, "FP16": 1, "BF16": 1}
-    assert contents.weighted == {"a_conv": "INT8", "b": "FP16", "c_conv": "BF16"}
+    assert contents.layers == {"FP32": 1, "INT8": 2, "FP16": 2, "BF16": 1}
+    assert contents.weighted == {"a_conv": "INT8", "b": "FP16", "c_conv": "BF16", "fc": "FP16"}

@@ -358,3 +358,51 @@ def test_large_biases_do_not_overflow(onnx_file, graph, weights, shape):
     assert {"a", "b"} <= {node.name for node in found.models["fp16"].graph.node}
     same = [node.op_type for node in found.models["bf16"].graph.node if node.op_type in ("Add", "Sub")]
     assert same == (["Add", "Add"] if "MatMul" in graph else [])
+
+
+def test_layers_go_back_to_fp16_as_soon_as_they_can(onnx_file, caplog):
+    """After what stays in FP32, and for constants: tables, and weights with a few small values."""
+    path = onnx_file(
+        "f (int64[N] i, float[N, 8] x) => (float[N, 8] y, float[N, 8] z) { e = Gather(table, i) p = Pow(x, two)"
+        "  r = Relu(p) s = Add(r, e) [plain] y = MatMul(r, v) [int8] z = MatMul(s, w) }",
+        {
+            "table": np.ones((4, 8), "f4"), "two": np.float32(2), "w": np.eye(8, dtype="f4"),
+            "v": np.eye(8, dtype="f4") + np.float32(1e-9),
+        },
+    )  # fmt: skip
+    cache = fastcal.CalibrationCache({"x": 0.01, "r": 0.01, "s": 0.01})
+    kept, model = kept_in_fp32(caplog, path, cache, fp16=True, exclude=["plain"])
+    assert kept == {"p": "Pow"}
+    types = types_in(model)
+    assert {types[name] for name in "pr"} == {TensorProto.FLOAT}
+    assert {types[name] for name in "es"} == {TensorProto.FLOAT16}
+    (plain,) = [node for node in model.graph.node if node.name == "plain"]
+    assert plain.input[1] == "v_float16"
+
+
+def test_a_type_that_an_attribute_names_stays(onnx_file):
+    path = onnx_file(
+        "f (float[2, 2] x) => (float[2, 2] y) { n = Neg(x) c = Cast<to = 1>(n) i = EyeLike<dtype = 1>(c)"
+        "  k = Cast<to = 6>(n) f = Cast<to = 1>(k) s = Add(c, i) t = Add(s, f) y = MatMul(t, w) }",
+        {"w": np.eye(2, dtype="f4")},
+    )
+    model = fastcal.quantize(path, fastcal.CalibrationCache({"t": 0.05}), fp16=True)
+    onnx.checker.check_model(model, full_check=True)
+    types = types_in(model)
+    assert types["n"] == TensorProto.FLOAT16
+    assert {types[name] for name in "cif"} == {TensorProto.FLOAT}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.float32([[-1, 2], [0.5, 0]])
+    assert session.run(None, {"x": x})[0] == pytest.approx(np.eye(2) - x + np.trunc(-x), abs=0.05)
+
+
+def test_channels_of_hardly_any_weight_have_scales_above_0(onnx_file):
+    weights = np.eye(4, dtype="f4")
+    weights[:, 2] *= 1e-9
+    path = onnx_file("f (float[N, 4] x) => (float[N, 4] y) { y = MatMul(x, w) }", {"w": weights})
+    model = fastcal.quantize(path, fastcal.CalibrationCache({"x": 0.01}), fp16=True)
+    batch = {"x": np.linspace(-1, 1, 8, dtype="f4").reshape(2, 4)}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(None, batch)[0] == pytest.approx(batch["x"] @ weights, abs=0.01)
+    (scales,) = [numpy_helper.to_array(each) for each in model.graph.initializer if each.name == "w_scale_float16"]
+    assert scales.min() == 2.0**-24
