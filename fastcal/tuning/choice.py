@@ -13,7 +13,7 @@ from fastcal.model import Model
 from fastcal.observe.histogram import Observations
 from fastcal.qdq_graph import modern
 from fastcal.tuning.layers import Layer
-from fastcal.tuning.meter import NoiseMeter, meter_for, sqnr
+from fastcal.tuning.meter import NoiseMeter, meter_for
 from fastcal.tuning.unfinished import Unfinished
 
 #: The algorithms whose scales are tried.
@@ -67,7 +67,7 @@ def kept(model: Model, sampled: Sampled, cache: CalibrationCache, threads: int |
     if cache.observed is not None:
         scales = candidates(cache.observed, exact=not cache.algorithm.keeps_ranges) | scales
     with meter_for(modern(model), sampled, cache.scales, threads=threads) as meter:
-        return {name: sqnr(meter.errors(meter.choice(True), each)) for name, each in scales.items()}
+        return {name: meter.errors(meter.choice(True), each).sqnr for name, each in scales.items()}
 
 
 def best(meter: NoiseMeter, scales: Mapping[str, Mapping[str, float]]) -> tuple[str, dict[str, float]]:
@@ -78,7 +78,7 @@ def best(meter: NoiseMeter, scales: Mapping[str, Mapping[str, float]]) -> tuple[
         noises |= {name: meter.noise(meter.choice(True), scales[name]) for name in close}
     name = min(close, key=lambda name: noises[name])
     others = ", ".join(f"{each} {decibels(noise):.1f}" for each, noise in noises.items() if each != name)
-    _log.info("scales by %s keep most at the outputs: %.1f dB (%s)", name, decibels(noises[name]), others)
+    _log.info("scales by %s keep most: %.1f dB (%s)", name, decibels(noises[name]), others)
     return name, dict(scales[name])
 
 
