@@ -55,12 +55,12 @@ def test_a_softmax_hides_no_noise(onnx_file):
     weights = RANDOM.standard_normal((4, 3)).astype("f4")
     batch = {"x": RANDOM.standard_normal((16, 4)).astype("f4")}
     errors = {}
-    for sureness in (1, 12):
+    for sureness in (1, 6):
         path = onnx_file(
             "f (float[N, 4] x) => (float[N, 3] y) { l = MatMul(x, w) y = Softmax(l) }", {"w": sureness * weights}
         )
         model = Model(path)
         with NoiseMeter(model, Placement(Graph(model), {"x": 0.03}, set()).axes, [batch]) as meter:
             errors[sureness] = meter.errors(meter.choice(True), {"x": 0.03})
-    assert errors[12].noise == pytest.approx(errors[1].noise, rel=0.01)  # the weights have the same rounding
-    assert errors[12].parts["y"] < errors[12].noise / 3
+    assert errors[6].noise == pytest.approx(errors[1].noise, rel=0.01)  # the weights have the same rounding
+    assert errors[6].parts["y"] != pytest.approx(errors[1].parts["y"], rel=0.2)
