@@ -94,7 +94,7 @@ def _fastcal(algorithm, model, samples, output):
         for first in range(0, len(next(iter(samples.values()))), 32)
     ]
     cache = fastcal.calibrate(model, batches, algorithm=algorithm, exact=False)
-    onnx.save(fastcal.quantize(model, cache, depthwise=True), output)
+    onnx.save(fastcal.quantize(model, cache), output)
 
 
 def _onnxruntime(calibration, model, samples, output):

@@ -13,11 +13,15 @@ from .calibrators import EntropyCalibrator as EntropyCalibrator
 from .calibrators import EntropyCalibrator2 as EntropyCalibrator2
 from .calibrators import LegacyCalibrator as LegacyCalibrator
 from .calibrators import MinMaxCalibrator as MinMaxCalibrator
+from .dla import for_dla as for_dla
+from .dla import unfit_for_dla as unfit_for_dla
 from .errors import CacheError as CacheError
 from .errors import DataError as DataError
 from .errors import FastcalError as FastcalError
 from .errors import ModelError as ModelError
 from .errors import UnavailableError as UnavailableError
+from .extract import Extracted as Extracted
+from .extract import extract_scales as extract_scales
 from .feed.arrays import ArrayFeed as ArrayFeed
 from .feed.feed import Feed as Feed
 from .feed.images import ImageFeed as ImageFeed

@@ -22,7 +22,8 @@ from fastcal.versions import DEFAULT_TENSORRT_VERSION
 #: The values of `calibration`: fastcal calibrates, or TensorRT's builder does.
 CALIBRATIONS = ("fastcal", "tensorrt")
 
-#: The layers that TensorRT for RTX 1.7 never runs in INT8: a pair would round their inputs for nothing.
+#: The layers that TensorRT for RTX 1.7 never runs in INT8: a pair would round their inputs for nothing. Depthwise
+#: convolutions have no pairs there either: in INT8 they make the engine larger.
 _FLOAT_ON_RTX = ("AveragePool", "ConvTranspose", "GlobalAveragePool")
 
 
@@ -165,7 +166,7 @@ def _build_explicit(
             tuning = calibrate(model, feed, tensorrt_version=DEFAULT_TENSORRT_VERSION, **options)
         types = {node.op_type for node in model.proto.graph.node}
         exclude = types.intersection(_FLOAT_ON_RTX if is_rtx(library) else ())
-        proto = add_pairs(model, tuning, exclude, half=typed)
+        proto = add_pairs(model, tuning, exclude, depthwise=not is_rtx(library), half=typed)
         flags = ["INT8", *([] if half is None else [half.label])]
         return build_typed(
             library, model, proto, feed, settings, flags=flags, compute_capabilities=compute_capabilities

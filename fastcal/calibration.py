@@ -13,6 +13,7 @@ from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.histograms import reuse_histograms, save_histograms
 from fastcal.cache.record import Record, check_cache_writable, read_record, why_no_record
 from fastcal.definition import Definition, Network, as_network
+from fastcal.dla import check_target, for_dla
 from fastcal.errors import MOST_THREADS, DataError, FastcalError, ModelError, check_range, first_few, missing
 from fastcal.feed.arrays import as_feed
 from fastcal.feed.feed import Feed
@@ -30,12 +31,7 @@ from fastcal.observe.backends import (
 from fastcal.observe.histogram import Histogram, Observations
 from fastcal.progress import Progress
 from fastcal.stability import StabilityCheck
-from fastcal.versions import (
-    DEFAULT_TENSORRT_VERSION,
-    LAST_MAJOR,
-    check_tensorrt_version,
-    installed_tensorrt_version,
-)
+from fastcal.versions import cache_version
 
 _log = logging.getLogger("fastcal")
 
@@ -59,6 +55,7 @@ def calibrate(
     ray_address: str | None = None,
     cache: str | os.PathLike[str] | None = None,
     histograms: str | os.PathLike[str] | None = None,
+    target: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> CalibrationCache:
     """Pick the INT8 scales of a network's tensors; with `exact`, those that TensorRT's own calibration would pick.
@@ -110,6 +107,8 @@ def calibrate(
             complete, and the log names the difference.
         histograms: An .npz file to keep the histograms in, for other algorithms. If they are up to date, scales are
             picked from them and the network does not run; else they are replaced when the new ones are complete.
+        target: None for a GPU, or "dla": the scales are equal where NVIDIA's DLA needs equal ones, see `for_dla`. Only
+            for an ONNX file.
         progress: Called after every batch; with workers after every few seconds' work of a worker.
 
     Returns:
@@ -124,6 +123,7 @@ def calibrate(
         Exception: As the feed.
     """
     picked = Algorithm.of(algorithm, quantile, exact=exact)
+    check_target(target, picked)
     check_range("threads", threads, 1, MOST_THREADS)
     check_range("memory", memory, 1)
     if until_stable is not None and not until_stable > 0:
@@ -132,7 +132,7 @@ def calibrate(
         raise FastcalError("until_stable looks at the batches one after another; leave it or workers out")
     if ray_address is not None and workers is None:
         raise FastcalError(f"ray_address is {ray_address}, and without workers there is nothing to do there; set both")
-    version = _tensorrt_version(tensorrt_version)
+    version = cache_version(tensorrt_version)
     network = as_network(model)
     local: Mapping[str, LocalBackend] = {
         "onnxruntime": OnnxRuntimeBackend(threads, tf32, memory),
@@ -148,7 +148,9 @@ def calibrate(
     if picked.is_measured and (workers is not None or not isinstance(network, Model)):
         raise FastcalError("algorithm best runs an ONNX file in INT8 in this process; choose another, or tune the file")
     with as_feed(feed, network, runner.device) as batches:
-        calibration = Calibration(batches, picked, network, runner, version, until_stable, histograms=histograms)
+        calibration = Calibration(
+            batches, picked, network, runner, version, until_stable, histograms=histograms, target=target
+        )
         return calibration.run(progress) if cache is None else calibration.keep(cache, progress)
 
 
@@ -165,6 +167,7 @@ class Calibration:
         until_stable: The percentage of `fastcal.calibrate`; None uses all batches.
         pick: A function that returns the name of the best algorithm and its scales, in place of algorithm "best".
         histograms: The file that keeps the histograms; None keeps none.
+        target: None for a GPU, or "dla".
     """
 
     feed: Feed
@@ -175,8 +178,11 @@ class Calibration:
     until_stable: float | None = None
     pick: Callable[[Observations], tuple[str, dict[str, float]]] | None = None
     histograms: str | os.PathLike[str] | None = None
+    target: str | None = None
 
     def __post_init__(self) -> None:
+        if self.target is not None and self._file is None:
+            raise FastcalError("a cache for the DLA needs the ONNX file; name it as the model")
         if self.algorithm.is_measured and not isinstance(self.feed, Sampled):
             assert self.network is not None
             object.__setattr__(self, "feed", Sampled(self.feed, self.network.inputs, HELD_OUT))
@@ -191,7 +197,12 @@ class Calibration:
         """The record of the cache, known before the calibration runs."""
         digest = None if self.network is None else self.network.digest
         settings = {**self.algorithm.settings, "until_stable": self.until_stable, "precision": self.backend.precision}
-        return Record.of(self.feed.describe(), digest, **settings)
+        return Record.of(self.feed.describe(), digest, **settings, target=self.target)
+
+    @property
+    def _file(self) -> Model | None:
+        """The network's ONNX file; None if it is not known."""
+        return self.network.file if isinstance(self.network, Definition) else self.network
 
     def reuse(self, path: str | os.PathLike[str]) -> tuple[bytes | None, str]:
         """Return the contents of the cache at `path` and "" if it is up to date, else None and the reason."""
@@ -218,6 +229,8 @@ class Calibration:
         differences = self.record.differences(earlier)
         if self.until_stable is None and "until_stable" in earlier.entries:
             differences.append(f"until_stable ({earlier.entries['until_stable']} then: perhaps not all batches)")
+        if self.target is None and "target" in earlier.entries:
+            differences.append(f"target ({earlier.entries['target']} then)")
         return (None, "it was made from other " + ", ".join(differences)) if differences else (data, "")
 
     def keep(
@@ -263,7 +276,11 @@ class Calibration:
         # Workers decide on the backend, and so on the precision, when they run.
         entries = {**cache.record.entries, "precision": observed.precision}
         record = Record(entries | ({"picked": picked.name} if self.algorithm.is_measured else {}))
-        return replace(cache, record=record, observed=observed)
+        cache = replace(cache, record=record, observed=observed)
+        if self.target is None:
+            return cache
+        assert self._file is not None
+        return for_dla(self._file, cache)
 
     def _observe(self, progress: Callable[[Progress], None] | None) -> Observations:
         """Run the network over the batches."""
@@ -284,7 +301,9 @@ class Calibration:
         algorithm = {}
         if self.until_stable is not None:  # its scales have decided on the end
             algorithm = replace(self._stable_by, keeps_ranges=None).settings
-        others = {name: value for name, value in self.record.entries.items() if name not in self.algorithm.settings}
+        others = dict(self.record.entries)
+        for name in (*self.algorithm.settings, "target"):
+            others.pop(name, None)
         record = Record({**others, "backend": self.backend.name, **algorithm})
         observed, reason = reuse_histograms(path, record)
         if observed is None:
@@ -329,17 +348,6 @@ def _choose_backend(asked: str, network: Network) -> str:
         reason = f"cannot run {', '.join(foreign)}" if foreign else "has no CUDA provider here"
         _log.info("TensorRT runs the network: ONNX Runtime %s", reason)
     return chosen
-
-
-def _tensorrt_version(asked: str | None) -> str:
-    if asked is not None:
-        return check_tensorrt_version(asked)
-    installed = installed_tensorrt_version()
-    if installed is not None and int(installed.partition(".")[0]) <= LAST_MAJOR:
-        return check_tensorrt_version(installed)
-    here = "TensorRT is not installed here" if installed is None else f"TensorRT {installed} reads no caches"
-    _log.info("%s: the cache is written for TensorRT %s", here, DEFAULT_TENSORRT_VERSION)
-    return DEFAULT_TENSORRT_VERSION
 
 
 def _tell_of_ranges(kept: Mapping[str, tuple[float, float]]) -> None:

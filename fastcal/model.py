@@ -323,6 +323,16 @@ class Model:
         """The tensors that must not be clipped: see `fastcal.ranges.least_thresholds`."""
         return least_thresholds(self.proto.graph)
 
+    def replaced(self, proto: onnx.ModelProto) -> "Model":
+        """Return a model of this path with another graph; its digest is that of the file that `onnx.save` writes.
+
+        Args:
+            proto: The model's content, with all its weights.
+        """
+        variant = self.variant(proto)
+        variant.__dict__["digest"] = hashlib.sha256(proto.SerializeToString()).hexdigest()
+        return variant
+
     @property
     def external_files(self) -> list[Path]:
         """The paths of the files with external data."""

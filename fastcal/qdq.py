@@ -39,7 +39,7 @@ def quantize(
     cache: CalibrationCache | Tuning | str | os.PathLike[str],
     *,
     exclude: Iterable[str] = (),
-    depthwise: bool = False,
+    depthwise: bool = True,
     int8_weights: bool = False,
     fp16: bool = False,
     bf16: bool = False,
@@ -57,8 +57,9 @@ def quantize(
     - An average pooling has a pair on its input if its output is quantized too. MaxPool, Concat and the layers that
       only change the shape need no pair: TensorRT moves the next pair through them.
 
-    Depthwise convolutions stay in float unless `depthwise`: in INT8 they make an engine larger and no faster. With a
-    tuning, the layers that it leaves in float have no pairs, and the biases that it corrects are corrected.
+    With `depthwise=False`, depthwise convolutions stay in float, which makes an engine of TensorRT for RTX smaller.
+    TensorRT 8.6 becomes slower, since it converts every tensor between them and their neighbours. With a tuning, the
+    layers that it leaves in float have no pairs, and the biases that it corrects are corrected.
 
     Weights may be any constant: an expression that depends on no input, such as a Cast or the DequantizeLinear of
     stored INT8, is computed and stored. Local functions are inlined. A float16 model stays one, with pairs of FP16. A
@@ -72,7 +73,7 @@ def quantize(
             model.
         exclude: The layers to keep in float: by their names, by types like "Gemm" ("Add" keeps the residual connections
             in float), or by a tensor that they read. Patterns like "/model.22/*" stand for all that fit.
-        depthwise: Whether depthwise convolutions are in INT8 too.
+        depthwise: Whether depthwise convolutions are in INT8.
         int8_weights: Whether to store the weights that would have a pair as INT8, a quarter of their size, with a
             DequantizeLinear alone. The outputs stay the same.
         fp16: Whether the layers between the pairs run in FP16, as a model for TensorRT 11 must say itself. Weights,
@@ -102,7 +103,7 @@ def add_pairs(
     cache: CalibrationCache | Tuning | str | os.PathLike[str],
     exclude: Iterable[str] = (),
     *,
-    depthwise: bool = False,
+    depthwise: bool = True,
     int8_weights: bool = False,
     half: HalfType | None = None,
     placing: type[Placement] = Placement,

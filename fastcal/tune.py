@@ -50,7 +50,7 @@ def tune(
     threshold: float | None = None,
     float_share: float = FLOAT_SHARE,
     bias_correction: bool = True,
-    depthwise: bool = False,
+    depthwise: bool = True,
     exclude: Iterable[str] = (),
     algorithm: str = "best",
     quantile: float = DEFAULT_QUANTILE,

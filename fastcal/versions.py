@@ -1,5 +1,6 @@
 """Versions of the TensorRT that reads a cache, and of the packages that are installed."""
 
+import logging
 import re
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -11,6 +12,8 @@ DEFAULT_TENSORRT_VERSION = "10.16.1"
 
 #: The last TensorRT that has calibrators and reads caches.
 LAST_MAJOR = 10
+
+_log = logging.getLogger("fastcal")
 
 
 def installed_tensorrt_version() -> str | None:
@@ -33,6 +36,18 @@ def check_tensorrt_version(version: str) -> str:
     """Return `version` as "major.minor.patch"; FastcalError if it reads no calibration caches (5.x to 10.x do)."""
     version_number(version)
     return ".".join([*version.split("."), "0"][:3])
+
+
+def cache_version(asked: str | None) -> str:
+    """Return the TensorRT version for a cache: `asked`, else the installed one if it reads caches, else the default."""
+    if asked is not None:
+        return check_tensorrt_version(asked)
+    installed = installed_tensorrt_version()
+    if installed is not None and int(installed.partition(".")[0]) <= LAST_MAJOR:
+        return check_tensorrt_version(installed)
+    here = "TensorRT is not installed here" if installed is None else f"TensorRT {installed} reads no caches"
+    _log.info("%s: the cache is written for TensorRT %s", here, DEFAULT_TENSORRT_VERSION)
+    return DEFAULT_TENSORRT_VERSION
 
 
 def version_number(version: str) -> int:

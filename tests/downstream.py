@@ -137,6 +137,12 @@ def models(folder: Path, config: Any, network: Any, builder: Any) -> bytes:
     print(layer.noise, point.sqnr, tuning.text)
     tuning.save(folder / "tuned.json")
     quantized = fastcal.quantize("model.onnx", folder / "tuned.json", depthwise=True)
+    extracted = fastcal.extract_scales("model.qdq.onnx", feed, tensorrt_version="8.6.0")
+    assert_type(extracted, fastcal.Extracted)
+    assert_type(extracted.model, onnx.ModelProto)
+    assert_type(fastcal.for_dla("model.onnx", extracted.cache), fastcal.CalibrationCache)
+    assert_type(fastcal.unfit_for_dla(folder / "model.onnx"), dict[str, str])
+    print(extracted.cache.header, extracted.paired, extracted.missing)
     calibrators: Sequence[fastcal.FeedCalibrator] = (
         fastcal.EntropyCalibrator2(feed, cache="model.cache", model=folder / "model.onnx", progress=show),
         fastcal.EntropyCalibrator(feed),

@@ -221,3 +221,74 @@ def test_a_pipeline_that_does_what_an_image_feed_does_gives_its_scales(tmp_path)
             fastcal.calibrate(DIGITS / "digits.onnx", feed, backend="onnxruntime").scales, rel=1e-3
         )
     assert said == f"digits.cache: {len(scales)} scales from 8 batches of 32\n"
+
+
+def test_deepstream_gets_the_cache_that_its_configuration_names(tmp_path, commands):
+    """With a stand-in for GStreamer, which says what it is told to run; test_readme.py runs the script without one."""
+    folder = tmp_path / "deepstream"
+    shutil.copytree(EXAMPLES / "deepstream", folder)
+    shutil.copy(DIGITS / "digits.onnx", folder / "model.onnx")
+    (folder / "images").symlink_to(DIGITS / "images")
+    (commands / "gst-launch-1.0").write_text('#!/bin/sh\necho "$@"\n')
+    (commands / "gst-launch-1.0").chmod(0o755)
+    environment = {**os.environ, "PATH": str(commands), "TENSORRT": "8.6.2"}
+    done = subprocess.run(
+        [shutil.which("sh"), folder / "run.sh"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nvinfer config-file-path=config_infer_primary.txt" in done.stdout.splitlines()[-1]
+    cache = fastcal.CalibrationCache.load(folder / "model.cache")
+    assert cache.header == "TRT-8602-EntropyCalibration2"
+    assert cache.record.entries["preprocess"].startswith("letterbox 0, rounded down, to 32x32, not antialiased, RGB")
+
+
+def test_onnxruntime_classifies(tmp_path):
+    command = [sys.executable, EXAMPLES / "onnxruntime" / "classify.py", "--tensorrt", "10.3.0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    right, total = re.match(r"(\d+) of (\d+) images classified correctly by \w+", done.stdout).groups()
+    assert int(total) == sum(1 for path in (DIGITS / "test").rglob("*.jpg"))
+    assert int(right) > 0.98 * int(total)
+    assert (tmp_path / "digits.cache").read_text().startswith("TRT-100300-EntropyCalibration2\n")
+
+
+def test_tritons_repository_has_the_files_that_its_configuration_names(tmp_path, commands):
+    shutil.copytree(EXAMPLES / "triton", tmp_path / "triton")
+    (tmp_path / "digits").symlink_to(DIGITS)
+    for name in ("cp", "mkdir"):
+        (commands / name).symlink_to(shutil.which(name))
+    environment = {**os.environ, "PATH": str(commands), "TENSORRT": "10.3.0"}
+    done = subprocess.run(
+        [shutil.which("sh"), tmp_path / "triton" / "prepare.sh"], env=environment, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    repository = tmp_path / "triton" / "repository"
+    configuration = (repository / "digits" / "config.pbtxt").read_text()
+    parameters = dict(re.findall(r'key: "(\w+)" value: "([^"]+)"', configuration))
+    folder = repository / os.path.relpath(parameters["trt_engine_cache_path"], "/models")
+    cache = fastcal.CalibrationCache.load(folder / parameters["int8_calibration_table_name"])
+    assert cache.header == "TRT-100300-EntropyCalibration2"
+    model = fastcal.Model(repository / "digits" / "1" / "model.onnx")
+    assert fastcal.check_cache(cache, model).missing == ()
+    declared = dict(re.findall(r'name: "(\w+)" data_type: TYPE_FP32 dims: \[ ([\d, ]+) \]', configuration))
+    inputs = {value.name: ", ".join(map(str, value.shape[1:])) for value in model.inputs}
+    assert declared == inputs | {"logits": "10"}
+    assert [value.name for value in model.proto.graph.output] == ["logits"]
+
+
+def test_ultralytics_export_and_its_cache(tmp_path):
+    pytest.importorskip("ultralytics")
+    command = [sys.executable, EXAMPLES / "ultralytics" / "export.py", "--weights", "yolo11n.yaml", "--size", "64"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [*command, "--limit", "4", "--tensorrt", "8.6.1", "--dla"], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "images are prepared as letterbox 114 to 64x64, not antialiased, RGB, (x * 0.0039215" in done.stdout
+    cache = fastcal.CalibrationCache.load(tmp_path / "yolo11n.cache")
+    assert cache.header == "TRT-8601-EntropyCalibration2"
+    assert fastcal.check_cache(cache, tmp_path / "yolo11n.onnx").missing == ()
+    assert cache.scales == fastcal.for_dla(tmp_path / "yolo11n.onnx", cache).scales

@@ -84,7 +84,7 @@ def test_models_that_onnx_ships(path):
     """These are of opset 9, and a constant expression computes each weight."""
     model = Model(path)
     scales = dict.fromkeys([*model.input_names, *model.activations], 0.1)
-    quantized = fastcal.quantize(path, fastcal.CalibrationCache(scales), depthwise=True)
+    quantized = fastcal.quantize(path, fastcal.CalibrationCache(scales))
     counts = count_quantized(quantized)
     assert counts[0] == counts[1] > 20
     onnx.checker.check_model(quantized, full_check=True)

@@ -53,7 +53,7 @@ done
 FASTCAL = re.compile(r"fastcal [^#$&;<>|\\]*")
 
 #: Packages that a block may show fastcal together with, and that the tests do without.
-OTHERS = ("modelopt", "polygraphy", "torch")
+OTHERS = ("modelopt", "polygraphy", "torch", "ultralytics")
 
 
 def marks(code):
@@ -125,6 +125,7 @@ def sample(tmp_path_factory):
         (bin_folder / name).chmod(0o755)
     run(folder, ["fastcal", "calibrate", "model.onnx", "images/", "-o", "model.cache"], folder)
     run(folder, ["fastcal", "quantize", "model.onnx", "model.cache", "-o", "other.qdq.onnx"], folder)
+    shutil.copy(folder / "other.qdq.onnx", folder / "trained.qdq.onnx")
     for suffix in ("", ".json"):
         shutil.copy(folder / f"model.cache{suffix}", folder / f"earlier.cache{suffix}")
     return folder

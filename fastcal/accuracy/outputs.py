@@ -153,6 +153,17 @@ class Ends:
             return None if inner is None or axis is None else inner._replace(axis=axis)
         return self._joined(node) if node.op_type == "Concat" else None
 
+    def softmax_axis(self, name: str) -> int | None:
+        """Return the axis of the classes if a Softmax computes a tensor, whatever changes the shape behind it."""
+        node = self._producers.get(name)
+        if node is None:
+            return None
+        if node.op_type in (*_SAME, *_RESHAPING):
+            axis = self.softmax_axis(node.input[0])
+            return None if axis is None else self._axis_behind(node, axis)
+        rank = len(self.shapes.get(name, ()))
+        return _attribute(node, "axis", -1) % rank if node.op_type == "Softmax" and rank else None
+
     def _joined(self, node: onnx.NodeProto) -> _Pieces | None:
         """Return the pieces of a Concat's output."""
         rank = len(self.shapes.get(node.output[0], ()))

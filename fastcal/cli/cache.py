@@ -1,4 +1,4 @@
-"""`fastcal cache`: show, compare, convert and check calibration caches."""
+"""`fastcal cache`: show, compare, convert, check and extract calibration caches."""
 
 import math
 import os
@@ -8,12 +8,15 @@ from typing import Annotated, Any
 import typer
 
 import fastcal
+from fastcal.cli.extract import extract
 from fastcal.cli.options import FeedOptions, with_options
 from fastcal.cli.terminal import NOT_OK, finish, print_rows, print_table, say, terminal
 from fastcal.errors import FastcalError
 from fastcal.versions import check_tensorrt_version
 
-app = typer.Typer(help="Show, compare, convert and check calibration caches.", no_args_is_help=True)
+app = typer.Typer(
+    help="Show, compare, convert and check calibration caches, and extract them from models.", no_args_is_help=True
+)
 
 CacheArgument = Annotated[str, typer.Argument(metavar="CACHE", help="The calibration cache, in any form.")]
 
@@ -185,5 +188,6 @@ for _command, _example in (
     (diff, "fastcal cache diff old.cache new.cache --tolerance 1"),
     (convert, "fastcal cache convert model.cache -o model.8.6.cache --tensorrt 8.6.1"),
     (check, "fastcal cache check model.cache model.onnx images/"),
+    (extract, "fastcal cache extract model.qdq.onnx -o model.cache --model model.onnx"),
 ):
     app.command(epilog=f"Example: {_example}")(with_options(_command))

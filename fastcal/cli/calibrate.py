@@ -14,13 +14,16 @@ from fastcal.cli.options import (
     HistogramsOption,
     MemoryOption,
     ReportOption,
+    TargetOption,
+    TensorRTOption,
     UntilStableOption,
     check_outputs,
     read_memory,
 )
 from fastcal.cli.summary import kept_row, outcome, print_summary
 from fastcal.cli.terminal import Bar, finish, spinner, terminal
-from fastcal.errors import ModelError
+from fastcal.errors import FastcalError, ModelError
+from fastcal.feed.deepstream import calibration_file
 from fastcal.files import check_writable
 
 if TYPE_CHECKING:
@@ -30,8 +33,17 @@ if TYPE_CHECKING:
 
 def calibrate(
     *,
-    output: Annotated[str, typer.Option("--output", "-o", metavar="CACHE", help="The cache to write.")],
     options: CalibrationOptions,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="CACHE",
+            help="The cache to write.",
+            show_default="the int8-calib-file of DeepStream's file in --preprocess",
+        ),
+    ] = None,
     backend: BackendOption = "auto",
     memory: MemoryOption = None,
     until_stable: UntilStableOption = None,
@@ -49,26 +61,26 @@ def calibrate(
             show_default="one started here",
         ),
     ] = None,
-    tensorrt: Annotated[
-        str | None,
-        typer.Option(
-            help="The TensorRT version that will read the cache.", show_default="the one installed, else 10.16.1"
-        ),
-    ] = None,
+    tensorrt: TensorRTOption = None,
+    target: TargetOption = None,
     histograms: HistogramsOption = None,
     report: ReportOption = None,
 ) -> None:
     """Write the calibration cache that TensorRT would write, from a model and images."""
     with terminal() as console:
+        from fastcal.algorithm import Algorithm
         from fastcal.cache.record import check_cache_writable
+        from fastcal.dla import check_target
         from fastcal.feed.sampled import HELD_OUT, Sampled
         from fastcal.model import Model
         from fastcal.observe.backends import start_early
 
         network = Model(options.model)
+        output = _named_in(options.preprocess) if output is None else output
         check_outputs(network, {"cache": output, "histograms": histograms, "report": report}, options)
         check_cache_writable(output, network.activations)
         check_report(report)
+        check_target(target, Algorithm.of(options.algorithm))
         if workers is None and (histograms is None or not os.path.exists(histograms)):
             start_early(network, backend, tf32=options.tf32, batch_size=options.batch_size)
         with options.feed(network) as feed:
@@ -78,13 +90,23 @@ def calibrate(
                 console, network, sampled or feed, options,
                 backend=backend, memory=read_memory(memory), until_stable=until_stable,
                 workers=workers, ray_address=ray_address, tensorrt_version=tensorrt, histograms=histograms,
+                target=target,
             )  # fmt: skip
             cache.save(output)
         kept = _kept(console, network, sampled, cache, options)
         files = {} if histograms is None else {"histograms": histograms}
         written = {"cache": f"{output}, {cache.header}", **files, **save_report(report, cache, options)}
         print_summary(cache, feed, progress, **kept_row(kept, cache.algorithm.name), **written)
-        finish(cache=output, report=report, kept=kept, **files, **outcome(cache, feed, progress))
+        unfit = {} if target is None else {"unfit_for_dla": fastcal.unfit_for_dla(network)}
+        finish(cache=output, report=report, kept=kept, **files, **unfit, **outcome(cache, feed, progress))
+
+
+def _named_in(preprocess: str | None) -> str:
+    """Return the cache that DeepStream's configuration names; raise FastcalError if there is no such name."""
+    named = calibration_file(preprocess)
+    if named is None:
+        raise FastcalError("there is no file to write: name the cache with -o")
+    return named
 
 
 def _kept(

@@ -15,6 +15,7 @@ import fastcal
 from fastcal.cli.constants import read_constants
 from fastcal.cli.terminal import Output, output
 from fastcal.errors import DataError, FastcalError
+from fastcal.feed import deepstream
 from fastcal.feed.preprocess import PRESETS
 
 if TYPE_CHECKING:
@@ -48,6 +49,17 @@ HistogramsOption = Annotated[
     str | None,
     typer.Option(
         metavar="FILE", help="The histograms, for other algorithms: reused if they are up to date, else written (.npz)."
+    ),
+]
+TensorRTOption = Annotated[
+    str | None,
+    typer.Option(help="The TensorRT version that will read the cache.", show_default="the one installed, else 10.16.1"),
+]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="dla: make scales equal where NVIDIA's DLA needs it, and name the layers that it does not run in INT8.",
+        show_default="a GPU",
     ),
 ]
 ReportOption = Annotated[
@@ -157,7 +169,7 @@ class FeedOptions:
 
         if self.preprocess is None:
             preprocess, _ = choose_preprocess(network)
-        elif self.preprocess not in PRESETS and self.preprocess.endswith((".toml", ".json")):
+        elif self.preprocess not in PRESETS and self.preprocess.endswith((".toml", ".json", *deepstream.SUFFIXES)):
             preprocess = fastcal.Preprocess.load(self.preprocess)
         else:
             preprocess = preset_for(self.preprocess, network)
@@ -212,8 +224,9 @@ class TuningOptions:
         typer.Option(help="Take the mean shift of rounding out of the biases, if that keeps more."),
     ] = True
     depthwise: Annotated[
-        bool, typer.Option("--depthwise", help="Run depthwise convolutions in INT8 too: larger, and seldom faster.")
-    ] = False
+        bool,
+        typer.Option(help="Run depthwise convolutions in INT8. TensorRT for RTX makes smaller engines without."),
+    ] = True
     exclude: Annotated[
         list[str] | None,
         typer.Option(

@@ -40,7 +40,7 @@ class ImagePasses(Passes):
         self.suspects = 0
         self._next_suspects = _FIRST_SUSPECTS
         self._plan = plan
-        self._is_tried = plan.decoding.is_tried
+        self._is_tried = plan.decoding.is_part
 
     def begin(self, allocator: Allocator) -> "ImagePass":
         """Begin a pass, with the pipeline of the last one if it can be used on."""
@@ -84,7 +84,8 @@ class ImagePasses(Passes):
             most=plan.batch_size if size is None else size.most,
             threads=plan.thread_count,
             gpu=plan.gpu,
-            ahead=min(plan.decoding.ahead, batches),
+            # The next part of the same feed may be longer, and takes the pipeline over.
+            ahead=plan.decoding.ahead if plan.decoding.is_part else min(plan.decoding.ahead, batches),
             hw_decoder_load=plan.decoding.hw_share,
             decode_on_cpu=plan.gpu is not None and plan.decodes_on_cpu,
         )
@@ -196,6 +197,8 @@ class ImagePass(Pass):
                 self._submit(pipeline, chunk)
             if not pipeline.under_way:
                 return None
+            if not pipeline.has_begun and self._plan.decoding.is_part:
+                pipeline.begin_with_fewer()
             if pipeline.has_begun:
                 return pipeline
             # Fewer chunks are left than the pipeline begins with.

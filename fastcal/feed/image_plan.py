@@ -51,7 +51,7 @@ class Decoding:
     Attributes:
         stays_on_cpu: Whether a part of the feed on a machine with a GPU must not use it.
         on_cpu: Whether a GPU's images are decoded on the CPU all the same; None if that must be found out.
-        is_tried: Whether the first images of each kind have been tried, on another machine.
+        is_part: Whether the feed is a part of another, which has tried the first images of each kind.
     """
 
     gpu: int | None
@@ -61,7 +61,7 @@ class Decoding:
     queue_depth: int
     hw_decoder_load: float | None
     on_cpu: bool | None = None
-    is_tried: bool = False
+    is_part: bool = False
 
     @property
     def hw_share(self) -> float:
@@ -196,7 +196,7 @@ class ImagePlan(Plan):
         gpu = None if self.decoding.stays_on_cpu else gpu
         # The kinds of images are looked for among all samples, of which a part has few.
         on_cpu = self.decoding.on_cpu if gpu is None else self.decodes_on_cpu
-        decoding = replace(self.decoding, gpu=gpu, cores=threads, on_cpu=on_cpu, is_tried=True)
+        decoding = replace(self.decoding, gpu=gpu, cores=threads, on_cpu=on_cpu, is_part=True)
         sources = {name: source.take(numbers) for name, source in self.sources.items()}
         return replace(self, sources=sources, decoding=decoding)
 

@@ -81,6 +81,8 @@ class ImagePipeline:
         self.has_begun = False
         self.process = os.getpid()
         self._gpu = gpu is not None
+        self._fetched: Mapping[str, Any] = {}
+        self._spare = 0
         decoder: dict[str, Any] = {"device": "cpu"}
         is_plain = all(value.preprocess.bits == 8 and not value.source.has_alpha for value in inputs.values())
         if self._gpu and is_plain and not decode_on_cpu:
@@ -105,14 +107,33 @@ class ImagePipeline:
 
     def submit(self, chunk: Chunk, fetched: Mapping[str, Any]) -> None:
         """Begin to prepare the samples of a chunk; `fetched` are their data by input, from `Source.fetch`."""
-        for name in self.inputs:
-            self._pipeline.feed_input(name, fetched[name])
+        while self._spare:
+            self._pipeline.share_outputs()
+            self._pipeline.release_outputs()
+            self._spare -= 1
+        self._feed(fetched)
         self.under_way.append(chunk)
         if self.has_begun:
             self._pipeline.schedule_run()
-        elif len(self.under_way) == self.ahead:
-            self._pipeline.schedule_run()  # DALI's first call begins as many chunks as its queue is deep
-            self.has_begun = True
+        else:
+            self._fetched = fetched
+            if len(self.under_way) == self.ahead:
+                self._begin()
+
+    def begin_with_fewer(self) -> None:
+        """Begin with fewer chunks under way than DALI begins with: the last one is prepared several times."""
+        for _ in range(self.ahead - len(self.under_way)):
+            self._feed(self._fetched)
+            self._spare += 1
+        self._begin()
+
+    def _feed(self, fetched: Mapping[str, Any]) -> None:
+        for name in self.inputs:
+            self._pipeline.feed_input(name, fetched[name])
+
+    def _begin(self) -> None:
+        self._pipeline.schedule_run()  # DALI's first call begins as many chunks as its queue is deep
+        self.has_begun, self._fetched = True, {}
 
     def collect(self, out: Mapping[str, Any] | None, stream: Any = None) -> None:
         """Copy the prepared samples of the oldest chunk into arrays, on a GPU into CuPy arrays on `stream`, later.
@@ -246,7 +267,8 @@ def _geometry(shape: Any, preprocess: Preprocess) -> tuple[Any, Any]:
     else:
         # round(a / b) is (2 * a + b) // (2 * b), and here b is the other side, area // size.
         area = shape[0] * shape[1]
-        new = (size * size * _vector([2 * side for side in target[::-1]]) + area) // (2 * area)
+        half = area if preprocess.rounding == "nearest" else 0
+        new = (size * size * _vector([2 * side for side in target[::-1]]) + half) // (2 * area)
         new = dali_math.clamp(new, 1, _vector(target))
         if preprocess.padding == "end":
             return fn.cast(new, dtype=types.FLOAT), (0.0, 0.0)

@@ -16,6 +16,7 @@ _CHOICES = {
     "bits": (8, 16),
     "layout": ("NCHW", "NHWC"),
     "padding": ("both", "end"),
+    "rounding": ("nearest", "down"),
     "dtype": ("float32", "uint8"),
 }
 
@@ -63,6 +64,8 @@ class Preprocess:
         layout: "NCHW" or "NHWC".
         padding: For "letterbox", "both": both sides alike; or "end": on the right and below only, as YOLOX, DETR,
             mmdetection and DeepStream do.
+        rounding: For "letterbox", "nearest": the sides of the resized image are rounded, as Ultralytics does; or
+            "down", as YOLOX and DeepStream do.
         divisor: For "letterbox", the number whose multiples height and width are padded to: images are resized to fit
             `size`, and 32 makes a size of 800x1333 one of 800x1344.
         dtype: "float32"; or "uint8" for a network that normalizes the pixels itself: scale 1, mean 0 and std 1.
@@ -88,6 +91,7 @@ class Preprocess:
     divisor: int = 1
     dtype: str = "float32"
     bits: int = 8
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -161,7 +165,8 @@ class Preprocess:
 
         Args:
             path: TOML or JSON with this class's attributes (and `preset` for the others), Hugging Face's
-                `preprocessor_config.json`, or timm's `config.json`.
+                `preprocessor_config.json`, timm's `config.json`, or the configuration of DeepStream's nvinfer, in text
+                (.txt) or YAML.
 
         Raises:
             DataError: The file cannot be read, or asks for something that this class does not do.
@@ -210,7 +215,7 @@ class Preprocess:
         height, width = self.size
         sides = "" if self.padding == "both" else " right and below"
         divisor = "" if self.divisor == 1 or self.resize != "letterbox" else f", padded to a multiple of {self.divisor}"
-        letterbox = f"letterbox {self.fill}{sides}"
+        letterbox = f"letterbox {self.fill}{sides}{', rounded down,' if self.rounding == 'down' else ''}"
         resize = {"crop": f"crop {self.crop_fraction:{_DIGITS}}", "letterbox": letterbox}.get(self.resize, self.resize)
         interpolation = "" if self.interpolation == "bilinear" else f"{self.interpolation}, "
         antialias = "" if self.antialias else "not antialiased, "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcal.errors import DataError
+from fastcal.feed import deepstream
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,6 +51,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     A file of other contents raises ValueError, TypeError, KeyError, ArithmeticError or RecursionError.
     """
+    if Path(path).suffix in deepstream.SUFFIXES:
+        return deepstream.read_nvinfer(path)
     parse = tomllib.loads if Path(path).suffix == ".toml" else json.loads
     values = parse(Path(path).read_bytes().decode())
     if not isinstance(values, dict):

@@ -11,9 +11,9 @@ from fastcal.cache.cache import CalibrationCache
 from fastcal.feed.sampled import Sampled
 from fastcal.model import Model
 from fastcal.observe.histogram import Observations
-from fastcal.qdq_graph import Graph, modern
-from fastcal.tuning.layers import Layer, depthwise_in
-from fastcal.tuning.meter import NoiseMeter, meter_for, sqnr
+from fastcal.qdq_graph import modern
+from fastcal.tuning.layers import Layer
+from fastcal.tuning.meter import NoiseMeter, meter_for
 from fastcal.tuning.unfinished import Unfinished
 
 #: The algorithms whose scales are tried.
@@ -45,20 +45,17 @@ def pick_best(
 ) -> tuple[str, dict[str, float]]:
     """Return the algorithm whose scales cost a network's outputs least, all layers in INT8, and these scales.
 
-    Depthwise convolutions stay in float, as in `quantize`. `sampled` is the feed that was observed.
+    `sampled` is the feed that was observed.
     """
     scales = candidates(observed, exact=exact)
-    model = modern(model)
-    excluded = depthwise_in(Graph(model))
-    with meter_for(model, sampled, scales["minmax"], excluded, threads) as meter:
+    with meter_for(modern(model), sampled, scales["minmax"], threads=threads) as meter:
         return best(meter, scales)
 
 
 def kept(model: Model, sampled: Sampled, cache: CalibrationCache, threads: int | None = None) -> dict[str, float]:
     """Return what the outputs keep with a cache's scales, and with others if the cache has its histograms.
 
-    Every layer is in INT8 but depthwise convolutions. `sampled` is the feed that was observed, without samples that are
-    held out.
+    Every layer is in INT8. `sampled` is the feed that was observed, without samples that are held out.
 
     Returns:
         The signal-to-quantization-noise ratio of the worst part of the outputs in dB, by the name of the algorithm.
@@ -69,9 +66,8 @@ def kept(model: Model, sampled: Sampled, cache: CalibrationCache, threads: int |
     scales = {cache.algorithm.name: cache.scales}
     if cache.observed is not None:
         scales = candidates(cache.observed, exact=not cache.algorithm.keeps_ranges) | scales
-    model = modern(model)
-    with meter_for(model, sampled, cache.scales, depthwise_in(Graph(model)), threads) as meter:
-        return {name: sqnr(meter.errors(meter.choice(True), each)) for name, each in scales.items()}
+    with meter_for(modern(model), sampled, cache.scales, threads=threads) as meter:
+        return {name: meter.errors(meter.choice(True), each).sqnr for name, each in scales.items()}
 
 
 def best(meter: NoiseMeter, scales: Mapping[str, Mapping[str, float]]) -> tuple[str, dict[str, float]]:
@@ -82,7 +78,7 @@ def best(meter: NoiseMeter, scales: Mapping[str, Mapping[str, float]]) -> tuple[
         noises |= {name: meter.noise(meter.choice(True), scales[name]) for name in close}
     name = min(close, key=lambda name: noises[name])
     others = ", ".join(f"{each} {decibels(noise):.1f}" for each, noise in noises.items() if each != name)
-    _log.info("scales by %s keep most at the outputs: %.1f dB (%s)", name, decibels(noises[name]), others)
+    _log.info("scales by %s keep most: %.1f dB (%s)", name, decibels(noises[name]), others)
     return name, dict(scales[name])
 
 

@@ -9,7 +9,7 @@ from fastcal.accuracy.base import Metric
 from fastcal.accuracy.own import OwnMetric
 from fastcal.tuning.choice import ENOUGH, fewest, in_order, within
 from fastcal.tuning.layers import Layer
-from fastcal.tuning.meter import NoiseMeter, sqnr, total
+from fastcal.tuning.meter import Errors, NoiseMeter
 from fastcal.tuning.tuned import TuningPoint
 
 #: The number of differing samples that a target must allow, with larger errors; and the largest factor of these.
@@ -109,13 +109,13 @@ class Curve:
         estimate = self._estimates[point]
         return point.metric >= self._target and (estimate is None or estimate >= self._target)
 
-    def _point(self, in_float: Sequence[int], errors: Mapping[str, float], metrics: Sequence[Metric]) -> TuningPoint:
+    def _point(self, in_float: Sequence[int], errors: Errors, metrics: Sequence[Metric]) -> TuningPoint:
         layers = self._meter.layers
         whole = sum(layer.multiply_adds for layer in layers)
         left = whole - sum(layers[index].multiply_adds for index in in_float)
         kept, estimate = (*(metric.value for metric in metrics), None, None)[:2]
-        point = TuningPoint(len(in_float), left / whole if whole else 1.0, sqnr(errors), kept)
-        self._noises[point], self._estimates[point] = total(errors), estimate
+        point = TuningPoint(len(in_float), left / whole if whole else 1.0, errors.sqnr, kept)
+        self._noises[point], self._estimates[point] = errors.noise, estimate
         return point
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
-from fastcal.accuracy.base import Metric
+from fastcal.accuracy.base import Metric, Outputs
 from fastcal.accuracy.noise import Noise, decibels
 from fastcal.accuracy.outputs import parts_of
 from fastcal.batch import match_batch
@@ -19,6 +20,7 @@ from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner, PartedRunner
 from fastcal.qdq_graph import Edge, Graph
 from fastcal.qdq_placement import Placement
 from fastcal.tuning.layers import Layer, layers_of
+from fastcal.tuning.logits import Logits
 from fastcal.tuning.simulation import Choice, Simulation
 from fastcal.tuning.switches import Switched
 
@@ -30,10 +32,29 @@ _MOST = 4.0
 _LEAST_RANKED, _RANKED, _PASSES = 2, 8, 0.55
 
 
+@dataclass(frozen=True)
+class Errors:
+    """What a choice of layers and scales costs.
+
+    Attributes:
+        parts: The relative squared error of each part of the outputs, by its label.
+        noise: The sum of these, with the logits in place of probabilities.
+    """
+
+    parts: Mapping[str, float]
+    noise: float
+
+    @property
+    def sqnr(self) -> float:
+        """The signal-to-quantization-noise ratio of the worst part, in dB."""
+        return decibels(max(self.parts.values(), default=0.0))
+
+
 class NoiseMeter(AbstractContextManager["NoiseMeter"]):
     """Runs samples with some layers in INT8 and compares the outputs with those in float.
 
-    The noise is the sum, over the parts of the outputs, of the relative squared error.
+    The noise is the sum, over the parts of the outputs, of the relative squared error; of the logits if an output is a
+    Softmax's.
 
     Attributes:
         axes: The edges that pairs are on.
@@ -72,6 +93,7 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
         graph = Graph(model)
         self.layers: list[Layer] = layers_of(graph, self.switched.numbers, self.shapes, _samples(one))
         self._parts = [part for part in parts_of(model, self.shapes) if part.output in self._simulation.outputs]
+        self._logits = Logits(model, self.shapes)
 
     def choice(self, is_int8: bool) -> Choice:
         """Return all layers in INT8, or in float."""
@@ -84,34 +106,31 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
         *,
         batches: int | None = None,
         metrics: Iterable[Metric] = (),
-    ) -> dict[str, float]:
-        """Return the relative squared error of each part of the outputs, by its label.
-
-        `batches` is the number of batches to run; None for all. The `metrics` count what they see.
-        """
-        noise = Noise(self._parts)
+    ) -> Errors:
+        """Return the errors over so many batches, None for all; the `metrics` count what they see."""
         vector = self.switched.vector(scales)
-        for exact in self._exact[:batches]:
-            outputs = self._simulation.run(exact, is_int8, vector)
-            noise.add(exact.outputs, outputs)
-            for metric in metrics:
-                metric.add(exact.outputs, outputs, len(next(iter(outputs.values()))))
-        return noise.errors
+        runs = ((exact.outputs, self._simulation.run(exact, is_int8, vector)) for exact in self._exact[:batches])
+        return self._errors(runs, metrics)
 
     def noise(self, is_int8: Choice, scales: Mapping[str, float], *, batches: int | None = None) -> float:
         """Return the noise."""
-        return total(self.errors(is_int8, scales, batches=batches))
+        return self.errors(is_int8, scales, batches=batches).noise
 
-    def errors_of(self, proto: onnx.ModelProto, metrics: Iterable[Metric] = ()) -> dict[str, float]:
+    def errors_of(self, proto: onnx.ModelProto, metrics: Iterable[Metric] = ()) -> Errors:
         """Return the errors, as `errors`, of a variant of the model that has pairs of its own."""
-        noise = Noise(self._parts)
         with OnnxRuntimeRunner(self._model, self._threads, variant=proto) as runner:
-            for batch, exact in zip(self._batches, self._exact, strict=True):
-                outputs = runner.run(batch)
-                noise.add(exact.outputs, outputs)
-                for metric in metrics:
-                    metric.add(exact.outputs, outputs, len(next(iter(exact.outputs.values()))))
-        return noise.errors
+            pairs = zip(self._batches, self._exact, strict=True)
+            return self._errors(((exact.outputs, runner.run(batch)) for batch, exact in pairs), metrics)
+
+    def _errors(self, runs: Iterable[tuple[Outputs, Outputs]], metrics: Iterable[Metric]) -> Errors:
+        """Return the errors of runs: the exact outputs and the others."""
+        noise, logits = Noise(self._parts), Noise(self._parts)
+        for exact, outputs in runs:
+            noise.add(exact, outputs)
+            logits.add(self._logits.of(exact), self._logits.of(outputs))
+            for metric in metrics:
+                metric.add(exact, outputs, len(next(iter(exact.values()))))
+        return Errors(noise.errors, sum(min(error, _MOST) for error in logits.errors.values()))
 
     def __exit__(self, *error: object) -> None:
         self._simulation.__exit__(*error)
@@ -164,16 +183,6 @@ def _split(
 
 def _is_divisible(model: Model) -> bool:
     return all(value.shape[:1] == (None,) for value in model.inputs)
-
-
-def total(errors: Mapping[str, float]) -> float:
-    """Return the noise: the sum of relative squared errors."""
-    return sum(min(error, _MOST) for error in errors.values())
-
-
-def sqnr(errors: Mapping[str, float]) -> float:
-    """Return the signal-to-quantization-noise ratio of the worst part, in dB."""
-    return decibels(max(errors.values(), default=0.0))
 
 
 def _samples(batch: Mapping[str, npt.NDArray[Any]]) -> int:

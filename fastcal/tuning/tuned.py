@@ -54,7 +54,7 @@ class Tuning:
 
     Attributes:
         cache: The scales, with the record of what they were made from.
-        in_float: The outputs of the layers that stay in float; None for those of a cache: depthwise convolutions.
+        in_float: The outputs of the layers that stay in float; None for a cache, which leaves that open.
         bias: What to add to the biases of layers, a value for each output channel, by the layer's output.
         ranking: The layers, in the graph's order, with what each costs.
         curve: The choices that were measured, the fewest layers in float first.

@@ -305,7 +305,12 @@ def test_where_nobody_reads_on_that_is_no_answer(work, options):
 
 
 @pytest.mark.parametrize(
-    ("header", "version"), [("TRT-5105-EntropyCalibration2", "5.1.5"), ("TRT-7000-MinMaxCalibration", "7.0.0")]
+    ("header", "version"),
+    [
+        ("TRT-5105-EntropyCalibration2", "5.1.5"),
+        ("TRT-7000-MinMaxCalibration", "7.0.0"),
+        ("TRT-8502-EntropyCalibration2", "8.5.2"),
+    ],
 )
 def test_caches_of_older_versions(run_fastcal, tmp_path, header, version):
     (tmp_path / "calib.table").write_bytes(f"{header}\r\ndata: 3c010a14\r\nconv1: 3d008912\r\n".encode("utf-8-sig"))

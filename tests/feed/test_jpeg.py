@@ -72,7 +72,7 @@ def test_a_feed_looks_at_the_first_images(tmp_path, caplog, number, is_found):
     assert feed._plan.decodes_on_cpu is is_found
     part = ImageFeed(tmp_path, preprocess="unit", hw_decoder_load=0.5).part(range(1), gpu=0, threads=1)
     assert part._plan.decoding.on_cpu is is_found
-    assert part._plan.decoding.is_tried
+    assert part._plan.decoding.is_part
     said = [record.getMessage() for record in caplog.records if "RGB" in record.getMessage()]
     assert [text.split()[0] for text in said] == [str(tmp_path / f"{number}.jpg")] * 2 * is_found
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import fastcal
 from conftest import DIGITS, is_unnamed
+from fastcal.feed.image_plan import Decoding
 
 
 def arrays(count):
@@ -125,6 +126,23 @@ def test_a_part_goes_on_with_what_an_earlier_one_has_left(tmp_path, name):
             assert earlier is None or part._buffers is buffers
             assert pipeline is None or part._passes.pipeline is pipeline
             earlier = part
+
+
+@pytest.mark.parametrize("ahead", [2, 3, 5])
+def test_parts_of_any_length_use_one_pipeline(monkeypatch, ahead):
+    monkeypatch.setattr(Decoding, "ahead", ahead)  # as on a GPU
+    whole = copied(images())
+    earlier = None
+    for batches in (range(1), range(1, 5), range(4, 5), range(1, 3), range(5)):
+        part = images().part(batches, gpu=None, threads=1)
+        if earlier is not None:
+            pipeline = earlier._passes.pipeline
+            part.take_over(earlier)
+        found = copied(part)
+        np.testing.assert_equal(found, whole[batches.start : batches.stop])
+        assert part._passes.pipeline.ahead == ahead
+        assert earlier is None or part._passes.pipeline is pipeline
+        earlier = part
 
 
 def test_a_part_has_the_threads_of_its_machine_unless_the_feed_was_told():

@@ -12,6 +12,7 @@ from fastcal.qdq_graph import Graph
 from fastcal.tuning.choice import best, fewest, in_order, rank_groups, within
 from fastcal.tuning.curve import Curve
 from fastcal.tuning.layers import Layer, depthwise_in, layers_of
+from fastcal.tuning.meter import Errors
 
 
 def layers(*multiply_adds):
@@ -85,7 +86,8 @@ class AdditiveMeter:
         return np.full(len(self.layers), is_int8)
 
     def errors(self, is_int8, scales, metrics=()):
-        return {"y": float(self._noises[is_int8].sum())}
+        noise = float(self._noises[is_int8].sum())
+        return Errors({"y": noise}, noise)
 
 
 @pytest.mark.parametrize(("noises", "in_float"), [([0.13, 0.06, 0.06], [0]), ([0.11, 0.06, 0.06], [1, 2])])

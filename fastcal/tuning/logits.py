@@ -1,0 +1,38 @@
+"""`Logits`: the logits behind the probabilities that a network puts out."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcal.accuracy.base import Outputs
+from fastcal.accuracy.outputs import Ends, Shapes
+from fastcal.model import Model
+
+#: The least probability that counts.
+_LEAST = 1e-12
+
+
+class Logits:
+    """Replaces probabilities by the logits but for a constant: their logarithms, less the mean over the classes.
+
+    A Softmax hides noise: if a network is sure of a class, logits may change much and the probabilities do not. The
+    network is less sure of other images.
+    """
+
+    def __init__(self, model: Model, shapes: Shapes) -> None:
+        ends = Ends(model, shapes)
+        self._axes = {name: ends.softmax_axis(name) for name in ends.outputs}
+
+    def of(self, outputs: Outputs) -> Outputs:
+        """Return the outputs with logits in place of probabilities."""
+        return {
+            name: array if (axis := self._axes.get(name)) is None else _logits(array, axis)
+            for name, array in outputs.items()
+        }
+
+
+def _logits(probabilities: npt.NDArray[Any], axis: int) -> npt.NDArray[np.float64]:
+    logarithms = np.log(np.maximum(probabilities, _LEAST, dtype=np.float64))
+    result: npt.NDArray[np.float64] = logarithms - logarithms.mean(axis, keepdims=True)
+    return result
