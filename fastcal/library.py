@@ -29,8 +29,9 @@ BUILDERS = tuple(_MODULES)
 #: A model of more bytes is parsed from a file: Protocol Buffers hold less than 2 GiB.
 _MOST_IN_MEMORY = 2_000_000_000
 
-#: Words of warnings about what TensorRT for RTX always does with pairs of 16 bits, which tell a user nothing.
-_EXPECTED = "scales to fp32"
+#: Words of warnings that tell a user nothing: about what TensorRT for RTX always does with pairs of 16 bits, and about
+#: a second logger, since TensorRT keeps to the first that it is given.
+_EXPECTED = ("scales to fp32", "The logger passed into")
 
 #: TensorRT's messages go to a logger of their own, so that an application can show or hide them.
 _log = logging.getLogger("fastcal.tensorrt")
@@ -113,7 +114,7 @@ class Messages:
         levels = {kinds.VERBOSE: 5, kinds.INFO: logging.DEBUG, kinds.WARNING: logging.WARNING}
         if severity in (kinds.ERROR, kinds.INTERNAL_ERROR):
             self.errors.append(message)
-        elif severity == kinds.WARNING and _EXPECTED in message:
+        elif severity == kinds.WARNING and any(words in message for words in _EXPECTED):
             severity = kinds.INFO
         elif severity == kinds.WARNING:
             self.warnings.append(message)

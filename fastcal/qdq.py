@@ -203,7 +203,7 @@ def count_quantized(model: onnx.ModelProto) -> tuple[int, int]:
 
 def check_quantizable(model: Model, exclude: Iterable[str] = (), half: HalfType | None = None) -> set[int]:
     """Return the numbers of the nodes to exclude, in the graph's order, if `quantize` accepts the model."""
-    model = modern(model, half or half_type(False, False, model))
+    model = modern(model, half)
     if model.has_pairs:
         raise ModelError(
             f"{model.label} has QuantizeLinear or DequantizeLinear already; quantize the float model that it was made "
