@@ -20,7 +20,7 @@ _load, _names, __all__ = lazy_loader.attach_stub(__name__, __file__)
 #: The packages without which a name cannot be imported.
 _NEEDS = {
     **dict.fromkeys(("Calibrator", "EntropyCalibrator", "EntropyCalibrator2", "FeedCalibrator"), ("tensorrt",)),
-    **dict.fromkeys(("CalibratorStats", "LegacyCalibrator", "MinMaxCalibrator", "build_engine"), ("tensorrt",)),
+    **dict.fromkeys(("CalibratorStats", "LegacyCalibrator", "MinMaxCalibrator"), ("tensorrt",)),
     **dict.fromkeys(("compare", "tune"), ("onnxruntime", "numba")),
     **dict.fromkeys(("Channel", "Preview", "preview"), ("matplotlib",)),
     "ImageFeed": ("nvidia.dali",),

@@ -20,6 +20,7 @@ from fastcal.external import ExternalData
 from fastcal.functions import inline_functions
 from fastcal.graph import constants_of, damaged_text, graphs_within, nodes_within, varying_in
 from fastcal.ranges import least_thresholds
+from fastcal.widen import is_half, widened
 
 #: The element types that count as float.
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -156,6 +157,11 @@ class Model:
         variant = copy(self)
         variant.__dict__ = {"path": self.path, "external": self.external, "proto": proto, "_converted": {}}
         return variant
+
+    @cached_property
+    def wide(self) -> "Model":
+        """The model with float32 in place of float16; the model itself if it has none."""
+        return self.variant(widened(self.proto, self.external, self.types)) if is_half(self.proto) else self
 
     @property
     def has_pairs(self) -> bool:

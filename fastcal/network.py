@@ -1,13 +1,14 @@
 """TensorRT's builder, its parser, its messages, and the tensors of its networks."""
 
-import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import onnx
 
-from fastcal.errors import TENSORRT, FastcalError, ModelError, UnavailableError, quoted
+from fastcal import library
+from fastcal.errors import TENSORRT, UnavailableError
+from fastcal.library import Messages
 from fastcal.model import Model
 
 try:
@@ -34,68 +35,26 @@ __all__ = [
     "trt",
 ]
 
-#: TensorRT's messages go to a logger of their own, so that an application can show or hide them.
-_log = logging.getLogger("fastcal.tensorrt")
 
-
-class Logger(trt.ILogger):  # type: ignore[misc]
+class Logger(Messages, trt.ILogger):  # type: ignore[misc]
     """Passes TensorRT's messages on to `logging`, and keeps its errors and warnings for fastcal's own errors."""
 
-    def __init__(self) -> None:
-        trt.ILogger.__init__(self)
-        self.errors: list[str] = []
-        self.warnings: list[str] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        """Take a message; TensorRT calls this method."""
-        levels = {trt.ILogger.VERBOSE: 5, trt.ILogger.INFO: logging.DEBUG, trt.ILogger.WARNING: logging.WARNING}
-        if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-            self.errors.append(message)
-        elif severity == trt.ILogger.WARNING:
-            self.warnings.append(message)
-        _log.log(levels.get(severity, logging.ERROR), "TensorRT: %s", message)
-
-    def reasons(self) -> str:
-        """Return TensorRT's last two errors in one line; if there are none, its last warning."""
-        said = self.errors[-2:] or self.warnings[-1:]  # TensorRT 8.6 reports a missing driver as a warning
-        return " ".join("; ".join(said).split()) or "no reason given"
+    library = trt
 
 
 def start_builder(logger: Logger) -> Any:
     """Return a `tensorrt.Builder`."""
-    try:
-        return trt.Builder(logger)
-    except TypeError as error:  # raised by the bindings if TensorRT returns no builder
-        raise UnavailableError(
-            f"TensorRT cannot start here ({logger.reasons()}): it needs an NVIDIA GPU and a driver that fits; fastcal "
-            "calibrate needs neither"
-        ) from error
+    return library.start(trt, logger)
 
 
-def parse(builder: Any, model: Model, logger: Logger) -> Any:
-    """Return the `tensorrt.INetworkDefinition` of an ONNX file."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)  # None: there is no other kind
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(model.path)):
-        errors = [_describe(parser.get_error(index), model) for index in range(parser.num_errors)]
-        raise ModelError(f"TensorRT cannot parse {model.label}: {'; '.join(errors)}".replace("\n", " "))
-    return network
+def parse(builder: Any, model: Model, logger: Logger, proto: onnx.ModelProto | None = None) -> Any:
+    """Return the `tensorrt.INetworkDefinition` of an ONNX file, or of `proto`, which was made from the file."""
+    return library.parse_with(trt, builder, logger, model, proto)
 
 
 def tactic_bits(sources: int | Iterable[str] | None) -> int | None:
     """Return the bits of tactic sources, which are given as bits or by their names in `tensorrt.TacticSource`."""
-    if sources is None or isinstance(sources, int):
-        return sources
-    if isinstance(sources, str):
-        raise FastcalError(f"tactic_sources is {sources!r}; give a list of names")
-    known = trt.TacticSource.__members__
-    bits = 0
-    for name in sources:
-        if name not in known:
-            raise FastcalError(f"there is no tactic source {name!r}; TensorRT {trt.__version__} has {', '.join(known)}")
-        bits |= 1 << int(known[name])
-    return bits
+    return library.tactic_bits(trt, sources)
 
 
 def input_tensors(network: Any) -> list[Any]:
@@ -152,12 +111,3 @@ def pooled_tensors(network: Any) -> dict[str, str]:
             source = layer.get_input(0).name
             sources[layer.get_output(0).name] = sources.get(source, source)
     return sources
-
-
-def _describe(error: Any, model: Model) -> str:
-    """Return the text of a parser error, with the node that the error is about."""
-    nodes = onnx.load(model.path, load_external_data=False).graph.node  # without functions inlined
-    if not 0 <= error.node() < len(nodes):
-        return str(error.desc())
-    node = nodes[error.node()]
-    return f"{node.op_type} node of {quoted(node.output)}: {error.desc()}"

@@ -17,11 +17,14 @@ from fastcal.cache.cache import CalibrationCache
 from fastcal.cache.record import record_path
 from fastcal.errors import CacheError, FastcalError, ModelError, first_few
 from fastcal.graph import nodes_within
+from fastcal.half import BF16, FP16, HalfType
 from fastcal.model import Model, node_label
 from fastcal.qdq_graph import Graph, modern
 from fastcal.qdq_placement import PAIRED, WEIGHTED, Placement
 from fastcal.tuning.layers import depthwise_in
 from fastcal.tuning.tuned import Tuning
+from fastcal.typed import narrow
+from fastcal.widen import half_ends, is_half
 
 __all__ = ["WEIGHTED", "add_pairs", "check_quantizable", "count_quantized", "load_for", "quantize"]
 
@@ -38,6 +41,8 @@ def quantize(
     exclude: Iterable[str] = (),
     depthwise: bool = True,
     int8_weights: bool = False,
+    fp16: bool = False,
+    bf16: bool = False,
 ) -> onnx.ModelProto:
     """Return a copy of a model with Q/DQ pairs that hold the scales of a calibration cache or of a tuning.
 
@@ -46,7 +51,7 @@ def quantize(
     - Every activation that a Conv, ConvTranspose, Gemm or MatMul reads has a pair with the cache's scale, unchanged.
       The weights have a pair with one scale per output channel, amax / 127; a MatMul's weights of more than two
       dimensions have one scale. INT8 is symmetric, every zero point is 0. The weights themselves stay float32, unless
-      `int8_weights`; biases stay float32 without a pair.
+      `int8_weights` or `fp16`; biases stay float32 without a pair.
     - There is no pair between layers that TensorRT fuses: convolution, BatchNormalization, Relu, and the Add of a
       residual connection. Such an Add has a pair on its other input, so that the convolution can write INT8.
     - An average pooling has a pair on its input if its output is quantized too. MaxPool, Concat and the layers that
@@ -57,9 +62,10 @@ def quantize(
     layers that it leaves in float have no pairs, and the biases that it corrects are corrected.
 
     Weights may be any constant: an expression that depends on no input, such as a Cast or the DequantizeLinear of
-    stored INT8, is computed and stored. Local functions are inlined. A layer stays in float if the cache has no scale
-    for the layer's input, or the scale 0, if the layer's weights depend on the inputs or are not float32, or if the
-    layer lies in an If, a Loop or a Scan. The log names these layers.
+    stored INT8, is computed and stored. Local functions are inlined. A float16 model stays one, with pairs of FP16. A
+    layer stays in float if the cache has no scale for the layer's input, or the scale 0, if the layer's weights depend
+    on the inputs or are of another type than the model's, or if the layer lies in an If, a Loop or a Scan. The log
+    names these layers.
 
     Args:
         model: The ONNX file.
@@ -70,18 +76,24 @@ def quantize(
         depthwise: Whether depthwise convolutions are in INT8.
         int8_weights: Whether to store the weights that would have a pair as INT8, a quarter of their size, with a
             DequantizeLinear alone. The outputs stay the same.
+        fp16: Whether the layers between the pairs run in FP16, as a model for TensorRT 11 must say itself. Weights,
+            biases and scales have that type too, with Casts where FP32 begins; inputs and outputs keep their types.
+            Layers stay in FP32 if one of their tensors could overflow, by the largest values that the calibration saw,
+            or if they sum many values or compute with positions: the log names them. The opset is at least 19.
+        bf16: The same in BF16, with opset 22 or later. ONNX Runtime does not run such a model on the CPU.
 
     Returns:
         The new model with all its weights, external ones included.
 
     Raises:
-        ModelError: The model cannot be loaded, has Q/DQ pairs already, has an opset below 13 and cannot be converted,
-            or has no layer to quantize.
+        ModelError: The model cannot be loaded, has Q/DQ pairs already, has too low an opset and cannot be converted, or
+            has no layer to quantize.
         CacheError: The cache cannot be read, or belongs to another model.
-        FastcalError: A layer to exclude is not in the model.
+        FastcalError: A layer to exclude is not in the model, or both fp16 and bf16 are asked for.
     """
     model = Model.of(model)
-    quantized = add_pairs(model, cache, exclude, depthwise=depthwise, int8_weights=int8_weights)
+    half = half_type(fp16, bf16, model)
+    quantized = add_pairs(model, cache, exclude, depthwise=depthwise, int8_weights=int8_weights, half=half)
     model.external.load(quantized.graph)
     return quantized
 
@@ -93,15 +105,18 @@ def add_pairs(
     *,
     depthwise: bool = True,
     int8_weights: bool = False,
+    half: HalfType | None = None,
     placing: type[Placement] = Placement,
 ) -> onnx.ModelProto:
     """Return the model of `quantize`, whose external data stays where the model has it; errors as there.
 
-    `placing` places the pairs.
+    `half` is the type of the layers between the pairs, by default FP32; `placing` places the pairs.
     """
     tuning = load_for(model, cache)
     scales = tuning.cache.scales
-    model = modern(model)
+    half = half or half_type(False, False, model)
+    ends = half_ends(model.proto)
+    model = modern(model, half)
     excluded = check_quantizable(model, exclude)
     graph = Graph(model)
     excluded |= _tuned(graph, tuning)
@@ -118,10 +133,44 @@ def add_pairs(
         )
     if in_float:
         _log.warning("layers that stay in float: %s", in_float)
+    _correct(graph, tuning)
+    graph.insert_pairs(placement.axes, scales, int8_weights=int8_weights, half=half)
+    return graph.proto if half is None else narrow(model.variant(graph.proto), half, largest_values(tuning.cache), ends)
+
+
+def correct_biases(model: Model, tuning: Tuning) -> onnx.ModelProto:
+    """Return a model with the corrected biases of a tuning, and without pairs; errors as `quantize`."""
+    graph = Graph(modern(model))
+    _tuned(graph, tuning)
+    _correct(graph, tuning)
+    return graph.proto
+
+
+def _correct(graph: Graph, tuning: Tuning) -> None:
     for name, correction in tuning.bias.items():
         graph.correct_bias(graph.producers[name], np.asarray(correction, np.float32))
-    graph.insert_pairs(placement.axes, scales, int8_weights=int8_weights)
-    return graph.proto
+
+
+def half_type(fp16: bool, bf16: bool, model: Model | None = None) -> HalfType | None:
+    """Return the type of 16 bits that the layers between the pairs run in; None for FP32.
+
+    A float16 `model` stays one.
+    """
+    if fp16 and bf16:
+        raise FastcalError("both fp16 and bf16 are asked for; choose one")
+    if model is not None and is_half(model.proto):
+        if bf16:
+            raise FastcalError(f"{model.label} is float16; leave out bf16, or export the network in float32")
+        return FP16
+    return FP16 if fp16 else BF16 if bf16 else None
+
+
+def largest_values(cache: CalibrationCache) -> dict[str, float]:
+    """Return the largest |x| of tensors: as it was observed, else what their scales stand for."""
+    largest = {name: 127 * scale for name, scale in cache.scales.items()}
+    if cache.observed is not None:
+        largest |= {name: histogram.amax for name, histogram in cache.observed.histograms.items()}
+    return largest
 
 
 def _tuned(graph: Graph, tuning: Tuning) -> set[int]:
@@ -152,9 +201,9 @@ def count_quantized(model: onnx.ModelProto) -> tuple[int, int]:
     return sum(set(node.input[:2]) <= dequantized for node in layers), len(layers)
 
 
-def check_quantizable(model: Model, exclude: Iterable[str] = ()) -> set[int]:
+def check_quantizable(model: Model, exclude: Iterable[str] = (), half: HalfType | None = None) -> set[int]:
     """Return the numbers of the nodes to exclude, in the graph's order, if `quantize` accepts the model."""
-    model = modern(model)
+    model = modern(model, half)
     if model.has_pairs:
         raise ModelError(
             f"{model.label} has QuantizeLinear or DequantizeLinear already; quantize the float model that it was made "

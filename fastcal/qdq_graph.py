@@ -13,6 +13,7 @@ from onnx.reference.ops.op_dequantize_linear import DequantizeLinear_21
 
 from fastcal.errors import ModelError
 from fastcal.graph import reads
+from fastcal.half import HalfType
 from fastcal.model import Model, node_label
 
 #: One input of one node: the number of the node in the graph's order, and the index of the input.
@@ -150,14 +151,20 @@ class Graph:
             raise self.model.invalid(f"node {label!r} depends on its own output") from error
 
     def insert_pairs(
-        self, axes: Mapping[Edge, int | None], scales: Mapping[str, float], *, int8_weights: bool = False
+        self,
+        axes: Mapping[Edge, int | None],
+        scales: Mapping[str, float],
+        *,
+        int8_weights: bool = False,
+        half: HalfType | None = None,
     ) -> None:
         """Insert Q/DQ pairs into the copy, each before the first node that reads through it.
 
         `axes` has the edges that get a pair, with the axis along which a constant's scales lie; None for one scale.
-        If `int8_weights`, constants are stored as INT8, in the place of the pair's QuantizeLinear.
+        If `int8_weights`, constants are stored as INT8, in the place of the pair's QuantizeLinear. The scales of
+        constants are values of the type `half`, unless the largest is too small for it.
         """
-        taken = set(_names(self.proto.graph))
+        taken = set(names_in(self.proto.graph))
         dequantized: dict[tuple[str, int | None], str] = {}
         nodes: list[onnx.NodeProto] = []
         for number, node in enumerate(self.nodes):
@@ -168,6 +175,8 @@ class Graph:
                 if (name, axis) not in dequantized:
                     weights = self.constant(name)
                     scale = np.asarray(scales[name], "f4") if weights is None else weight_scales(weights, axis)
+                    if weights is not None and half is not None and half.holds(scale.max()):
+                        scale = half.rounded_up(scale)
                     pair, parameters = _pair(name, taken, scale, axis, self._names_output_type(name))
                     if weights is not None and int8_weights:
                         stored = pair.pop(0).output[0]
@@ -223,16 +232,20 @@ class Graph:
             getattr(graph, field).extend(values)
 
 
-def modern(model: Model) -> Model:
-    """Return a model of an opset that has a scale per channel: the model, or what ONNX's converter makes of it."""
-    if model.opset >= _FIRST_OPSET:
-        return model
+def modern(model: Model, half: HalfType | None = None) -> Model:
+    """Return a model of an opset that has a scale per channel: the model, or what ONNX's converter makes of it.
+
+    With `half`, the scales may have that type. What is float16 becomes float32.
+    """
+    least, needed_for = (_FIRST_OPSET, "a scale per channel") if half is None else (half.opset, half.label)
+    if model.opset >= least:
+        return model.wide
     try:
-        return model.to_opset(_FIRST_OPSET)
+        return model.to_opset(least).wide
     except ModelError as error:
         raise ModelError(
-            f"{model.label} has opset {model.opset}, and a scale per channel needs opset {_FIRST_OPSET}; export the "
-            f"network with opset 17 and calibrate again, since it cannot be converted: {error}"
+            f"{model.label} has opset {model.opset}, and {needed_for} needs opset {least}; export the "
+            f"network with opset {max(least, 17)} and calibrate again, since it cannot be converted: {error}"
         ) from error
 
 
@@ -284,14 +297,25 @@ def _pair_names(prefix: str) -> tuple[str, ...]:
     return f"{prefix}_scale", f"{prefix}_zero_point", *nodes, *(f"{node}_Output" for node in nodes)
 
 
-def _names(graph: onnx.GraphProto) -> Iterator[str]:
+def names_in(graph: onnx.GraphProto) -> Iterator[str]:
+    """Yield the names of a graph's tensors and nodes, those of subgraphs too."""
     for value in (*graph.input, *graph.output, *graph.initializer):
         yield value.name
     for node in graph.node:
         yield from (node.name, *node.input, *node.output)
         for value in node.attribute:
             for subgraph in (value.g, *value.graphs):
-                yield from _names(subgraph)
+                yield from names_in(subgraph)
+
+
+def unique_name(name: str, taken: set[str]) -> str:
+    """Return a name like `name` that is not taken, and add it to those that are."""
+    unique, number = name, 1
+    while unique in taken:
+        number += 1
+        unique = f"{name}_{number}"
+    taken.add(unique)
+    return unique
 
 
 def weight_scales(weights: npt.NDArray[np.float32], axis: int | None) -> npt.NDArray[np.float32]:
@@ -309,7 +333,10 @@ def round_weights(
     weights: npt.NDArray[np.float32], scales: npt.NDArray[np.float32], axis: int | None
 ) -> npt.NDArray[np.int8]:
     """Return weights as QuantizeLinear rounds them, a half to the even number; scales of amax / 127 saturate none."""
-    if axis is not None:
-        scales = scales.reshape([-1 if other == axis else 1 for other in range(weights.ndim)])
-    rounded: npt.NDArray[np.int8] = np.rint(weights / scales).astype(np.int8)
+    rounded: npt.NDArray[np.int8] = np.rint(weights / spread(scales, axis, weights.ndim)).astype(np.int8)
     return rounded
+
+
+def spread(scales: npt.NDArray[np.float32], axis: int | None, rank: int) -> npt.NDArray[np.float32]:
+    """Return scales along an axis in a shape that NumPy broadcasts to tensors of a rank."""
+    return scales if axis is None else scales.reshape([-1 if other == axis else 1 for other in range(rank)])

@@ -102,7 +102,8 @@ def tune(
         until_stable: As `fastcal.calibrate`.
         curve: Whether to take more time for more detail: further choices for the tuning's `curve`, and 8 samples for
             the ranking, as with a target.
-        all_tensors: Whether to observe all tensors, for a report; by default only those that layers in INT8 read.
+        all_tensors: Whether to observe all tensors, for a report or for what FP16 does not hold; by default only those
+            that layers in INT8 read.
         cache: A file to keep the scales of all tensors in, as `fastcal.calibrate`.
         histograms: A file to keep the histograms of all tensors in, as `fastcal.calibrate`.
         unfinished: A file to keep the ranking in while it is being made: if the tuning is stopped, the next one of the

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import zipfile
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -219,14 +218,16 @@ def tensorrt_bindings(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tensorrt_11_bindings(tmp_path_factory):
-    """The environment in which `import tensorrt` gives TensorRT 11.4's bindings, which pip fetches."""
+    """The environment in which `import tensorrt` gives TensorRT 11.4's bindings.
+
+    They cannot be installed beside those of TensorRT 10: FASTCAL_TENSORRT_11 names the folder that has them.
+    """
+    bindings = os.environ.get("FASTCAL_TENSORRT_11")
+    if bindings is None:
+        wheel = "tensorrt-cu13-bindings==11.4.0.106"
+        pytest.skip(f"no TensorRT bindings: pip install --no-deps --target F {wheel}, and set FASTCAL_TENSORRT_11=F")
     folder = tmp_path_factory.mktemp("tensorrt11")
-    wheel = "tensorrt-cu13-bindings==11.4.0.106"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, wheel]
-    if subprocess.run(command, check=False, capture_output=True).returncode != 0:
-        pytest.skip(f"no TensorRT bindings: pip finds no {wheel} here")
-    (archive,) = folder.glob("*.whl")
-    zipfile.ZipFile(archive).extractall(folder)
+    (folder / "tensorrt_bindings").symlink_to(Path(bindings).resolve() / "tensorrt_bindings")
     return make_stand_ins(folder, 11)
 
 

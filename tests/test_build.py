@@ -92,7 +92,7 @@ def test_tensorrts_last_errors_are_the_reason(trt_bindings):
 
 
 def test_dynamic_sizes_are_those_of_the_batches(trt_bindings):
-    from fastcal.build import fill_sizes
+    from fastcal.engine.settings import fill_sizes
 
     preprocess = fastcal.Preprocess(size=(24, 40))
     images = fastcal.ImageFeed(DIGITS / "images", preprocess=preprocess, batch_size=4)

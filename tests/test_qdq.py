@@ -402,15 +402,6 @@ def test_models_that_cannot_be_quantized(residual, onnx_file, tmp_path):
             fastcal.quantize(residual, cache, exclude=["Relu", name])
 
 
-def test_a_model_of_float16(onnx_file):
-    graph = "f (float16[N, 2] x) => (float16[N, 2] y) { y = MatMul(x, w) }"
-    path = onnx_file(graph, {"w": np.ones((2, 2), np.float16)})
-    with pytest.raises(
-        ModelError, match=r"quantize: y \(x is float16\); fastcal quantizes a Conv, .* with float32 inp"
-    ):
-        fastcal.quantize(path, fastcal.CalibrationCache({"x": 1.0}))
-
-
 @pytest.mark.parametrize(
     ("bias", "message"),
     [

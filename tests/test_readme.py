@@ -35,7 +35,7 @@ config.add_optimization_profile(profile)
 config.set_calibration_profile(profile)
 """
 
-NEEDS_GPU = re.compile(r"fastcal build |build\.py|build\.sh|build_engine\(|int8_calibrator")
+NEEDS_GPU = re.compile(r"fastcal build (?!.*--builder rtx)|build\.py|build\.sh|build_engine\(|int8_calibrator")
 
 #: Stands in for trtexec: reads the files that it is told to read, and writes the engine's file.
 TRTEXEC = """

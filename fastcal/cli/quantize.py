@@ -3,8 +3,7 @@
 import contextlib
 import logging
 import os
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +13,6 @@ import fastcal
 from fastcal.cli.calibrate import calibrate_on, check_report, save_report
 from fastcal.cli.options import (
     BackendOption,
-    CalibrationOptions,
     HistogramsOption,
     MemoryOption,
     ReportOption,
@@ -23,16 +21,18 @@ from fastcal.cli.options import (
     check_outputs,
     read_memory,
 )
+from fastcal.cli.scales import ScalesOptions
 from fastcal.cli.summary import outcome, print_summary, run_rows, tuning_rows
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.cli.tune import tune_on, tuning_outcome
-from fastcal.errors import CacheError, FastcalError
+from fastcal.errors import FastcalError
 from fastcal.files import check_writable, write_atomically, write_together
 from fastcal.versions import DEFAULT_TENSORRT_VERSION, check_tensorrt_version
 
 if TYPE_CHECKING:
     import onnx
 
+    from fastcal.half import HalfType
     from fastcal.model import Model
 
 #: The most bytes of a model in one file: Protocol Buffers hold less than 2 GiB.
@@ -40,15 +40,9 @@ _MOST_IN_A_FILE = 2_000_000_000
 
 
 @dataclass
-class QuantizeOptions(CalibrationOptions):
+class QuantizeOptions(ScalesOptions):
     """Options of `quantize`: those of a calibration; a cache may take the place of the images."""
 
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="CACHE|DATA", help="A calibration cache, or what tune wrote, or images as calibrate takes them."
-        ),
-    ]
     algorithm: Annotated[
         str,
         typer.Option(
@@ -66,28 +60,35 @@ class QuantizeOptions(CalibrationOptions):
         typer.Option(metavar="CACHE", help="The calibration cache: reused if it is up to date, else written."),
     ] = None
 
-    def has_cache(self, tuning_options: TuningOptions) -> bool:
-        """Return whether the second argument is a calibration cache or a tuning, after checking the other options."""
-        from fastcal.cache.cache import CalibrationCache
-        from fastcal.feed.signatures import CACHE, TEXT, identify
 
-        path = Path(self.data)
-        if self.data.endswith(".cache") and not path.exists():
-            raise CacheError(f"no such file: {self.data}; name a calibration cache, or images")
-        kind = identify(path) if path.is_file() else ""
-        if kind not in (TEXT, CACHE):  # a shard may be too large to read
-            return False
-        content = path.read_bytes()
-        try:
-            CalibrationCache.from_any(content, self.data)
-        except FastcalError:
-            if kind == CACHE or (content.startswith(b"{") and b'"images"' not in content):  # COCO's JSON
-                raise
-            return False
-        option = self.first_given(field.name for field in fields(self)[2:])
-        if option := option or tuning_options.for_images():
-            raise FastcalError(f"{self.data} is a calibration cache, and {option} is for images; leave one of them out")
-        return True
+@dataclass
+class FormOptions:
+    """Options of the form of the model that is written: arguments of `fastcal.quantize`."""
+
+    int8_weights: Annotated[
+        bool,
+        typer.Option(
+            "--int8-weights", help="Store the weights as INT8, a quarter of their size, with a DequantizeLinear alone."
+        ),
+    ] = False
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Run the layers between the pairs in FP16, as TensorRT 11 wants to be told.")
+    ] = False
+    bf16: Annotated[bool, typer.Option("--bf16", help="Run the layers between the pairs in BF16.")] = False
+
+    def half(self, network: "Model") -> "HalfType | None":
+        """Return the type of 16 bits that was asked for, or that the network has; None for FP32."""
+        from fastcal.qdq import half_type
+
+        return half_type(self.fp16, self.bf16, network)
+
+    def stored(self, network: "Model") -> str:
+        """Return the type of the weights, as text."""
+        if self.int8_weights:
+            return "INT8"
+        if half := self.half(network):
+            return f"{half.label}; --int8-weights stores INT8"
+        return "float32, since TensorRT rounds them itself; --int8-weights stores INT8"
 
 
 def quantize(
@@ -95,12 +96,7 @@ def quantize(
     output: Annotated[str, typer.Option("--output", "-o", metavar="MODEL", help="The quantized model to write.")],
     options: QuantizeOptions,
     tuning_options: TuningOptions,
-    int8_weights: Annotated[
-        bool,
-        typer.Option(
-            "--int8-weights", help="Store the weights as INT8, a quarter of their size, with a DequantizeLinear alone."
-        ),
-    ] = False,
+    form: FormOptions,
 ) -> None:
     """Write the model with QuantizeLinear and DequantizeLinear layers, which TensorRT 11 needs for INT8."""
     with terminal() as console:
@@ -109,8 +105,9 @@ def quantize(
         from fastcal.qdq import check_quantizable
 
         network = Model(options.model)
-        check_quantizable(network, tuning_options.exclude or ())
-        has_cache = options.has_cache(tuning_options)
+        half = form.half(network)
+        check_quantizable(network, tuning_options.exclude or (), half)
+        has_cache = options.has_cache(tuning_options.for_images())
         outputs = {
             "quantized model": output, "report": options.report, "cache": options.cache,
             "histograms": options.histograms,
@@ -125,7 +122,7 @@ def quantize(
         check_report(options.report)
         if options.cache is not None and not os.path.exists(options.cache):  # an existing one may be reused
             check_cache_writable(options.cache, network.activations)
-        writer = _Writer(network, output, tuning_options, int8_weights)
+        writer = _Writer(network, output, tuning_options, form, half)
         if has_cache:
             made, rows = writer.write(options.data)
             print_rows(scales=options.data, **rows)
@@ -157,7 +154,7 @@ def _tune(console: Console, writer: "_Writer", options: QuantizeOptions) -> None
         tuning, progress = tune_on(
             console, writer.network, feed, options, writer.tuning, memory=read_memory(options.memory),
             cache=None if options.report else options.cache, until_stable=options.until_stable,
-            histograms=options.histograms, all_tensors=options.report is not None,
+            histograms=options.histograms, all_tensors=options.report is not None or writer.half is not None,
         )  # fmt: skip
     made, rows = writer.write(tuning)
     rows |= tuning_rows(tuning)
@@ -217,7 +214,8 @@ class _Writer:
     network: "Model"
     output: str
     tuning: TuningOptions
-    int8_weights: bool
+    form: FormOptions
+    half: "HalfType | None"
 
     def write(self, cache: "str | fastcal.CalibrationCache | fastcal.Tuning") -> tuple[dict[str, Any], dict[str, str]]:
         """Write the model; return the summary of it as JSON entries and as rows.
@@ -228,20 +226,20 @@ class _Writer:
 
         model = add_pairs(
             self.network, cache, self.tuning.exclude or (), depthwise=self.tuning.depthwise,
-            int8_weights=self.int8_weights,
+            int8_weights=self.form.int8_weights, half=self.half,
         )  # fmt: skip
         quantized, layers = count_quantized(model)
         rows = {"INT8": f"{quantized} of {layers} {', '.join(WEIGHTED)}", "model": self.output}
         entries = {
-            "model": self.output, "quantized": quantized, "layers": layers, "int8_weights": self.int8_weights,
+            "model": self.output, "quantized": quantized, "layers": layers, "int8_weights": self.form.int8_weights,
+            "other_layers": "FP32" if self.half is None else self.half.label,
         }  # fmt: skip
         size, data = self._save(model)
         if data is not None:
             entries["external_data"] = rows["weights"] = data
-        stored = (
-            "INT8" if self.int8_weights else "float32, since TensorRT rounds them itself; --int8-weights stores INT8"
-        )
-        return entries | {"bytes": size}, rows | {"size": f"{size / 1e6:.3g} MB, weights in {stored}"}
+        return entries | {"bytes": size}, rows | {
+            "size": f"{size / 1e6:.3g} MB, weights in {self.form.stored(self.network)}"
+        }
 
     def _save(self, model: "onnx.ModelProto") -> tuple[int, str | None]:
         """Write the files; return the number of bytes, and the name of the second file if there is one."""

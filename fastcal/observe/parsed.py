@@ -5,10 +5,12 @@ cache for the scales of these tensors too, under names of its own. Here, such a 
 a tensor of the ONNX file, only moved, or is the result of a simple layer that ONNX has an operator for.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import onnx
 
 from fastcal.definition import Definition, Network
@@ -80,6 +82,23 @@ class ParsedBackend(LocalBackend):
             observed, network=network.label, histograms=histograms, shared_scales=self.parsed.shared_scales,
             least_thresholds=least,
         )  # fmt: skip
+
+
+def completed_scales(network: Any, scales: Mapping[str, float], file: Model) -> dict[str, float]:
+    """Return a file's scales with those of the tensors that TensorRT's parser adds to its `INetworkDefinition`.
+
+    Constants have their largest |x| / 127; other tensors, the parts of a Gemm for instance, have the scale of what is
+    computed from them.
+    """
+    found = dict(scales)
+    for name, values in constant_values(network).items():
+        found.setdefault(name, float(np.float32(np.abs(values).max(initial=0)) / np.float32(127)))
+    for layer in reversed(list(layers(network))):
+        scale = found.get(layer.get_output(0).name)
+        for value in map(layer.get_input, range(layer.num_inputs)):
+            if scale is not None and value is not None and value.name not in file.tensors:
+                found.setdefault(value.name, scale)
+    return found
 
 
 class Parsed:

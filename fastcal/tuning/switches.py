@@ -8,7 +8,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from fastcal.qdq_graph import Edge, Graph, round_weights, weight_scales
+from fastcal.qdq_graph import Edge, Graph, round_weights, spread, weight_scales
 
 #: The inputs that the network has besides its own: a Boolean for each layer, and a scale for each tensor.
 IS_INT8, SCALES = "fastcal_is_int8", "fastcal_scales"
@@ -96,8 +96,7 @@ class Switched:
             constants = [self._constant(f"{prefix}_stored", stored), self._constant(f"{prefix}_scale", values)]
             options: dict[str, Any] = {} if axis is None else {"axis": axis}
             return [helper.make_node("DequantizeLinear", constants, [result], **options)], result
-        spread = values if axis is None else values.reshape([-1 if axis == each else 1 for each in range(weights.ndim)])
-        return [], self._constant(result, stored.astype(np.float32) * spread)
+        return [], self._constant(result, stored.astype(np.float32) * spread(values, axis, weights.ndim))
 
     def _constant(self, name: str, value: Any) -> str:
         self._constants[name] = numpy_helper.from_array(np.asarray(value), name)

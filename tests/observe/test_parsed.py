@@ -188,3 +188,18 @@ def test_constants_are_counted_without_numba_too(monkeypatch):
     without.update(values)
     assert without.counts.tolist() == counted.counts.tolist()
     assert (without.range, without.amax, without.clamped) == (counted.range, counted.amax, counted.clamped)
+
+
+def test_scales_of_a_file_are_completed(parse, onnx_file):
+    from fastcal.network import float_names
+    from fastcal.observe.parsed import completed_scales
+
+    path = onnx_file(
+        "f (float[4, 8] x) => (float[4, 3] y) { r = Relu(x) g = Gemm<transB = 1>(r, w, c) y = Tanh(g) }",
+        {"w": 2 * np.eye(3, 8, dtype="f4"), "c": np.zeros(3, "f4")},
+    )
+    model, definition = parse(path)
+    scales = completed_scales(definition.raw, {"x": 0.5, "g": 0.25, "y": 0.125}, model)
+    added = {name: scales[name] for name in float_names(definition.raw) if name in scales and name not in "xgy"}
+    assert set(float_names(definition.raw)) - scales.keys() == {"r"}  # no tensor of the file gets one
+    assert sorted(set(added.values())) == [0.0, pytest.approx(2 / 127), 0.25]
