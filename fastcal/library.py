@@ -144,7 +144,9 @@ def start(library: Any, logger: Messages) -> Any:
 
 
 def parse_with(library: Any, builder: Any, logger: Messages, model: Model, proto: onnx.ModelProto | None = None) -> Any:
-    """Return the `INetworkDefinition` of an ONNX file, or of `proto`, which was made from the file."""
+    """Return the `INetworkDefinition` of a model, or of `proto`, which was made from the model's file."""
+    if proto is None and model.is_variant:
+        proto = model.proto
     flag = getattr(library.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)  # None: there is no other kind
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = library.OnnxParser(network, logger)

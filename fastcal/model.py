@@ -40,6 +40,7 @@ class Model:
         proto: The content of the file, an `onnx.ModelProto` without external data; its local functions are inlined, and
             so are the branches that are taken of Ifs with a constant condition.
         external: The external data.
+        is_variant: Whether `proto` is another graph than the file's.
 
     Raises:
         ModelError: The file is missing or is not an ONNX model, a node has too few inputs or outputs, or external data
@@ -49,7 +50,7 @@ class Model:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not isinstance(path, str | os.PathLike):
             raise ModelError(f"the model is a {type(path).__name__}; name an ONNX file (onnx.save writes one)")
-        self.path = Path(path)
+        self.path, self.is_variant = Path(path), False
         try:
             self.proto = onnx.load(self.path, load_external_data=False)
         except OSError as error:
@@ -156,6 +157,7 @@ class Model:
         """Return a model with the content `proto`, and the same file and external data."""
         variant = copy(self)
         variant.__dict__ = {"path": self.path, "external": self.external, "proto": proto, "_converted": {}}
+        variant.is_variant = self.is_variant or proto is not self.proto
         return variant
 
     @cached_property

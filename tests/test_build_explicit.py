@@ -13,7 +13,8 @@ import fastcal
 from conftest import DIGITS
 from fastcal.errors import DataError, FastcalError, ModelError
 from fastcal.external import ExternalData
-from fastcal.library import logger_of
+from fastcal.library import logger_of, parse_with
+from fastcal.model import Model
 
 rtx = pytest.importorskip("tensorrt_rtx")
 
@@ -185,6 +186,22 @@ def test_what_is_wrong_is_named(cache, options, message):
         fastcal.build_engine(MODEL, **RTX | {"tuning": cache} | options)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_variant_of_a_model_is_parsed_as_it_is():
+    logger = logger_of(rtx)
+    builder = rtx.Builder(logger)
+
+    def layers(model):
+        return parse_with(rtx, builder, logger, model).num_layers
+
+    model, shorter = Model(MODEL), onnx.load(MODEL)
+    del shorter.graph.node[-1]  # the Gemm
+    shorter.graph.output[0].name = shorter.graph.node[-1].output[0]
+    whole = layers(model)
+    assert layers(model.showing(["image"])) == whole
+    assert layers(model.replaced(shorter)) < whole
+    assert layers(model.replaced(shorter).showing(["image"])) < whole
 
 
 def test_compute_capabilities_are_for_rtx(cache, trt_bindings):

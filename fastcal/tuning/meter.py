@@ -34,7 +34,7 @@ _LEAST_RANKED, _RANKED, _PASSES = 2, 8, 0.55
 
 @dataclass(frozen=True)
 class Errors:
-    """What a choice of layers and scales costs.
+    """The cost of a choice of layers and scales.
 
     Attributes:
         parts: The relative squared error of each part of the outputs, by its label.
