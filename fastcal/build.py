@@ -47,6 +47,8 @@ def build_engine(
     timing_cache: str | os.PathLike[str] | None = None,
     optimization_level: int | None = None,
     tactic_sources: int | Iterable[str] | None = None,
+    dla: int | None = None,
+    gpu_fallback: bool = False,
 ) -> bytes:
     """Build an INT8 engine with TensorRT from a model and calibration images, or from scales that are known.
 
@@ -82,6 +84,9 @@ def build_engine(
             the new timings are added.
         optimization_level: 0 (the engine is built fastest) to 5 (the engine runs fastest); by default TensorRT's 3.
         tactic_sources: Names of `tensorrt.TacticSource`, or their bits; by default TensorRT's own.
+        dla: The core of NVIDIA's DLA that an implicit build is for, 0 or 1; by default the engine is for the GPU. The
+            scales are those of `for_dla`.
+        gpu_fallback: Whether the GPU runs what the DLA does not; else that is an error.
 
     Returns:
         The serialized engine.
@@ -97,7 +102,7 @@ def build_engine(
     model = Model.of(model)
     library = load_library(builder)
     settings = BuildSettings(
-        min_batch, opt_batch, max_batch, workspace, timing_cache, optimization_level, tactic_sources
+        min_batch, opt_batch, max_batch, workspace, timing_cache, optimization_level, tactic_sources, dla, gpu_fallback
     )  # fmt: skip
     check_calibration(calibration, is_known=tuning is not None or is_explicit(library, explicit))
     if calibrator is None and tuning is None:
@@ -105,6 +110,8 @@ def build_engine(
     settings.check(library)
     check_compute_capabilities(library, compute_capabilities)
     if is_explicit(library, explicit):
+        if dla is not None:
+            raise FastcalError("the DLA needs pairs on every tensor, which fastcal does not make; leave out dla")
         half = half_type(fp16 and not bf16, bf16, model)
         return _build_explicit(
             library, model, calibrator, tuning, settings, half, compute_capabilities, exact=exact, tf32=tf32

@@ -17,6 +17,7 @@ from fastcal.algorithm import Algorithm
 from fastcal.cache.cache import CalibrationCache
 from fastcal.calibration import Calibration
 from fastcal.definition import Definition, Network, as_network
+from fastcal.dla import check_target
 from fastcal.errors import FastcalError, ModelError, UnavailableError, first_few
 from fastcal.feed.arrays import ArrayFeed
 from fastcal.feed.feed import Feed
@@ -178,6 +179,7 @@ class FeedCalibrator:
         tf32: bool = False,
         optimization_level: int | None = None,
         tactic_sources: int | Iterable[str] | None = None,
+        target: str | None = None,
     ) -> None:
         """Calibrate now as `fastcal.calibrate` does, so that TensorRT is given a finished cache and asks for no batch.
 
@@ -192,6 +194,7 @@ class FeedCalibrator:
             tf32: Whether the network may run in TF32: faster, and an amax differs by about 1e-3.
             optimization_level: As for `fastcal.calibrate`.
             tactic_sources: As for `fastcal.calibrate`.
+            target: As for `fastcal.calibrate`; "dla" needs the ONNX file as the calibrator's `model`.
 
         Raises:
             ModelError: TensorRT cannot run the network with every tensor visible.
@@ -210,7 +213,8 @@ class FeedCalibrator:
             self._cache.forget()  # it may be of another network
         backend = _choose_backend(wanted, known, TensorRTBackend(tf32, optimization_level, tactic_sources))
         algorithm = replace(self._algorithm, keeps_ranges=not exact)
-        self._calibration = replace(self._default, network=wanted, backend=backend, algorithm=algorithm)
+        check_target(target, algorithm)
+        self._calibration = replace(self._default, network=wanted, backend=backend, algorithm=algorithm, target=target)
         kept = self._reuse()
         if kept is not None and not self._lacks_any(wanted, kept):
             return

@@ -50,6 +50,10 @@ def error_of(trt_bindings, tmp_path, monkeypatch):
         ),
         ({"calibration": "mine"}, "FastcalError: there is no calibration 'mine'; choose fastcal or tensorrt"),
         ({"timing_cache": "nowhere/x"}, "cannot write nowhere/x: there is no folder"),
+        ({"dla": -1}, "dla is -1; it must be at least 0"),
+        ({"gpu_fallback": True}, "gpu_fallback is for what a DLA does not run; set dla too"),
+        ({"dla": 0, "explicit": True}, "the DLA needs pairs on every tensor, which fastcal does not make"),
+        ({"dla": 0, "max_batch": 8}, "a DLA runs one batch size, and these are 1 to 8; set min_batch and max_batch to"),
     ],
 )
 def test_an_option_out_of_its_range_is_named(error_of, options, message):
@@ -65,6 +69,7 @@ def test_an_option_out_of_its_range_is_named(error_of, options, message):
         {"max_batch": 2},
         {"tactic_sources": ["CUDNN"]},
         {"tactic_sources": 3},
+        {"dla": 0, "gpu_fallback": True, "min_batch": 4},
     ],
 )
 def test_without_a_gpu_tensorrt_does_not_start(error_of, options):

@@ -80,6 +80,13 @@ class BuildOptions:
         int | None, typer.Option(help="0 (fastest build) to 5 (fastest engine).", show_default="TensorRT's, 3")
     ] = None
 
+    dla: Annotated[
+        int | None,
+        typer.Option(metavar="CORE", help="Build for this core of NVIDIA's DLA, 0 or 1.", show_default="for the GPU"),
+    ] = None
+    gpu_fallback: Annotated[
+        bool, typer.Option("--gpu-fallback", help="With --dla: let the GPU run what the DLA does not.")
+    ] = False
     time: Annotated[
         bool,
         typer.Option("--time", help="Measure the engine's speed beside the network's in FP16 and FP32, built too."),
@@ -95,7 +102,7 @@ class BuildOptions:
         """Return the settings that engines to compare with are built with."""
         from fastcal.engine.settings import BuildSettings
 
-        names = {field.name for field in fields(BuildSettings)}
+        names = {field.name for field in fields(BuildSettings)} - {"dla", "gpu_fallback"}
         given = {name: value for name, value in self.keywords().items() if name in names}
         return BuildSettings(**given, tactic_sources=tactic_sources)
 

@@ -7,6 +7,7 @@ from typing import Any
 from fastcal.algorithm import Algorithm
 from fastcal.cache.cache import CalibrationCache
 from fastcal.calibrators import EntropyCalibrator2
+from fastcal.dla import for_dla
 from fastcal.engine.settings import BuildSettings, check_gpu, fill_sizes, input_shapes, make_profile
 from fastcal.errors import first_few
 from fastcal.feed.feed import Feed
@@ -64,7 +65,7 @@ def build_calibrated(
     calibrator.check_network(network, config)
     with calibrator:
         if calibrates:
-            calibrator.calibrate(network, **options)
+            calibrator.calibrate(network, target=settings.target, **options)
         return settings.build(builder, network, config, logger, model)
 
 
@@ -76,11 +77,12 @@ def build_tuned(model: Model, tuning: Tuning, feed: Feed | None, settings: Build
     network = parse(builder, model, logger, correct_biases(model, tuning) if tuning.bias else None)
     config = _configure(settings, builder, fp16)
     _add_profiles(builder, network, config, batches, feed)
-    scales = completed_scales(network, tuning.cache.scales, model)
+    cache = tuning.cache if settings.dla is None else for_dla(model, tuning.cache)
+    scales = completed_scales(network, cache.scales, model)
     if missing := [name for name in float_names(network) if name not in scales]:
         _log.warning("no scale for %s: layers with these tensors do not run in INT8", first_few(missing))
     keep_in_float(network, config, tuning.in_float or (), trt.float16 if fp16 else trt.float32)
-    config.int8_calibrator = calibrator = KeptScales(replace(tuning.cache, scales=scales))
+    config.int8_calibrator = calibrator = KeptScales(replace(cache, scales=scales))
     engine = settings.build(builder, network, config, logger, model)
     del calibrator  # TensorRT holds no reference to it
     return engine

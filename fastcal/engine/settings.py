@@ -10,7 +10,7 @@ from typing import Any
 
 from fastcal.batch import format_shape, known_sizes, match_names, shape_fits
 from fastcal.device import resolve
-from fastcal.errors import DataError, FastcalError, ModelError, check_range
+from fastcal.errors import DataError, FastcalError, ModelError, UnavailableError, check_range, counted
 from fastcal.feed.feed import Feed
 from fastcal.files import check_writable, write_atomically
 from fastcal.library import Messages, is_rtx, tactic_bits
@@ -30,11 +30,21 @@ class BuildSettings:
     timing_cache: str | os.PathLike[str] | None = None
     optimization_level: int | None = None
     tactic_sources: int | Iterable[str] | None = None
+    dla: int | None = None
+    gpu_fallback: bool = False
+
+    @property
+    def target(self) -> str | None:
+        """The target of a calibration: "dla", or None for a GPU."""
+        return None if self.dla is None else "dla"
 
     def check(self, library: Any) -> None:
         """Raise FastcalError if a setting is out of range, or unknown to the library."""
         check_range("workspace", self.workspace, 1)
         check_range("optimization_level", self.optimization_level, 0, 5)
+        check_range("dla", self.dla, 0)
+        if self.gpu_fallback and self.dla is None:
+            raise FastcalError("gpu_fallback is for what a DLA does not run; set dla too, or leave gpu_fallback out")
         tactic_bits(library, self.tactic_sources)
         if self.timing_cache is not None and is_rtx(library):
             raise FastcalError("TensorRT for RTX keeps no timings; leave out timing_cache")
@@ -60,6 +70,10 @@ class BuildSettings:
                 f"the engine's batches are min_batch {least}, opt_batch {opt}, max_batch {most}; they must be at least "
                 "1 and in this order"
             )
+        if self.dla is not None and least < most and any(value.shape[:1] == (None,) for value in model.inputs):
+            raise FastcalError(
+                f"a DLA runs one batch size, and these are {least} to {most}; set min_batch and max_batch to the same"
+            )
         return least, opt, most
 
     def configure(self, library: Any, builder: Any) -> Any:
@@ -73,6 +87,10 @@ class BuildSettings:
         tactics = tactic_bits(library, self.tactic_sources)
         if tactics is not None:
             config.set_tactic_sources(tactics)
+        if self.dla is not None:
+            _choose_dla(library, builder, config, self.dla)
+            if self.gpu_fallback:
+                config.set_flag(library.BuilderFlag.GPU_FALLBACK)
         return config
 
     def build(self, builder: Any, network: Any, config: Any, logger: Messages, model: Model) -> bytes:
@@ -82,6 +100,18 @@ class BuildSettings:
             if engine is None:
                 raise ModelError(f"TensorRT builds no engine from {model.label}: {logger.reasons()}")
         return bytes(engine)
+
+
+def _choose_dla(library: Any, builder: Any, config: Any, core: int) -> None:
+    """Let a core of the DLA run what it can; raise UnavailableError if there is no such core."""
+    found = counted(builder.num_DLA_cores, "DLA core")
+    if core >= builder.num_DLA_cores:
+        raise UnavailableError(
+            f"dla is {core}, and TensorRT finds {found} here: the first one is 0, on Jetson Xavier and Orin; leave dla "
+            "out to build for the GPU"
+        )
+    config.default_device_type = library.DeviceType.DLA
+    config.DLA_core = core
 
 
 def check_gpu(feed: Feed) -> None:
