@@ -537,7 +537,7 @@ def test_commands_that_calibrate_share_their_options():
     shared = calibrate.keys() & build.keys() - {"data", "output", "help"}
     assert set(calibrate) - shared == {
         "data", "output", "backend", "tensorrt", "memory", "until_stable", "workers", "ray_address", "histograms",
-        "report",
+        "report", "target",
     }  # fmt: skip
     for name in shared:
         for what in ("opts", "help", "default", "required", "show_default", "metavar"):

@@ -200,6 +200,7 @@ def test_json_lines_tell_the_progress_and_the_outcome(run_fastcal, tmp_path):
         "quantized": 8,
         "layers": 8,
         "int8_weights": False,
+        "other_layers": "FP32",
         "bytes": (tmp_path / "x.onnx").stat().st_size,
     }
     done = run_fastcal(*words, "--json", "--quiet", cwd=tmp_path)
