@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import logging
 import os
@@ -14,6 +15,10 @@ from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 from unittest import mock
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # before libraries count the cores that they may use
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import numpy as np
 import onnx
@@ -231,15 +236,24 @@ def tensorrt_11_bindings(tmp_path_factory):
     return make_stand_ins(folder, 11)
 
 
+@functools.cache
+def start_rtx():
+    """Return TensorRT for RTX, which keeps the first logger that it is given: fastcal's, in whatever order tests run."""
+    import tensorrt_rtx
+
+    from fastcal.library import logger_of
+
+    tensorrt_rtx.Builder(logger_of(tensorrt_rtx))
+    return tensorrt_rtx
+
+
 @pytest.fixture(scope="session")
 def loaded_bindings(tensorrt_bindings):
     """The module `tensorrt_bindings`, loaded into this process."""
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT itself is installed: its libraries and the stand-ins do not go into one process")
     if importlib.util.find_spec("tensorrt_rtx") is not None:  # its first builder looks symbols up: not in the stand-ins
-        import tensorrt_rtx
-
-        tensorrt_rtx.Builder(tensorrt_rtx.Logger(tensorrt_rtx.Logger.ERROR))
+        start_rtx()
     for library in sorted(Path(tensorrt_bindings["LD_LIBRARY_PATH"]).glob("*.so.10")):
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     return importlib.import_module("tensorrt_bindings")
@@ -267,8 +281,7 @@ def forget_modules_on(dependency):
 @pytest.fixture
 def rtx(monkeypatch):
     """TensorRT for RTX, whose parser and builder need no GPU; `import tensorrt` gives it for the length of a test."""
-    import tensorrt_rtx
-
+    tensorrt_rtx = start_rtx()
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_rtx)
     yield tensorrt_rtx
     forget_modules_on(tensorrt_rtx)

@@ -13,7 +13,8 @@ MODULES = sorted((ROOT / "fastcal").rglob("*.py"))
 def test_imports_go_down_and_in_no_circle(monkeypatch):
     cli = pytest.importorskip("importlinter.cli")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(logging.getLogger("fastcal"), "disabled", False)  # it disables the loggers that there are
+    for name in logging.Logger.manager.loggerDict:  # it disables the loggers that there are
+        monkeypatch.setattr(logging.getLogger(name), "disabled", logging.getLogger(name).disabled)
     assert cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == cli.EXIT_STATUS_SUCCESS
 
 

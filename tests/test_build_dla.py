@@ -5,15 +5,16 @@ from types import SimpleNamespace
 import pytest
 
 import fastcal
-from conftest import DIGITS
+from conftest import DIGITS, start_rtx
 from fastcal.engine.settings import BuildSettings
+from fastcal.library import logger_of
 
 rtx = pytest.importorskip("tensorrt_rtx")
 
 
 @pytest.fixture
 def builder():
-    return rtx.Builder(rtx.Logger(rtx.Logger.ERROR))
+    return start_rtx().Builder(logger_of(rtx))
 
 
 def test_a_core_that_is_not_there_is_named(builder):

@@ -10,13 +10,14 @@ import onnx
 import pytest
 
 import fastcal
-from conftest import DIGITS
+from conftest import DIGITS, start_rtx
 from fastcal.errors import DataError, FastcalError, ModelError
 from fastcal.external import ExternalData
 from fastcal.library import logger_of, parse_with
 from fastcal.model import Model
 
 rtx = pytest.importorskip("tensorrt_rtx")
+start_rtx()
 
 MODEL, IMAGES = DIGITS / "digits.onnx", DIGITS / "images"
 RTX = {"builder": "rtx", "compute_capabilities": ["8.9"]}
