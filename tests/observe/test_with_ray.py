@@ -29,6 +29,8 @@ ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 with_ray = pytest.importorskip("fastcal.observe.with_ray")
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 MODEL = DIGITS / "digits.onnx"
 
 calibrate = functools.partial(fastcal.calibrate, backend="onnxruntime")
@@ -89,7 +91,7 @@ def alone():
     return calibrate(MODEL, digits())
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_the_cache_is_that_of_one_process(cluster, alone, workers):
     seen = []
     found = calibrate(MODEL, digits(), workers=workers, progress=lambda p: seen.append((p.batches, p.images, p.total)))
