@@ -238,7 +238,7 @@ def tensorrt_11_bindings(tmp_path_factory):
 
 @functools.cache
 def start_rtx():
-    """Return TensorRT for RTX, which keeps the first logger that it is given: fastcal's, in whatever order tests run."""
+    """Return TensorRT for RTX, which keeps the first logger that it is given: fastcal's, in any order of tests."""
     import tensorrt_rtx
 
     from fastcal.library import logger_of
