@@ -15,7 +15,9 @@ from fastcal.feed.feed import Feed
 from fastcal.half import HalfType
 from fastcal.library import is_rtx, is_strongly_typed, load_library, tactic_bits
 from fastcal.model import Model
+from fastcal.observe.backends import unknown_to_onnxruntime
 from fastcal.qdq import add_pairs, check_quantizable, half_type
+from fastcal.tune import tune
 from fastcal.tuning.tuned import Tuning
 from fastcal.versions import DEFAULT_TENSORRT_VERSION
 
@@ -61,8 +63,9 @@ def build_engine(
 
     Args:
         model: The ONNX file.
-        calibrator: The batches for a calibration with "entropy2": a `Feed`, or anything that `ArrayFeed` takes. Or, for
-            an implicit build, one of fastcal's calibrators. With a tuning, only the sizes of the batches count.
+        calibrator: The batches: a `Feed`, or anything that `ArrayFeed` takes. An explicit build tunes with them, as
+            `fastcal.tune`; an implicit one calibrates with "entropy2", and takes one of fastcal's calibrators too. With
+            a tuning, only the sizes of the batches count.
         tuning: A calibration cache or a `Tuning`, or the file of either, in place of a calibration. Layers that a
             tuning leaves in float stay in float, and the biases that it corrects are corrected. An implicit build needs
             the scales of all tensors: tune with `all_tensors`.
@@ -149,6 +152,13 @@ def is_explicit(library: Any, explicit: bool | None) -> bool:
     return True
 
 
+def pair_options(library: Any, model: Model) -> dict[str, Any]:
+    """Return the arguments of `tune` and `quantize` for the layers that a builder should run in INT8."""
+    types = {node.op_type for node in model.proto.graph.node}
+    exclude = types.intersection(_FLOAT_ON_RTX if is_rtx(library) else ())
+    return {"exclude": sorted(exclude), "depthwise": not is_rtx(library)}
+
+
 def _feed(batches: Any, model: Model) -> AbstractContextManager[Feed | None]:
     return nullcontext() if batches is None else as_feed(batches, model, "cpu")
 
@@ -163,17 +173,18 @@ def _build_explicit(
     compute_capabilities: Sequence[str],
     **options: Any,
 ) -> bytes:
-    """Return the engine of a quantized model; without a tuning, calibrate with `options`."""
+    """Return the engine of a quantized model; without a tuning, tune with `options`, as ONNX Runtime runs the model."""
     if hasattr(batches, "get_batch"):
         raise FastcalError("an explicit build takes no calibrator; give its feed, or a calibration cache as tuning")
     typed = half if is_strongly_typed(library) else None
     check_quantizable(model, half=typed)
     with _feed(batches, model) as feed:
-        if tuning is None:
+        places = pair_options(library, model)
+        if tuning is None and unknown_to_onnxruntime(model):
             tuning = calibrate(model, feed, tensorrt_version=DEFAULT_TENSORRT_VERSION, **options)
-        types = {node.op_type for node in model.proto.graph.node}
-        exclude = types.intersection(_FLOAT_ON_RTX if is_rtx(library) else ())
-        proto = add_pairs(model, tuning, exclude, depthwise=not is_rtx(library), half=typed)
+        elif tuning is None:
+            tuning = tune(model, feed, all_tensors=typed is not None, **places, **options)
+        proto = add_pairs(model, tuning, half=typed, **places)
         flags = ["INT8", *([] if half is None else [half.label])]
         return build_typed(
             library, model, proto, feed, settings, flags=flags, compute_capabilities=compute_capabilities

@@ -83,17 +83,17 @@ def test_tensorrt_11_has_this_way_alone(cache, rtx, parsed, tmp_path):
         fastcal.build_engine(MODEL, tuning=cache, calibration="tensorrt")
 
 
-def test_batches_are_calibrated_with(parsed, profiles):
+def test_the_network_is_tuned_on_batches(parsed, profiles):
     batches = [{"image": np.random.default_rng(number).standard_normal((3, 3, 32, 32), "f4")} for number in range(2)]
     fastcal.build_engine(MODEL, batches, max_batch=5, exact=True, **RTX)
-    expected = fastcal.calibrate(MODEL, batches, backend="onnxruntime", exact=True, tensorrt_version="10.3.0")
+    expected = fastcal.tune(MODEL, batches, exact=True, exclude=FLOAT, all_tensors=True)
     assert parsed == [fastcal.quantize(MODEL, expected, fp16=True, exclude=FLOAT)]
     assert profiles == [({"image": (-1, 3, 32, 32)}, (1, 3, 5))]
     fastcal.build_engine(MODEL, batches, max_batch=2, tuning=expected, **RTX)
     assert profiles[1][1] == (1, 2, 2)
 
 
-def test_a_calibration_is_exact_if_asked_for(onnx_file, parsed):
+def test_a_tuning_is_exact_if_asked_for(onnx_file, parsed):
     path = onnx_file(
         "f (float[N, 4] x) => (float[N, 4] y) { m = MatMul(x, w) s = Sigmoid(m) y = MatMul(s, w) }",
         {"w": np.eye(4, dtype="f4")},
@@ -101,8 +101,8 @@ def test_a_calibration_is_exact_if_asked_for(onnx_file, parsed):
     batches = [{"x": np.random.default_rng(0).standard_normal((64, 4), "f4")}]
     for exact in (False, True):
         fastcal.build_engine(path, batches, exact=exact, **RTX)
-        cache = fastcal.calibrate(path, batches, exact=exact, backend="onnxruntime", tensorrt_version="10.3.0")
-        assert parsed[-1] == fastcal.quantize(path, cache, fp16=True)
+        tuning = fastcal.tune(path, batches, exact=exact, all_tensors=True)
+        assert parsed[-1] == fastcal.quantize(path, tuning, fp16=True)
     assert parsed[0] != parsed[1]
 
 
@@ -241,15 +241,23 @@ def test_the_command_builds_with_images(run_fastcal, tmp_path, parsed, profiles)
     assert done.returncode == 0, done.stderr
     assert not re.search("^warning", done.stderr, re.MULTILINE)
     said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert said["images"] == "64 in 2 batches of 32"
+    assert said["images"] == "48 in 2 batches of 32"  # and 16 held out
     assert said["engine"].startswith(f"{tmp_path / 'x.engine'}, ")
-    assert parsed == [fastcal.quantize(MODEL, tmp_path / "x.cache", fp16=True, exclude=FLOAT)]
+    assert re.fullmatch(r"[\d.]+ dB at the outputs, top-1 1, on 16 held-out samples", said["keeps"])
+    with fastcal.ImageFeed(IMAGES, model=MODEL, batch_size=32, limit=64) as feed:
+        tuning = fastcal.tune(MODEL, feed, exclude=FLOAT, all_tensors=True)
+    assert parsed == [fastcal.quantize(MODEL, tuning, fp16=True)]
     assert profiles == [({"image": (-1, 3, 32, 32)}, (1, 32, 64))]
     assert sorted(os.listdir(tmp_path)) == ["x.cache", "x.cache.json", "x.engine"]
     done = run_fastcal("build", MODEL, tmp_path / "x.cache", "-o", tmp_path / "y.engine", *options, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bytes"] == (tmp_path / "y.engine").stat().st_size > 100_000
-    assert parsed[1] == parsed[0]
+    assert parsed[1] == fastcal.quantize(MODEL, tmp_path / "x.cache", fp16=True, exclude=FLOAT)
+    done = run_fastcal("build", MODEL, IMAGES, *paths[:2], *options, "--limit", 64, "--algorithm", "minmax")
+    assert done.returncode == 0, done.stderr
+    with fastcal.ImageFeed(IMAGES, model=MODEL, batch_size=32, limit=64) as feed:
+        minmax = fastcal.calibrate(MODEL, feed, algorithm="minmax")
+    assert parsed[2] == fastcal.quantize(MODEL, minmax, fp16=True, exclude=FLOAT)
 
 
 @pytest.mark.parametrize(

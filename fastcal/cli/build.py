@@ -13,10 +13,11 @@ from rich.filesize import decimal
 import fastcal
 from fastcal.cli.calibrate import calibrate_on
 from fastcal.cli.engine import contents_rows, speed_rows
-from fastcal.cli.options import check_outputs
-from fastcal.cli.scales import ScalesOptions
-from fastcal.cli.summary import data_rows, run_rows, speed
+from fastcal.cli.options import TuningOptions, check_outputs
+from fastcal.cli.scales import ScalesOptions, is_measured
+from fastcal.cli.summary import data_rows, run_rows, speed, tuning_rows
 from fastcal.cli.terminal import Bar, finish, print_rows, terminal
+from fastcal.cli.tune import tune_on, tuning_outcome
 from fastcal.errors import CUPY, UnavailableError
 from fastcal.files import check_writable, write_atomically
 from fastcal.versions import DEFAULT_TENSORRT_VERSION, is_installed
@@ -25,6 +26,19 @@ if TYPE_CHECKING:
     from fastcal.engine.settings import BuildSettings
     from fastcal.feed_calibrator import FeedCalibrator
     from fastcal.model import Model
+
+
+@dataclass
+class BuildScalesOptions(ScalesOptions):
+    """Options of the calibration or the tuning before a build."""
+
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            help="As for calibrate, and in an explicit build as for quantize; auto is entropy2, or best in an explicit "
+            "build."
+        ),
+    ] = "auto"
 
 
 @dataclass
@@ -123,7 +137,7 @@ class BuildOptions:
 def build(
     *,
     output: Annotated[str, typer.Option("--output", "-o", metavar="ENGINE", help="The engine to write.")],
-    options: ScalesOptions,
+    options: BuildScalesOptions,
     cache: Annotated[
         str | None,
         typer.Option(metavar="CACHE", help="The calibration cache: reused if it is up to date, else written."),
@@ -145,8 +159,12 @@ def build(
         if cache is not None and not os.path.exists(cache):  # an existing one may be reused
             check_cache_writable(cache, network.activations)
         building = _Building(console, network, options, build_options, output, cache)
+        if options.algorithm == "auto":
+            options.algorithm = "best" if is_explicit else "entropy2"
         if has_cache:
             building.from_scales()
+        elif is_explicit and is_measured(network, options):
+            building.tuned()
         elif is_explicit:
             building.explicit()
         else:
@@ -159,7 +177,7 @@ class _Building:
 
     console: Console
     network: "Model"
-    options: ScalesOptions
+    options: BuildScalesOptions
     build_options: BuildOptions
     output: str
     cache: str | None
@@ -180,6 +198,26 @@ class _Building:
             rows, entries = self._write(feed, tuning=scales)
         print_rows(**run_rows(scales, feed, progress), **rows, **self._cache_row())
         finish(**entries, cache=self.cache, skipped=feed.skipped, calibrated=_calibrated(progress))
+
+    def tuned(self) -> None:
+        """Tune, and build from a model with pairs."""
+        from fastcal.build import pair_options
+        from fastcal.library import load_library
+
+        places = TuningOptions(**pair_options(load_library(self.build_options.builder), self.network))
+        with self.options.feed(self.network) as feed:
+            tuning, progress = tune_on(
+                self.console, self.network, feed, self.options, places, cache=self.cache, all_tensors=True
+            )
+            rows, entries = self._write(feed, tuning=tuning)
+        print_rows(**run_rows(tuning.cache, feed, progress), **rows, **tuning_rows(tuning), **self._cache_row())
+        finish(
+            **tuning_outcome(tuning),
+            **entries,
+            cache=self.cache,
+            skipped=feed.skipped,
+            calibrated=_calibrated(progress),
+        )
 
     def implicit(self) -> None:
         """Let TensorRT quantize, with one of fastcal's calibrators."""

@@ -1,7 +1,6 @@
 """`fastcal quantize`: a model with Q/DQ layers from a cache or images."""
 
 import contextlib
-import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +20,7 @@ from fastcal.cli.options import (
     check_outputs,
     read_memory,
 )
-from fastcal.cli.scales import ScalesOptions
+from fastcal.cli.scales import ScalesOptions, is_measured
 from fastcal.cli.summary import outcome, print_summary, run_rows, tuning_rows
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.cli.tune import tune_on, tuning_outcome
@@ -127,25 +126,10 @@ def quantize(
             made, rows = writer.write(options.data)
             print_rows(scales=options.data, **rows)
             finish(**made)
-        elif _is_measured(network, options):
+        elif is_measured(network, options, options.backend):
             _tune(console, writer, options)
         else:
             _calibrate(console, writer, options)
-
-
-def _is_measured(network: "Model", options: QuantizeOptions) -> bool:
-    """Return True if INT8 is to be measured; if that was asked for and ONNX Runtime cannot, say so."""
-    from fastcal.observe.backends import unknown_to_onnxruntime
-
-    if options.algorithm != "best":
-        return False
-    foreign = unknown_to_onnxruntime(network)
-    if options.backend != "tensorrt" and not foreign:
-        return True
-    reason = f"it does not know {', '.join(foreign)}" if foreign else "TensorRT is to run the network"
-    logging.getLogger("fastcal").info("ONNX Runtime cannot measure INT8, since %s: scales by entropy2", reason)
-    options.algorithm = "entropy2"
-    return False
 
 
 def _tune(console: Console, writer: "_Writer", options: QuantizeOptions) -> None:

@@ -1,13 +1,17 @@
 """The options of commands that take a calibration cache or a tuning in place of images."""
 
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastcal.cli.options import CalibrationOptions
 from fastcal.errors import CacheError, FastcalError
+
+if TYPE_CHECKING:
+    from fastcal.model import Model
 
 
 @dataclass
@@ -46,3 +50,18 @@ class ScalesOptions(CalibrationOptions):
         if option is not None:
             raise FastcalError(f"{self.data} is a calibration cache, and {option} is for images; leave one of them out")
         return True
+
+
+def is_measured(network: "Model", options: ScalesOptions, backend: str = "auto") -> bool:
+    """Return True if INT8 is to be measured; if that was asked for and ONNX Runtime cannot, say so."""
+    from fastcal.observe.backends import unknown_to_onnxruntime
+
+    if options.algorithm != "best":
+        return False
+    foreign = unknown_to_onnxruntime(network)
+    if backend != "tensorrt" and not foreign:
+        return True
+    reason = f"it does not know {', '.join(foreign)}" if foreign else "TensorRT is to run the network"
+    logging.getLogger("fastcal").info("ONNX Runtime cannot measure INT8, since %s: scales by entropy2", reason)
+    options.algorithm = "entropy2"
+    return False
