@@ -76,7 +76,7 @@ def tune(
     2. Each layer runs in INT8 alone, or the layers of a group that costs little together. This ranks the layers by what
        they cost at the outputs.
     3. The layers that cost most stay in float, as long as they take at most `float_share` of the multiply-adds. With a
-       target, as few layers stay in float as reach it, whatever they take.
+       target, more layers stay in float until it is reached, whatever they take.
     4. The mean shift that rounding adds to each output channel is taken out of the biases, if that keeps more.
 
     The same batches and settings give the same result.

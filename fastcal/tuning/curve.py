@@ -57,7 +57,8 @@ class Curve:
     def choose(self, noises: Sequence[float], float_share: float) -> list[int]:
         """Return the layers to leave in float, given what each costs alone.
 
-        Two orders of the layers are tried, by their noise and by their noise per multiply-add.
+        Two orders of the layers are tried, by their noise and by their noise per multiply-add. With a target, layers are
+        added until it is reached.
         """
         layers = self._meter.layers
         orders = in_order(layers, noises)
@@ -67,14 +68,17 @@ class Curve:
         if self._target is None:
             for length in (0, *(2**power for power in range(len(few).bit_length()))) if self._has_more else ():
                 self.measure(few[:length])
-            if min(noise) > ENOUGH:
-                return few
-            return few[: fewest(range(len(few) + 1), lambda length: self._noises[self.measure(few[:length])] <= ENOUGH)]
+        if min(noise) <= ENOUGH:
+            count = fewest(range(len(few) + 1), lambda length: self._noises[self.measure(few[:length])] <= ENOUGH)
+            few = few[:count]
+        if self._target is None:
+            return few
         order = [*few, *(index for index in order if index not in few)]
         # A model without any layer in INT8 is none to quantize: the one that costs least stays.
         weighted = [index for index in order if layers[index].multiply_adds]
         order = [index for index in order if index not in weighted[-1:] or len(weighted) < len(_weighted(layers))]
-        return order[: fewest(range(len(order) + 1), lambda length: self._reaches(self.measure(order[:length])))]
+        lengths = range(min(len(few), len(order)), len(order) + 1)
+        return order[: fewest(lengths, lambda length: self._reaches(self.measure(order[:length])))]
 
     def measure(self, in_float: Sequence[int]) -> TuningPoint:
         """Return what the network keeps with these layers in float."""

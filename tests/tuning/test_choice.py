@@ -111,6 +111,15 @@ def test_a_target_takes_the_fewest_layers_of_an_order(target, count):
     assert found == [1, 3, 0, 4][: count if count < 3 else 4]  # the last one stays in INT8, whatever is asked for
 
 
+def test_a_target_adds_to_the_layers_that_stay_in_float_without_one():
+    noises = [0.03, 0.15, 0.01, 0.1, 0.02]
+    meter = AdditiveMeter(noises, 10, 10, 10, 10, 10)
+    without = Curve(meter, {}, None, None).choose(noises, 0.4)
+    assert without == [1, 3]
+    for target, expected in ((0.5, [1, 3]), (0.92, [1, 3]), (0.96, [1, 3, 0])):
+        assert Curve(meter, {}, None, target).choose(noises, 0.4) == expected
+
+
 @pytest.mark.parametrize(("factor", "expected"), [(1, 0.98), (4, 0.985)])
 def test_larger_errors_tell_more_of_few_samples(factor, expected):
     """Of 100 samples whose leads are 0 to 99, errors of 1.5 change two, and errors of 6 change six."""
