@@ -57,8 +57,8 @@ class Curve:
     def choose(self, noises: Sequence[float], float_share: float) -> list[int]:
         """Return the layers to leave in float, given what each costs alone.
 
-        Two orders of the layers are tried, by their noise and by their noise per multiply-add. With a target, more layers
-        are added until it is reached.
+        Two orders of the layers are tried, by their noise and by their noise per multiply-add. With a target, more
+        layers are added until it is reached.
         """
         layers = self._meter.layers
         orders = in_order(layers, noises)
