@@ -16,7 +16,7 @@ import fuzz
 from fastcal.errors import ModelError
 from fastcal.model import Model
 
-COUNTS = {"models": 80, "caches": 300, "records": 100, "lists": 100, "arrays": 100, "preprocessing": 100}
+COUNTS = {"models": 40, "caches": 300, "records": 100, "lists": 100, "arrays": 100, "preprocessing": 100}
 COUNTS |= {"histograms": 60, "tunings": 60}
 
 
