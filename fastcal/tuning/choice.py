@@ -35,9 +35,9 @@ _log = logging.getLogger("fastcal")
 ENOUGH = 1e-3
 
 
-def candidates(observed: Observations, *, exact: bool = False) -> dict[str, dict[str, float]]:
-    """Return the scales of each algorithm that is tried, by its name."""
-    return {name: Algorithm.of(name, exact=exact).scales(observed) for name in CANDIDATES}
+def candidates(observed: Observations, *, exact: bool = False, known: str = "") -> dict[str, dict[str, float]]:
+    """Return the scales of each algorithm that is tried, by its name, but for one that is known."""
+    return {name: Algorithm.of(name, exact=exact).scales(observed) for name in CANDIDATES if name != known}
 
 
 def pick_best(
@@ -65,7 +65,8 @@ def kept(model: Model, sampled: Sampled, cache: CalibrationCache, threads: int |
     """
     scales = {cache.algorithm.name: cache.scales}
     if cache.observed is not None:
-        scales = candidates(cache.observed, exact=not cache.algorithm.keeps_ranges) | scales
+        others = candidates(cache.observed, exact=not cache.algorithm.keeps_ranges, known=cache.algorithm.name)
+        scales = others | scales
     with meter_for(modern(model), sampled, cache.scales, threads=threads) as meter:
         return {name: meter.errors(meter.choice(True), each).sqnr for name, each in scales.items()}
 
