@@ -173,7 +173,7 @@ def build(
 
 @dataclass
 class _Building:
-    """Builds an engine in one of three ways, and prints what was built."""
+    """Builds an engine in one of four ways, and prints what was built."""
 
     console: Console
     network: "Model"
@@ -211,13 +211,8 @@ class _Building:
             )
             rows, entries = self._write(feed, tuning=tuning)
         print_rows(**run_rows(tuning.cache, feed, progress), **rows, **tuning_rows(tuning), **self._cache_row())
-        finish(
-            **tuning_outcome(tuning),
-            **entries,
-            cache=self.cache,
-            skipped=feed.skipped,
-            calibrated=_calibrated(progress),
-        )
+        entries = tuning_outcome(tuning) | entries
+        finish(**entries, cache=self.cache, skipped=feed.skipped, calibrated=_calibrated(progress))
 
     def implicit(self) -> None:
         """Let TensorRT quantize, with one of fastcal's calibrators."""

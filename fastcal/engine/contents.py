@@ -23,7 +23,6 @@ _MOVES = ("Reformat", "NoOp", "Constant", "ShapeHostToDevice", "signal", "wait")
 #: What separates the names of ONNX nodes in the name of a layer, or in its metadata.
 _BETWEEN = re.compile(r" \+ |\|\||[\x1e\x1f]|\[ONNX Layer: |\]|, ")
 
-
 #: The beginning of a layer in the builder's log, and the type of a tensor there.
 _LINE = re.compile(r"Name: .*?, LayerType: (\w+), ")
 _DATATYPE = re.compile(r"Datatype: (\w+)")

@@ -22,13 +22,17 @@ class Logits:
 
     def __init__(self, model: Model, shapes: Shapes) -> None:
         ends = Ends(model, shapes)
-        self._axes = {name: ends.softmax_axis(name) for name in ends.outputs}
+        axes = {name: ends.softmax_axis(name) for name in ends.outputs}
+        self._axes = {name: axis for name, axis in axes.items() if axis is not None}
+
+    def __bool__(self) -> bool:
+        """True if a Softmax computes an output."""
+        return bool(self._axes)
 
     def of(self, outputs: Outputs) -> Outputs:
         """Return the outputs with logits in place of probabilities."""
         return {
-            name: array if (axis := self._axes.get(name)) is None else _logits(array, axis)
-            for name, array in outputs.items()
+            name: _logits(array, self._axes[name]) if name in self._axes else array for name, array in outputs.items()
         }
 
 

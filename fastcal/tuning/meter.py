@@ -124,10 +124,12 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
 
     def _errors(self, runs: Iterable[tuple[Outputs, Outputs]], metrics: Iterable[Metric]) -> Errors:
         """Return the errors of runs: the exact outputs and the others."""
-        noise, logits = Noise(self._parts), Noise(self._parts)
+        noise = Noise(self._parts)
+        logits = Noise(self._parts) if self._logits else noise
         for exact, outputs in runs:
             noise.add(exact, outputs)
-            logits.add(self._logits.of(exact), self._logits.of(outputs))
+            if self._logits:
+                logits.add(self._logits.of(exact), self._logits.of(outputs))
             for metric in metrics:
                 metric.add(exact, outputs, len(next(iter(exact.values()))))
         return Errors(noise.errors, sum(min(error, _MOST) for error in logits.errors.values()))
