@@ -73,11 +73,18 @@ def contents_of(library: Any, engine: bytes, model: Model) -> Contents | None:
     inspector = loaded.create_engine_inspector()
     # The inspector tells the formats of dynamic shapes for a context alone.
     inspector.execution_context = context = loaded.create_execution_context()
-    for index in range(loaded.num_io_tensors):
-        name = loaded.get_tensor_name(index)
-        if loaded.get_tensor_mode(name) == library.TensorIOMode.INPUT and -1 in tuple(loaded.get_tensor_shape(name)):
-            context.set_input_shape(name, loaded.get_tensor_profile_shape(name, 0)[1])
+    set_best_shapes(library, loaded, context)
     return read_contents(inspector.get_engine_information(library.LayerInformationFormat.JSON), model)
+
+
+def set_best_shapes(library: Any, engine: Any, context: Any) -> list[str]:
+    """Give dynamic inputs the shapes that an engine is tuned for; return the names of all inputs."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    inputs = [name for name in names if engine.get_tensor_mode(name) == library.TensorIOMode.INPUT]
+    for name in inputs:
+        if -1 in tuple(engine.get_tensor_shape(name)):
+            context.set_input_shape(name, engine.get_tensor_profile_shape(name, 0)[1])
+    return inputs
 
 
 def read_contents(information: str, model: Model) -> Contents:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fastcal.engine.contents import set_best_shapes
 from fastcal.engine.explicit import build_typed
 from fastcal.engine.settings import BuildSettings
 from fastcal.errors import ModelError, UnavailableError
@@ -86,13 +87,8 @@ def _buffers(library: Any, engine: Any, context: Any) -> tuple[list[Any], int]:
     """Bind buffers to an engine's inputs and outputs; return them, and the size of the batch."""
     import cupy
 
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    inputs = [name for name in names if engine.get_tensor_mode(name) == library.TensorIOMode.INPUT]
-    for name in inputs:
-        if -1 in tuple(engine.get_tensor_shape(name)):
-            context.set_input_shape(name, engine.get_tensor_profile_shape(name, 0)[1])
-    buffers = []
-    for name in names:
+    inputs, buffers = set_best_shapes(library, engine, context), []
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
         shape, dtype = tuple(context.get_tensor_shape(name)), np.dtype(library.nptype(engine.get_tensor_dtype(name)))
         if -1 in shape:
             raise ModelError(f"output {name!r} has a shape that depends on the values: the engine cannot be timed")
