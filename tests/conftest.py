@@ -97,7 +97,7 @@ def photographs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real_photographs():
     """Paths of photographs that scikit-image ships, JPEG and PNG files in colour and in grey."""
-    folder = Path(importlib.util.find_spec("skimage").origin).parent / "data"
+    folder = Path(pytest.importorskip("skimage").__file__).parent / "data"
     names = "astronaut.png camera.png chelsea.png coffee.png motorcycle_left.png retina.jpg rocket.jpg"
     return [folder / name for name in names.split()]
 

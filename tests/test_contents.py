@@ -51,6 +51,20 @@ def test_layers_are_counted_and_weighted_ones_named(onnx_file):
     assert contents_rows(None) == ({}, {})
 
 
+def test_weights_tell_the_type_of_a_layer_of_unknown_formats(onnx_file):
+    model = Model(onnx_file(GRAPH, {"w": np.ones((4, 4, 1, 1), "f4"), "v": np.ones((4, 5), "f4")}))
+    unknown = "N/A due to dynamic shapes"
+    layers = [
+        layer("w + a_conv", "CaskConvolution", unknown) | {"Weights": {"Type": "Int8", "Count": 16}},
+        layer("node_of_b + pool", "CaskConvActPool", unknown) | {"ConvWeights": {"Type": "Half", "Count": 16}},
+        layer("c_conv", "CaskConvolution", INT8) | {"Weights": {"Type": "Float", "Count": 16}},
+        layer("flat", "CaskPooling", unknown),
+    ]
+    contents = read_contents(json.dumps({"Layers": layers}), model)
+    assert contents.layers == {"INT8": 2, "FP16": 1, "other": 1}
+    assert contents.weighted == {"a_conv": "INT8", "b": "FP16", "c_conv": "INT8"}
+
+
 def test_speeds_are_compared_with_fp16():
     speeds = {"INT8": Speed(0.001, 32), "FP16": Speed(0.0019, 32), "FP32": Speed(0.004, 32)}
     rows, entries = speed_rows(speeds)

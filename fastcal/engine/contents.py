@@ -70,10 +70,9 @@ def contents_of(library: Any, engine: bytes, model: Model) -> Contents | None:
     loaded = library.Runtime(logger).deserialize_cuda_engine(engine)
     if loaded is None:
         return None
-    inspector = loaded.create_engine_inspector()
-    # The inspector tells the formats of dynamic shapes for a context alone.
-    inspector.execution_context = context = loaded.create_execution_context()
+    inspector, context = loaded.create_engine_inspector(), loaded.create_execution_context()
     set_best_shapes(library, loaded, context)
+    inspector.execution_context = context  # without its shapes the inspector knows no formats
     return read_contents(inspector.get_engine_information(library.LayerInformationFormat.JSON), model)
 
 
@@ -115,8 +114,11 @@ def _inspected(layer: Mapping[str, Any]) -> _Layer:
     """Return a layer of the inspector's JSON."""
     ends = [*layer.get("Inputs", ()), *layer.get("Outputs", ())]
     formats = [str(end.get("Datatype", end.get("Format/Datatype", ""))) for end in ends]
+    # If TensorRT tells no formats, which it may not of dynamic shapes, the type of the weights is the layer's.
+    weights = [value.get("Type", "") for key, value in layer.items() if re.fullmatch("(Conv)?Weights", key)]
+    kinds = [kind for text in (*formats[:1], *weights) if (kind := _kind(text)) != "other"]
     nodes = _BETWEEN.split(f"{layer.get('Name', '')}||{layer.get('Metadata', '')}")
-    return _Layer(str(layer.get("LayerType", "")), _kind(next(iter(formats), "")), frozenset(nodes))
+    return _Layer(str(layer.get("LayerType", "")), next(iter(kinds), "other"), frozenset(nodes))
 
 
 def _logged(text: str) -> Iterator[_Layer]:

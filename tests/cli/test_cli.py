@@ -22,6 +22,7 @@ import fastcal
 from conftest import DIGITS
 from fastcal.cache.record import Record
 from fastcal.cli import app
+from fastcal.observe.backends import has_cuda_provider
 
 MODEL = DIGITS / "digits.onnx"
 ASSUMED = (
@@ -43,6 +44,8 @@ def images(tmp_path):
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
 def test_a_gpu_runs_the_network(spawn_fastcal, tmp_path, backend):
     pytest.importorskip(backend)
+    if backend == "onnxruntime" and not has_cuda_provider():
+        pytest.skip("needs onnxruntime-gpu")
     options = ("--backend", backend, "--tactic-sources", "EDGE_MASK_CONVOLUTIONS,JIT_CONVOLUTIONS")
     for output, more in (("1.cache", ()), ("2.cache", ("--tf32",))):
         done = spawn_fastcal("calibrate", MODEL, DIGITS / "images", "-o", tmp_path / output, *options, *more)

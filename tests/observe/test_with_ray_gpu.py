@@ -5,6 +5,7 @@ import pytest
 
 import fastcal
 from conftest import DIGITS
+from fastcal.observe.backends import has_cuda_provider
 
 ray = pytest.importorskip("ray")
 
@@ -33,6 +34,8 @@ def gpus():
 def test_the_cache_is_that_of_one_process(gpus, workers, algorithm):
     if gpus < workers:
         pytest.skip(f"needs {workers} GPUs")
+    if not has_cuda_provider():
+        pytest.skip("needs onnxruntime-gpu")
     caches, seen = [], []
     for options in ({}, {"workers": workers, "progress": lambda state: seen.append(state.batches)}):
         with digits() as feed:

@@ -111,10 +111,10 @@ def test_tensors_that_do_not_fit_the_memory_are_seen_in_several_passes(onnx_file
         ):
             observer.observe(batch)
             found.append({name: histogram.counts.tolist() for name, histogram in observer.histograms().items()})
-            blocks = {array.data.mem.ptr for engine in observer._engines for array in engine._shown.values()}
+            blocks = {array.data.mem.ptr for engine in observer._runners for array in engine._shown.values()}
             assert len(blocks) == 1  # the engines share it
             if memory is not None:
-                assert max(engine.bytes for engine in observer._engines) <= memory
+                assert max(engine.bytes for engine in observer._runners) <= memory
     assert found[0] == found[1]
     assert [record.getMessage() for record in caplog.records if "runs 2 times" in record.getMessage()]
     with (
