@@ -238,8 +238,10 @@ def choose_backend(name: str, needs_tensorrt: bool) -> str:
         raise FastcalError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if name != "auto":
         return name
+    if not needs_tensorrt and has_cuda_provider():
+        return "onnxruntime"
     is_usable = is_installed("tensorrt") and has_calibrators() and resolve("auto") is not None
-    return "tensorrt" if is_usable and (needs_tensorrt or not has_cuda_provider()) else "onnxruntime"
+    return "tensorrt" if is_usable else "onnxruntime"
 
 
 @contextmanager

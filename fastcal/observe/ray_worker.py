@@ -48,11 +48,7 @@ class Worker:
     def count(self, part: Feed, starts: Mapping[str, float]) -> Counted:
         """Observe the batches of `part` from these ranges on; the first call starts the backend."""
         try:
-            if self._observer is None:
-                self._observer = self._start(part.gpu)
-            if starts:
-                self._observer.begin(starts)
-            return self._observe(self._observer, part)
+            return self._observe(part, starts)
         except FastcalError as error:
             error.args = (f"{self._where}{error}", *error.args[1:])
             raise
@@ -64,12 +60,15 @@ class Worker:
         self._observing = self._backend.observer(model, gpu)
         return self._observing.__enter__()  # never left: the process ends with the worker
 
-    def _observe(self, observer: Observer, part: Feed) -> Counted:
+    def _observe(self, part: Feed, starts: Mapping[str, float]) -> Counted:
         states = [Progress()]
         if self._part is not None:
             part.take_over(self._part)
         self._part = part  # never closed: the process ends with the worker
-        with timed(part, states.append) as batches:
+        with timed(part, states.append) as batches:  # the feed starts while the backend does
+            observer = self._observer = self._observer or self._start(part.gpu)
+            if starts:
+                observer.begin(starts)
             for batch in batches:
                 observer.observe(batch)
         histograms = dict(observer.histograms())
