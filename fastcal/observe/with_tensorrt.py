@@ -19,6 +19,7 @@ from fastcal.network import (
     constant_values,
     input_tensors,
     is_float,
+    layers,
     parse,
     pooled_tensors,
     start_builder,
@@ -81,7 +82,7 @@ class _EngineBuilder:
 
     def build(self, shapes: Mapping[str, tuple[int, ...]]) -> "Iterator[_Engine]":
         """Yield one engine per group of tensors that fit the memory together, for inputs of these shapes."""
-        with _fixed(self.network, shapes):
+        with _fixed(self.network, shapes), _free(self.network):
             tensors = {value.name: value for value in self.computed}
             sizes = {name: _bytes(value) for name, value in tensors.items()}
             for group in groups(sizes, self._memory or free_on_device(), "the GPU's memory"):
@@ -155,6 +156,30 @@ def _fixed(network: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None
     finally:
         for value, shape in zip(inputs, before, strict=True):
             value.shape = shape
+
+
+@contextmanager
+def _free(network: Any) -> Iterator[None]:
+    """Take the layers' own precisions away: a builder in FP32 refuses a network that asks for INT8 or FP16."""
+    asking = [layer for layer in layers(network) if layer.precision_is_set]
+    precisions = [layer.precision for layer in asking]
+    types = [
+        (layer, index, layer.get_output_type(index))
+        for layer in asking
+        for index in range(layer.num_outputs)
+        if layer.output_type_is_set(index)
+    ]
+    for layer in asking:
+        layer.reset_precision()
+    for layer, index, _ in types:
+        layer.reset_output_type(index)
+    try:
+        yield
+    finally:
+        for layer, precision in zip(asking, precisions, strict=True):
+            layer.precision = precision
+        for layer, index, dtype in types:
+            layer.set_output_type(index, dtype)
 
 
 @contextmanager

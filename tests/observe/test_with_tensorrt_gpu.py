@@ -133,12 +133,17 @@ def test_a_network_definition_is_left_as_it_was(trt, calibrate):
     sigmoid = network.add_activation(relu, trt.ActivationType.SIGMOID).get_output(0)
     sigmoid.name = "sigmoid"
     network.mark_output(sigmoid)
+    asking, free = network.get_layer(0), network.get_layer(1)
+    asking.precision = trt.int8
+    asking.set_output_type(0, trt.int8)
     cache = calibrate(network, [{"x": np.float32([[-4, 3, 0, 1]])}], algorithm="minmax")
     assert {name: round(scale * 127, 3) for name, scale in cache.scales.items()} == {
         "x": 4, "relu": 3, "sigmoid": 0.953,
     }  # fmt: skip
     assert [network.get_output(index).name for index in range(network.num_outputs)] == ["sigmoid"]
     assert tuple(network.get_input(0).shape) == (-1, 4)
+    assert (asking.precision, asking.get_output_type(0)) == (trt.int8, trt.int8)
+    assert not free.precision_is_set
 
 
 def test_a_gpu_that_is_not_the_first(calibrate):
