@@ -67,7 +67,7 @@ def extract_scales(
     Raises:
         ModelError: The model has no pairs, or pairs that a calibration cache cannot stand for: they are not symmetric,
             their scale is computed or differs between the two nodes, an activation has several scales, or a layer
-            computes in INT8.
+            computes in INT8; or its weights take more than 2 GB in float.
         FastcalError: There is no such target; or as `calibrate`.
     """
     check_target(target, Algorithm())

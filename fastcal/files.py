@@ -11,6 +11,9 @@ from typing import BinaryIO
 from fastcal import interrupt
 from fastcal.errors import FastcalError
 
+#: The most bytes of a model in one file, or in memory: Protocol Buffers hold less than 2 GiB.
+MOST_IN_A_FILE = 2_000_000_000
+
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` through a temporary file in the same folder, fsync and rename; a symbolic link stays.

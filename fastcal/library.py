@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from fastcal.errors import TENSORRT, FastcalError, ModelError, UnavailableError, quoted
+from fastcal.files import MOST_IN_A_FILE
 from fastcal.model import Model
 
 #: The Python modules of the builders by name, and the commands that install them.
@@ -25,9 +26,6 @@ _MODULES = {
 
 #: The names of the builders.
 BUILDERS = tuple(_MODULES)
-
-#: A model of more bytes is parsed from a file: Protocol Buffers hold less than 2 GiB.
-_MOST_IN_MEMORY = 2_000_000_000
 
 #: Words of warnings that tell a user nothing: about what TensorRT for RTX always does with pairs of 16 bits, and about
 #: a second logger, since TensorRT keeps to the first that it is given.
@@ -159,7 +157,7 @@ def parse_with(library: Any, builder: Any, logger: Messages, model: Model, proto
 
 def _parse_proto(parser: Any, model: Model, proto: onnx.ModelProto) -> bool:
     """Parse a model from memory, or from a temporary file if it is too large."""
-    if model.external.size(proto.graph) <= _MOST_IN_MEMORY:
+    if model.external.size(proto.graph) <= MOST_IN_A_FILE:
         whole = onnx.ModelProto()
         whole.CopyFrom(proto)
         model.external.load(whole.graph)

@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 from fastcal.algorithm import fault_of_scale
 from fastcal.carried import MOVING
 from fastcal.errors import ModelError
+from fastcal.files import MOST_IN_A_FILE
 from fastcal.functions import rename
 from fastcal.graph import nodes_within, reads
 from fastcal.model import Model, node_label
@@ -37,7 +38,7 @@ class Unpaired:
             the largest of them, and the log names the activation.
 
     Raises:
-        ModelError: The model has no pairs, or pairs that a calibration cache cannot stand for.
+        ModelError: The model has no pairs, pairs that a calibration cache cannot stand for, or 2 GB of weights.
     """
 
     def __init__(self, model: Model) -> None:
@@ -167,5 +168,11 @@ class Unpaired:
         graph.replace_nodes(nodes, drops_unread=False)
         rename(proto.graph, names)
         graph.replace_nodes(list(proto.graph.node))
+        size = graph.model.external.size(proto.graph)
+        if size > MOST_IN_A_FILE:
+            raise ModelError(
+                f"{graph.model.label}: its weights take {size / 1e9:.2g} GB in float, and a model in one file has less "
+                "than 2; calibrate the float model that it was made from"
+            )
         graph.model.external.load(proto.graph)
         return graph.model.replaced(proto)

@@ -146,7 +146,7 @@ def test_a_large_model_is_parsed_from_a_file(cache, monkeypatch, tmp_path):
     engine = fastcal.build_engine(tmp_path / "m.onnx", tuning=plain, **RTX)
     moved, move = [], ExternalData.move
     monkeypatch.setattr(ExternalData, "move", lambda *arguments: moved.append(arguments) or move(*arguments))
-    monkeypatch.setattr("fastcal.library._MOST_IN_MEMORY", 1)
+    monkeypatch.setattr("fastcal.library.MOST_IN_A_FILE", 1)
     assert abs(len(fastcal.build_engine(tmp_path / "m.onnx", tuning=plain, **RTX)) - len(engine)) < 2000
     assert len(moved) == 1
 

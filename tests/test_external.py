@@ -202,7 +202,7 @@ def test_weights_of_four_bits(tmp_path):
 @pytest.fixture
 def small_files(monkeypatch):
     """No more than 150 bytes of weights go into one file."""
-    monkeypatch.setattr(importlib.import_module("fastcal.cli.quantize"), "_MOST_IN_A_FILE", 150)
+    monkeypatch.setattr(importlib.import_module("fastcal.cli.quantize"), "MOST_IN_A_FILE", 150)
     monkeypatch.setattr("fastcal.external._SMALL", 60)
 
 

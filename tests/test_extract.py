@@ -1,5 +1,6 @@
 """The float model and the cache that `extract_scales` makes of a model with Q/DQ pairs."""
 
+import contextlib
 import logging
 import re
 
@@ -467,3 +468,14 @@ def test_external_weights_come_with_the_model(block, tmp_path):
     extracted = fastcal.extract_scales(tmp_path / "pairs.onnx")
     (tmp_path / "weights").unlink()
     assert run(extracted.model, batches[0])[0].tobytes() == run(path, batches[0])[0].tobytes()
+
+
+def test_a_model_too_large_for_one_file(block, tmp_path, monkeypatch):
+    path, batches = block
+    quantized = fastcal.quantize(path, fastcal.calibrate(path, fastcal.ArrayFeed(batches)), int8_weights=True)
+    onnx.save(quantized, tmp_path / "pairs.onnx")
+    size = sum(4 * np.prod(weights.dims) for weights in onnx.load(path).graph.initializer)
+    for most in (size / 2, size * 2):  # in INT8, the weights take a quarter
+        monkeypatch.setattr("fastcal.unpaired.MOST_IN_A_FILE", most)
+        with contextlib.nullcontext() if most > size else pytest.raises(ModelError, match="GB in float"):
+            fastcal.extract_scales(tmp_path / "pairs.onnx")

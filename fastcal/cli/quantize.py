@@ -25,7 +25,7 @@ from fastcal.cli.summary import outcome, print_summary, run_rows, tuning_rows
 from fastcal.cli.terminal import finish, print_rows, terminal
 from fastcal.cli.tune import tune_on, tuning_outcome
 from fastcal.errors import FastcalError
-from fastcal.files import check_writable, write_atomically, write_together
+from fastcal.files import MOST_IN_A_FILE, check_writable, write_atomically, write_together
 from fastcal.versions import DEFAULT_TENSORRT_VERSION, check_tensorrt_version
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
     from fastcal.half import HalfType
     from fastcal.model import Model
-
-#: The most bytes of a model in one file: Protocol Buffers hold less than 2 GiB.
-_MOST_IN_A_FILE = 2_000_000_000
 
 
 @dataclass
@@ -112,7 +109,7 @@ def quantize(
             "histograms": options.histograms,
         }  # fmt: skip
         size = network.path.stat().st_size + network.external.size(network.proto.graph)
-        if size > _MOST_IN_A_FILE:
+        if size > MOST_IN_A_FILE:
             outputs["external data"] = f"{output}.data"
         check_outputs(network, outputs, options, "the calibration cache" if has_cache else "the data")
         for path in filter(None, outputs.values() if has_cache else ()):
@@ -228,7 +225,7 @@ class _Writer:
     def _save(self, model: "onnx.ModelProto") -> tuple[int, str | None]:
         """Write the files; return the number of bytes, and the name of the second file if there is one."""
         external, output = self.network.external, self.output
-        if external.size(model.graph) <= _MOST_IN_A_FILE:
+        if external.size(model.graph) <= MOST_IN_A_FILE:
             external.load(model.graph)
             write_atomically(output, model.SerializeToString())
             return os.path.getsize(output), None
