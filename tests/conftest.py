@@ -132,7 +132,7 @@ def as_in_a_new_process(cwd, env):
     """Give the block a folder and variables of its own, and undo what the command line leaves behind."""
     from fastcal.cli.terminal import Output, output
 
-    folder, hook, logger = os.getcwd(), sys.excepthook, logging.getLogger("fastcal")
+    folder, logger = os.getcwd(), logging.getLogger("fastcal")
     level = logger.level
     with mock.patch.dict(os.environ, os.environ if env is None else env, clear=True):
         os.chdir(folder if cwd is None else cwd)
@@ -140,7 +140,6 @@ def as_in_a_new_process(cwd, env):
             yield
         finally:
             os.chdir(folder)
-            sys.excepthook = hook  # typer sets one
             logger.setLevel(level)
             vars(output).update(vars(Output()))
 
@@ -167,13 +166,17 @@ def captured():
 @pytest.fixture(scope="session")
 def run_fastcal():
     """A function that runs the command line in this process, and returns what `subprocess.run` would return."""
+    import typer.main
+
     from fastcal.cli import app
+
+    command = typer.main.get_command(app)  # made once; a call of `app` makes it anew
 
     def run(*arguments, cwd=None, env=None):
         words = [*map(str, arguments)]
         with captured() as files:
             with as_in_a_new_process(cwd, env), pytest.raises(SystemExit) as ended:
-                app(words, prog_name="fastcal")
+                command(words, prog_name="fastcal")
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
             texts = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in files]
