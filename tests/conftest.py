@@ -6,11 +6,13 @@ import functools
 import importlib.util
 import logging
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -163,6 +165,17 @@ def captured():
         yield files
 
 
+def run_here(function, words, cwd, env):
+    """Call a function that ends by SystemExit as a process with these words; return what `subprocess.run` would."""
+    with captured() as files:
+        with as_in_a_new_process(cwd, env), mock.patch.object(sys, "argv", words), pytest.raises(SystemExit) as ended:
+            function()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        texts = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in files]
+    return subprocess.CompletedProcess(words, ended.value.code or 0, *texts)
+
+
 @pytest.fixture(scope="session")
 def run_fastcal():
     """A function that runs the command line in this process, and returns what `subprocess.run` would return."""
@@ -174,13 +187,72 @@ def run_fastcal():
 
     def run(*arguments, cwd=None, env=None):
         words = [*map(str, arguments)]
-        with captured() as files:
-            with as_in_a_new_process(cwd, env), pytest.raises(SystemExit) as ended:
-                command(words, prog_name="fastcal")
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            texts = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in files]
-        return subprocess.CompletedProcess(words, ended.value.code or 0, *texts)
+        return run_here(lambda: command(words, prog_name="fastcal"), ["fastcal", *words], cwd, env)
+
+    return run
+
+
+def run_script(*words, cwd, env):
+    """Run a Python script in this process as `python` does; return what `subprocess.run` would return."""
+
+    def run():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as a user may
+            runpy.run_path(os.path.abspath(words[0]), run_name="__main__")
+        sys.exit()
+
+    return run_here(run, [*words], cwd, env)
+
+
+#: A program of the shell that hands its words to the process of the tests, and says what that says.
+HAND_OVER = """#!/bin/sh
+{{ printf '%s\\037' {name} "$PWD" "$@"; echo; }} > "{folder}/calls"
+read -r status < "{folder}/answers"
+{cat} "{folder}/stdout"
+{cat} "{folder}/stderr" >&2
+exit "$status"
+"""
+
+
+@pytest.fixture
+def run_shell(tmp_path_factory, run_fastcal):
+    """A function that runs a command whose `fastcal` and `python` run in this process, where libraries are loaded.
+
+    It takes the command, the folder for both programs, and the options of `subprocess.Popen`; it returns what
+    `subprocess.run` would return.
+    """
+    folder = tmp_path_factory.mktemp("shell")
+    for name in ("calls", "answers"):
+        os.mkfifo(folder / name)
+
+    def tell_end(process, calls):
+        process.wait()
+        os.write(calls, b"\n")
+
+    def answer(line, env):
+        name, place, *words = line.split("\037")[:-1]
+        done = (run_fastcal if name == "fastcal" else run_script)(*words, cwd=place, env=env)
+        for stream in ("stdout", "stderr"):
+            (folder / stream).write_text(getattr(done, stream))
+        (folder / "answers").write_text(f"{done.returncode}\n")
+
+    def run(command, programs, *, env, **options):
+        for name in ("fastcal", "python"):
+            (programs / name).write_text(HAND_OVER.format(name=name, folder=folder, cat=shutil.which("cat")))
+            (programs / name).chmod(0o755)
+        with contextlib.ExitStack() as stack:
+            texts = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
+            calls = stack.enter_context(open(os.open(folder / "calls", os.O_RDWR)))
+            process = subprocess.Popen(command, stdout=texts[0], stderr=texts[1], env=env, **options)
+            thread = threading.Thread(target=tell_end, args=(process, calls.fileno()))
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(process.kill)
+            while (line := calls.readline()) != "\n":
+                answer(line, env)
+            for text in texts:
+                text.seek(0)
+            return subprocess.CompletedProcess(command, process.returncode, *(text.read() for text in texts))
 
     return run
 
