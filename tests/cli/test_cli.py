@@ -497,7 +497,7 @@ def start_listening_to_ctrl_c(command, **options):
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 4])
 def test_ctrl_c_leaves_nothing_behind(tmp_path, seconds):
     listed = [str(path) for path in sorted((DIGITS / "images").rglob("*.jpg"))]
-    (tmp_path / "list.txt").write_text("\n".join(listed * 400))
+    (tmp_path / "list.txt").write_text("\n".join(listed * 40))
     command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, "list.txt", "-o", "x.cache"]
     process = start_listening_to_ctrl_c(command, cwd=tmp_path)
     time.sleep(seconds)
@@ -553,6 +553,14 @@ def test_a_backend_that_is_unavailable(run_fastcal, spawn_fastcal, tmp_path, ima
         done = run("calibrate", MODEL, images, "-o", "x.cache", "--backend", backend)
         assert (done.returncode, done.stdout) == (2, "")
         assert re.match(f"error: {message}", done.stderr.splitlines()[-1])
+
+
+def test_a_cluster_that_is_not_there(run_fastcal, tmp_path):
+    pytest.importorskip("ray")
+    options = ("-o", tmp_path / "x.cache", "--workers", 2, "--ray-address", "127.0.0.1:1")
+    done = run_fastcal("calibrate", MODEL, DIGITS / "images", *options)
+    assert done.returncode == 2
+    assert re.search("error: cannot connect to Ray at 127.0.0.1:1: .*Connection refused", done.stderr)
 
 
 @pytest.mark.skipif(bool(fastcal.versions.installed_tensorrt_version()), reason="TensorRT is installed here")
