@@ -257,6 +257,16 @@ def run_shell(tmp_path_factory, run_fastcal):
     return run
 
 
+@pytest.fixture(scope="session")
+def without_libraries(tmp_path_factory):
+    """The environment of a process in which the doctor is fast: of most libraries it tries, the import fails."""
+    folder = tmp_path_factory.mktemp("broken")
+    for name in ("jinja2", "matplotlib", "numba", "onnxruntime", "ray"):
+        (folder / f"{name}.py").write_text("raise ImportError('broken')")
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
 ENTRY_POINTS = """
 void *createInferBuilder_INTERNAL(void) { return 0; }
 void *createInferRefitter_INTERNAL(void) { return 0; }
