@@ -386,10 +386,20 @@ def trt_bindings(loaded_bindings, monkeypatch):
         fastcal.EntropyCalibrator2  # noqa: B018 - nothing is left of the bindings
 
 
+#: The files that take long and would be the last to start: they start first, so that all processes end about together.
+LONGEST = ("test_with_ray.py", "test_cli.py", "test_readme.py", "test_typed.py", "test_types.py")
+
+
+def pytest_configure(config):
+    """Let pytest-xdist hand the files out in their order, and not by their numbers of tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none."""
+    """Put the longest files first, and skip what needs a GPU where there is none."""
     from fastcal.device import resolve
 
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if resolve("auto") is None:
         for item in items:
             if item.get_closest_marker("gpu"):
