@@ -67,7 +67,7 @@ def processes(title):
 
 def wait_for(condition):
     """The first true result of `condition`, asked again and again."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not (result := condition()):
         assert time.monotonic() < end
         time.sleep(0.01)
