@@ -77,7 +77,8 @@ def _expected_errors(exponent: float) -> Any:
     nearest = np.rint(inside)
     rest = inside - nearest
     integral = steps**more * (nearest / 2**exponent + np.sign(rest) * np.abs(rest) ** more)
-    integral += np.maximum(edges - thresholds, 0) ** more
+    beyond = np.maximum(edges - thresholds, 0).astype(np.int64)
+    integral += (np.arange(BINS + 1.0) ** more)[beyond]
     return np.diff(integral, axis=0) / more
 
 
@@ -98,11 +99,12 @@ def divergences(counts: Any) -> Any:
       non-empty bin the mean of its group's non-empty bins; over its sum.
 
     Within a group log Q is one constant. So the group's part of the divergence needs only the group's sum and its
-    number of non-empty bins, which are differences of prefix sums: no loop over bins.
+    number of non-empty bins, which are differences of prefix sums: no loop over bins. The candidates share groups: of
+    245,888 groups 18,748 differ, and only those are computed.
     """
     counts = counts.astype(np.float64)
     counts[:, 0] = counts[:, 1]
-    candidates, edges = _candidates()
+    candidates, begins, ends, groups = _candidates()
 
     sums = _prefix_sums(counts)
     nonempty = _prefix_sums((counts > 0).astype(np.float64))
@@ -110,12 +112,12 @@ def divergences(counts: Any) -> Any:
     total, inside, last = sums[:, -1:], sums[:, candidates], counts[:, candidates - 1]
     beyond = total - inside
 
-    group_sums = np.diff(sums[:, edges], axis=2)
-    group_bins = np.diff(nonempty[:, edges], axis=2)
+    group_sums = sums[:, ends] - sums[:, begins]
+    group_bins = nonempty[:, ends] - nonempty[:, begins]
     log_q = np.log(np.where(group_sums > 0, group_sums, 1.0) / np.maximum(group_bins, 1.0))
 
     p_log_p = _prefix_sums(terms)[:, candidates] - terms[:, candidates - 1] + _x_log_x(last + beyond)
-    p_log_q = (group_sums * log_q).sum(axis=2) + beyond * log_q[:, :, -1]
+    p_log_q = (group_sums * log_q).take(groups, axis=1).sum(axis=2) + beyond * log_q[:, groups[:, -1]]
     some, all_of_it = np.maximum(inside, 1.0), np.maximum(total, 1.0)
     divergence = (p_log_p - p_log_q) / all_of_it - np.log(all_of_it) + np.log(some)
     impossible = (nonempty[:, candidates] < 2) | ((last == 0) & (beyond > 0))
@@ -123,10 +125,15 @@ def divergences(counts: Any) -> Any:
 
 
 @cache
-def _candidates() -> tuple[Any, Any]:
-    """Return the candidates and the edges of the groups of each: int arrays of shape (1921,) and (1921, 129)."""
+def _candidates() -> tuple[Any, Any, Any, Any]:
+    """Return the candidates, the ends of all groups that differ, and which groups each candidate has.
+
+    Int arrays of shape (1921,), twice (groups,), and (1921, 128). A group is a range of bins.
+    """
     candidates = np.arange(LEVELS, BINS + 1)
-    return candidates, -(-np.arange(LEVELS + 1) * candidates[:, None] // LEVELS)
+    edges = -(-np.arange(LEVELS + 1) * candidates[:, None] // LEVELS)
+    found, groups = np.unique(edges[:, :-1] * (BINS + 1) + edges[:, 1:], return_inverse=True)
+    return candidates, *np.divmod(found, BINS + 1), groups.reshape(-1, LEVELS)
 
 
 def _prefix_sums(values: Any) -> Any:

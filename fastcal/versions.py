@@ -2,6 +2,8 @@
 
 import logging
 import re
+import sys
+from functools import cache
 from importlib.metadata import distributions
 from importlib.util import find_spec
 
@@ -80,5 +82,12 @@ def is_installed(module: str) -> bool:
 
 def installed(wheels: str) -> list[str]:
     """Return the installed packages whose names match the regular expression `wheels`, each with its version."""
-    found = {(dist.name or "").lower().replace("_", "-"): dist.version for dist in distributions()}
+    found = _packages(tuple(sys.path))
     return sorted(f"{name} {found[name]}" for name in found if wheels and re.fullmatch(wheels, name))
+
+
+@cache  # reading what 100 packages say of themselves takes 0.1 s
+def _packages(path: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of the packages in these folders, by name."""
+    described = [package.metadata for package in distributions(path=list(path))]
+    return {(each["Name"] or "").lower().replace("_", "-"): each["Version"] for each in described}

@@ -6,11 +6,13 @@ import functools
 import importlib.util
 import logging
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -132,7 +134,7 @@ def as_in_a_new_process(cwd, env):
     """Give the block a folder and variables of its own, and undo what the command line leaves behind."""
     from fastcal.cli.terminal import Output, output
 
-    folder, hook, logger = os.getcwd(), sys.excepthook, logging.getLogger("fastcal")
+    folder, logger = os.getcwd(), logging.getLogger("fastcal")
     level = logger.level
     with mock.patch.dict(os.environ, os.environ if env is None else env, clear=True):
         os.chdir(folder if cwd is None else cwd)
@@ -140,7 +142,6 @@ def as_in_a_new_process(cwd, env):
             yield
         finally:
             os.chdir(folder)
-            sys.excepthook = hook  # typer sets one
             logger.setLevel(level)
             vars(output).update(vars(Output()))
 
@@ -164,22 +165,106 @@ def captured():
         yield files
 
 
+def run_here(function, words, cwd, env):
+    """Call a function that ends by SystemExit as a process with these words; return what `subprocess.run` would."""
+    with captured() as files:
+        with as_in_a_new_process(cwd, env), mock.patch.object(sys, "argv", words), pytest.raises(SystemExit) as ended:
+            function()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        texts = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in files]
+    return subprocess.CompletedProcess(words, ended.value.code or 0, *texts)
+
+
 @pytest.fixture(scope="session")
 def run_fastcal():
     """A function that runs the command line in this process, and returns what `subprocess.run` would return."""
+    import typer.main
+
     from fastcal.cli import app
+
+    command = typer.main.get_command(app)  # made once; a call of `app` makes it anew
 
     def run(*arguments, cwd=None, env=None):
         words = [*map(str, arguments)]
-        with captured() as files:
-            with as_in_a_new_process(cwd, env), pytest.raises(SystemExit) as ended:
-                app(words, prog_name="fastcal")
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            texts = [os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode() for file in files]
-        return subprocess.CompletedProcess(words, ended.value.code or 0, *texts)
+        return run_here(lambda: command(words, prog_name="fastcal"), ["fastcal", *words], cwd, env)
 
     return run
+
+
+def run_script(*words, cwd, env):
+    """Run a Python script in this process as `python` does; return what `subprocess.run` would return."""
+
+    def run():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as a user may
+            runpy.run_path(os.path.abspath(words[0]), run_name="__main__")
+        sys.exit()
+
+    return run_here(run, [*words], cwd, env)
+
+
+#: A program of the shell that hands its words to the process of the tests, and says what that says.
+HAND_OVER = """#!/bin/sh
+{{ printf '%s\\037' {name} "$PWD" "$@"; echo; }} > "{folder}/calls"
+read -r status < "{folder}/answers"
+{cat} "{folder}/stdout"
+{cat} "{folder}/stderr" >&2
+exit "$status"
+"""
+
+
+@pytest.fixture
+def run_shell(tmp_path_factory, run_fastcal):
+    """A function that runs a command whose `fastcal` and `python` run in this process, where libraries are loaded.
+
+    It takes the command, the folder for both programs, and the options of `subprocess.Popen`; it returns what
+    `subprocess.run` would return.
+    """
+    folder = tmp_path_factory.mktemp("shell")
+    for name in ("calls", "answers"):
+        os.mkfifo(folder / name)
+
+    def tell_end(process, calls):
+        process.wait()
+        os.write(calls, b"\n")
+
+    def answer(line, env):
+        name, place, *words = line.split("\037")[:-1]
+        done = (run_fastcal if name == "fastcal" else run_script)(*words, cwd=place, env=env)
+        for stream in ("stdout", "stderr"):
+            (folder / stream).write_text(getattr(done, stream))
+        (folder / "answers").write_text(f"{done.returncode}\n")
+
+    def run(command, programs, *, env, **options):
+        for name in ("fastcal", "python"):
+            (programs / name).write_text(HAND_OVER.format(name=name, folder=folder, cat=shutil.which("cat")))
+            (programs / name).chmod(0o755)
+        with contextlib.ExitStack() as stack:
+            texts = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
+            calls = stack.enter_context(open(os.open(folder / "calls", os.O_RDWR)))
+            process = subprocess.Popen(command, stdout=texts[0], stderr=texts[1], env=env, **options)
+            thread = threading.Thread(target=tell_end, args=(process, calls.fileno()))
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(process.kill)
+            while (line := calls.readline()) != "\n":
+                answer(line, env)
+            for text in texts:
+                text.seek(0)
+            return subprocess.CompletedProcess(command, process.returncode, *(text.read() for text in texts))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def without_libraries(tmp_path_factory):
+    """The environment of a process in which the doctor is fast: of most libraries it tries, the import fails."""
+    folder = tmp_path_factory.mktemp("broken")
+    for name in ("jinja2", "matplotlib", "numba", "onnxruntime", "ray"):
+        (folder / f"{name}.py").write_text("raise ImportError('broken')")
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
 
 
 ENTRY_POINTS = """
@@ -301,10 +386,20 @@ def trt_bindings(loaded_bindings, monkeypatch):
         fastcal.EntropyCalibrator2  # noqa: B018 - nothing is left of the bindings
 
 
+#: The files that take long and would be the last to start: they start first, so that all processes end about together.
+LONGEST = ("test_with_ray.py", "test_cli.py", "test_readme.py", "test_typed.py", "test_types.py")
+
+
+def pytest_configure(config):
+    """Let pytest-xdist hand the files out in their order, and not by their numbers of tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none."""
+    """Put the longest files first, and skip what needs a GPU where there is none."""
     from fastcal.device import resolve
 
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if resolve("auto") is None:
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastcal
-from conftest import DIGITS, ROOT
+from conftest import DIGITS, ROOT, run_script
 
 EXAMPLES = ROOT / "examples"
 
@@ -65,31 +65,26 @@ def test_it_builds_an_engine(tmp_path, script):
 
 @pytest.fixture
 def commands(tmp_path):
-    """A folder for PATH with fastcal, and what else the script calls."""
+    """A folder for PATH, with what the scripts call; `run_shell` adds fastcal."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "fastcal").write_text(
-        f'#!/bin/sh\nPYTHONPATH="{ROOT}:$PYTHONPATH" exec "{sys.executable}" -m fastcal "$@"\n'
-    )
-    (folder / "fastcal").chmod(0o755)
     for name in ("basename", "dirname", "head", "sed", "wc"):
         (folder / name).symlink_to(shutil.which(name))
     return folder
 
 
-def build_with_trtexec(tmp_path, commands, *options, **variables):
+def build_with_trtexec(run_shell, tmp_path, commands, *options, **variables):
     """Run the script; returns how it ended, and the folder it wrote to."""
     folder = tmp_path / "work"
     folder.mkdir()
     environment = {**os.environ, "PATH": str(commands), **variables}
     command = [shutil.which("sh"), EXAMPLES / "trtexec" / "build.sh", *options]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    return done, folder
+    return run_shell(command, commands, cwd=folder, env=environment), folder
 
 
 @needs_cpu_extra
-def test_without_trtexec_the_cache_is_written(tmp_path, commands):
-    done, folder = build_with_trtexec(tmp_path, commands, TENSORRT="10.3.0")
+def test_without_trtexec_the_cache_is_written(run_shell, tmp_path, commands):
+    done, folder = build_with_trtexec(run_shell, tmp_path, commands, TENSORRT="10.3.0")
     assert done.returncode == 1
     note, *errors = done.stderr.splitlines()
     assert note.startswith("note: the preprocessing imagenet is assumed")
@@ -103,14 +98,14 @@ def test_without_trtexec_the_cache_is_written(tmp_path, commands):
 
 @needs_cpu_extra
 @pytest.mark.parametrize(("banner", "number"), [("v8601", "8601"), ("v100300", "100300")])
-def test_the_cache_is_for_the_version_that_trtexec_names(tmp_path, commands, banner, number):
+def test_the_cache_is_for_the_version_that_trtexec_names(run_shell, tmp_path, commands, banner, number):
     """With a stand-in for trtexec: one that names its version, and answers --saveEngine with its arguments."""
     (commands / "trtexec").write_text(
         f'#!/bin/sh\necho "&&&& RUNNING TensorRT.trtexec [TensorRT {banner}] [b1] # trtexec $*"\n'
         '[ "$1" = --help ] || echo "$@" > digits.engine\n'
     )
     (commands / "trtexec").chmod(0o755)
-    done, folder = build_with_trtexec(tmp_path, commands, "--tacticSources=-CUBLAS")
+    done, folder = build_with_trtexec(run_shell, tmp_path, commands, "--tacticSources=-CUBLAS")
     assert done.returncode == 0, done.stderr
     cache = fastcal.CalibrationCache.load(folder / "digits.cache")
     assert cache.header == f"TRT-{number}-EntropyCalibration2"
@@ -122,10 +117,10 @@ def test_the_cache_is_for_the_version_that_trtexec_names(tmp_path, commands, ban
 
 
 @needs_cpu_extra
-def test_trtexecs_failure_is_one_line(tmp_path, commands):
+def test_trtexecs_failure_is_one_line(run_shell, tmp_path, commands):
     (commands / "trtexec").write_text("#!/bin/sh\necho no GPU\nexit 3\n")
     (commands / "trtexec").chmod(0o755)
-    done, folder = build_with_trtexec(tmp_path, commands, TENSORRT="8.6.1")
+    done, folder = build_with_trtexec(run_shell, tmp_path, commands, TENSORRT="8.6.1")
     assert (done.returncode, done.stderr.splitlines()[1:]) == (1, ["build.sh: trtexec failed; digits.log says why"])
     assert (folder / "digits.log").read_text() == "no GPU\n"
 
@@ -133,9 +128,9 @@ def test_trtexecs_failure_is_one_line(tmp_path, commands):
 @pytest.mark.gpu
 @needs_cpu_extra
 @pytest.mark.skipif(shutil.which("trtexec") is None, reason="no trtexec in PATH")
-def test_trtexec_builds_an_engine(tmp_path, commands):
+def test_trtexec_builds_an_engine(run_shell, tmp_path, commands):
     (commands / "trtexec").symlink_to(shutil.which("trtexec"))
-    done, folder = build_with_trtexec(tmp_path, commands, "--tacticSources=-CUBLAS,-CUBLAS_LT,-CUDNN")
+    done, folder = build_with_trtexec(run_shell, tmp_path, commands, "--tacticSources=-CUBLAS,-CUBLAS_LT,-CUDNN")
     assert done.returncode == 0, done.stderr
     assert (folder / "digits.engine").stat().st_size > 0
     assert "PASSED" in (folder / "digits.log").read_text()
@@ -190,11 +185,8 @@ def test_both_inputs_of_a_network_are_fed(tmp_path, run_example):
 
 def calibrate_with(example, folder):
     """Run an example without a GPU; returns what it said, and the scales it found."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / example / "calibrate.py"], cwd=folder, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = run_script(str(EXAMPLES / example / "calibrate.py"), cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     assert set(os.listdir(folder)) == {"digits.cache", "digits.cache.json"}
     return done.stdout, fastcal.CalibrationCache.load(folder / "digits.cache").scales
@@ -223,7 +215,7 @@ def test_a_pipeline_that_does_what_an_image_feed_does_gives_its_scales(tmp_path)
     assert said == f"digits.cache: {len(scales)} scales from 8 batches of 32\n"
 
 
-def test_deepstream_gets_the_cache_that_its_configuration_names(tmp_path, commands):
+def test_deepstream_gets_the_cache_that_its_configuration_names(run_shell, tmp_path, commands):
     """With a stand-in for GStreamer, which says what it is told to run; test_readme.py runs the script without one."""
     folder = tmp_path / "deepstream"
     shutil.copytree(EXAMPLES / "deepstream", folder)
@@ -232,9 +224,7 @@ def test_deepstream_gets_the_cache_that_its_configuration_names(tmp_path, comman
     (commands / "gst-launch-1.0").write_text('#!/bin/sh\necho "$@"\n')
     (commands / "gst-launch-1.0").chmod(0o755)
     environment = {**os.environ, "PATH": str(commands), "TENSORRT": "8.6.2"}
-    done = subprocess.run(
-        [shutil.which("sh"), folder / "run.sh"], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = run_shell([shutil.which("sh"), folder / "run.sh"], commands, env=environment)
     assert done.returncode == 0, done.stderr
     assert "nvinfer config-file-path=config_infer_primary.txt" in done.stdout.splitlines()[-1]
     cache = fastcal.CalibrationCache.load(folder / "model.cache")
@@ -243,9 +233,8 @@ def test_deepstream_gets_the_cache_that_its_configuration_names(tmp_path, comman
 
 
 def test_onnxruntime_classifies(tmp_path):
-    command = [sys.executable, EXAMPLES / "onnxruntime" / "classify.py", "--tensorrt", "10.3.0"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    script = EXAMPLES / "onnxruntime" / "classify.py"
+    done = run_script(str(script), "--tensorrt", "10.3.0", cwd=tmp_path, env=None)
     assert done.returncode == 0, done.stderr
     right, total = re.match(r"(\d+) of (\d+) images classified correctly by \w+", done.stdout).groups()
     assert int(total) == sum(1 for path in (DIGITS / "test").rglob("*.jpg"))
@@ -253,16 +242,13 @@ def test_onnxruntime_classifies(tmp_path):
     assert (tmp_path / "digits.cache").read_text().startswith("TRT-100300-EntropyCalibration2\n")
 
 
-def test_tritons_repository_has_the_files_that_its_configuration_names(tmp_path, commands):
+def test_tritons_repository_has_the_files_that_its_configuration_names(run_shell, tmp_path, commands):
     shutil.copytree(EXAMPLES / "triton", tmp_path / "triton")
     (tmp_path / "digits").symlink_to(DIGITS)
     for name in ("cp", "mkdir"):
         (commands / name).symlink_to(shutil.which(name))
     environment = {**os.environ, "PATH": str(commands), "TENSORRT": "10.3.0"}
-    done = subprocess.run(
-        [shutil.which("sh"), tmp_path / "triton" / "prepare.sh"], env=environment, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
+    done = run_shell([shutil.which("sh"), tmp_path / "triton" / "prepare.sh"], commands, env=environment)
     assert done.returncode == 0, done.stderr
     repository = tmp_path / "triton" / "repository"
     configuration = (repository / "digits" / "config.pbtxt").read_text()

@@ -9,8 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import textwrap
 import warnings
 
@@ -103,7 +101,7 @@ def blocks():
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
+def sample(tmp_path_factory, run_fastcal):
     """A folder of which every block gets a copy."""
     folder = tmp_path_factory.mktemp("readme")
     left_out = shutil.ignore_patterns("*.cache*", "__pycache__", "images", "test")
@@ -114,37 +112,23 @@ def sample(tmp_path_factory):
     (folder / "examples" / "digits" / "test").symlink_to(DIGITS / "test")
     bin_folder = folder / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
-    scripts = {
-        "fastcal": f'exec "{sys.executable}" -m fastcal "$@"',
-        "python": f'exec "{sys.executable}" "$@"',
-        "python3": f'[ "$*" = "-m venv .venv" ] || exec "{sys.executable}" "$@"',
-        "pip": "exit 0",
-    }
+    scripts = {"python3": '[ "$*" = "-m venv .venv" ]', "pip": "exit 0"}
     if resolve("auto") is None or shutil.which("trtexec") is None:
         scripts["trtexec"] = TRTEXEC
     for name, script in scripts.items():
         (bin_folder / name).write_text(f"#!/bin/sh\n{script}\n")
         (bin_folder / name).chmod(0o755)
-    run(folder, ["fastcal", "calibrate", "model.onnx", "images/", "-o", "model.cache"], folder)
-    run(folder, ["fastcal", "quantize", "model.onnx", "model.cache", "-o", "other.qdq.onnx"], folder)
+    for words in ("calibrate model.onnx images/ -o model.cache", "quantize model.onnx model.cache -o other.qdq.onnx"):
+        done = run_fastcal(*words.split(), cwd=folder)
+        assert done.returncode == 0, done.stderr
     shutil.copy(folder / "other.qdq.onnx", folder / "trained.qdq.onnx")
     for suffix in ("", ".json"):
         shutil.copy(folder / f"model.cache{suffix}", folder / f"earlier.cache{suffix}")
     return folder
 
 
-def run(top, command, folder):
-    path = os.pathsep.join([str(top / ".venv" / "bin"), os.environ["PATH"]])
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PATH": path, "PYTHONPATH": python_path}, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize(("folder", "language", "code"), list(blocks()))
-def test_block(tmp_path, monkeypatch, run_fastcal, sample, folder, language, code):
+def test_block(tmp_path, monkeypatch, run_fastcal, run_shell, sample, folder, language, code):
     top = tmp_path / "top"
     shutil.copytree(sample, top, symlinks=True)
     if language == "python":
@@ -159,7 +143,10 @@ def test_block(tmp_path, monkeypatch, run_fastcal, sample, folder, language, cod
             assert done.returncode == 0, done.stdout + done.stderr
     else:
         assert language == "sh", f"say in this test what becomes of {language!r}"
-        run(top, ["bash", "-euo", "pipefail", "-c", code], top / folder)
+        programs = top / ".venv" / "bin"
+        environment = {**os.environ, "PATH": os.pathsep.join([str(programs), os.environ["PATH"]])}
+        done = run_shell(["bash", "-euo", "pipefail", "-c", code], programs, cwd=top / folder, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -500,7 +500,7 @@ def start_listening_to_ctrl_c(command, **options):
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 4])
 def test_ctrl_c_leaves_nothing_behind(tmp_path, seconds):
     listed = [str(path) for path in sorted((DIGITS / "images").rglob("*.jpg"))]
-    (tmp_path / "list.txt").write_text("\n".join(listed * 400))
+    (tmp_path / "list.txt").write_text("\n".join(listed * 40))
     command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, "list.txt", "-o", "x.cache"]
     process = start_listening_to_ctrl_c(command, cwd=tmp_path)
     time.sleep(seconds)
@@ -558,6 +558,14 @@ def test_a_backend_that_is_unavailable(run_fastcal, spawn_fastcal, tmp_path, ima
         assert re.match(f"error: {message}", done.stderr.splitlines()[-1])
 
 
+def test_a_cluster_that_is_not_there(run_fastcal, tmp_path):
+    pytest.importorskip("ray")
+    options = ("-o", tmp_path / "x.cache", "--workers", 2, "--ray-address", "127.0.0.1:1")
+    done = run_fastcal("calibrate", MODEL, DIGITS / "images", *options)
+    assert done.returncode == 2
+    assert re.search("error: cannot connect to Ray at 127.0.0.1:1: .*Connection refused", done.stderr)
+
+
 @pytest.mark.skipif(bool(fastcal.versions.installed_tensorrt_version()), reason="TensorRT is installed here")
 def test_build_without_tensorrt(run_fastcal, tmp_path, images):
     done = run_fastcal("build", MODEL, images, "-o", tmp_path / "x.engine")
@@ -590,14 +598,14 @@ def test_version_and_help(run_fastcal):
         assert re.search(rf"default: \(?{default}", helped)
 
 
-def shown_on_a_terminal(*arguments, **options):
+def shown_on_a_terminal(*arguments, env=os.environ, **options):
     """Run the command line with a terminal for its standard error; return exit status and text without its colours."""
     import pty
 
     main, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "fastcal", *map(str, arguments)],
-        stdout=subprocess.DEVNULL, stderr=terminal, env={**os.environ, "COLUMNS": "150"}, **options,
+        stdout=subprocess.DEVNULL, stderr=terminal, env={**env, "COLUMNS": "150"}, **options,
     )  # fmt: skip
     os.close(terminal)
     shown = b""
@@ -614,14 +622,14 @@ def shown_on_a_terminal(*arguments, **options):
 
 
 def test_progress_is_shown_on_a_terminal(tmp_path):
-    (tmp_path / "list.txt").write_text("\n".join(map(str, sorted((DIGITS / "images").rglob("*.jpg")) * 20)))
+    (tmp_path / "list.txt").write_text("\n".join(map(str, sorted((DIGITS / "images").rglob("*.jpg")) * 5)))
     status, text = shown_on_a_terminal("calibrate", MODEL, "list.txt", "-o", "x.cache", cwd=tmp_path)
     assert status == 0
-    assert re.search(r"calibrating .* \d+/160 batches, \d+ images/s, \d+% of the time waiting for data, .* left", text)
+    assert re.search(r"calibrating .* \d+/40 batches, \d+ images/s, \d+% of the time waiting for data, .* left", text)
 
 
-def test_the_doctor_shows_on_a_terminal_what_it_tries():
-    _, text = shown_on_a_terminal("doctor")
+def test_the_doctor_shows_on_a_terminal_what_it_tries(without_libraries):
+    _, text = shown_on_a_terminal("doctor", env=without_libraries)
     tried = list(dict.fromkeys(re.findall(r"trying ([A-Za-z ]+)", text)))
     assert {"ONNX Runtime", "numba", "DALI", "Matplotlib"} <= set(tried)
 
@@ -672,13 +680,14 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
-def test_closed_streams_do_no_harm(tmp_path, images, closed):
-    command = f"{sys.executable} -m fastcal calibrate {MODEL} {images} -o {tmp_path}/c.cache --report {tmp_path}/r.html"
+def test_closed_streams_do_no_harm(tmp_path, images, onnx_file, closed):
+    model = onnx_file("f (float[N, 3, 8, 8] x) => (float[N, 3, 8, 8] y) { y = Relu(x) }")  # a report of two histograms
+    command = f"{sys.executable} -m fastcal calibrate {model} {images} -o {tmp_path}/c.cache --report {tmp_path}/r.html"
     done = subprocess.run(f"{command} {closed}", shell=True, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert ("tensors " in done.stdout, "note: " in done.stderr) == (">&-" not in closed.split(), "2>&-" not in closed)
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
-    expected = fastcal.calibrate(MODEL, fastcal.ImageFeed(images, model=MODEL, device="cpu"), backend="onnxruntime")
+    expected = fastcal.calibrate(model, fastcal.ImageFeed(images, model=model, device="cpu"), backend="onnxruntime")
     assert (tmp_path / "c.cache").read_bytes() == expected.to_bytes()
 
 

@@ -91,10 +91,8 @@ def test_the_cache_of_a_calibration_for_any_tensorrt(quantize, run_fastcal, tmp_
 
 def test_a_report_needs_the_network(quantize, tmp_path):
     quantize()
-    (tmp_path / "model.cache").unlink()
-    for _ in range(2):
-        assert REUSED not in quantize("--report", "r.html").stdout
-        assert "<h2>Tensors</h2>" in (tmp_path / "r.html").read_text()
+    assert REUSED not in quantize("--report", "r.html").stdout
+    assert "<h2>Tensors</h2>" in (tmp_path / "r.html").read_text()
     assert REUSED in quantize().stdout
 
 

@@ -215,8 +215,8 @@ def test_the_command_says_and_records_it(digits, tmp_path, run_fastcal):
 
 @pytest.mark.parametrize("extension", fuzz.FORMATS)
 def test_mutated_images(tmp_path, extension):
-    intact = fuzz.write_images(tmp_path, extension, 48, seed=3)
-    assert 0 < fuzz.read_images(tmp_path, intact) <= 48 - len(intact)
+    intact = fuzz.write_images(tmp_path, extension, 32, seed=3)
+    assert 0 < fuzz.read_images(tmp_path, intact) <= 32 - len(intact)
 
 
 @pytest.mark.parametrize("extension", ["jpg", "webp", "ppm"])
@@ -224,7 +224,7 @@ def test_no_pipeline_is_kept_for_what_cannot_be_read(tmp_path, extension):
     fuzz.write_images(tmp_path, extension, 48, seed=3)
 
     def count_pipelines():
-        return sum(isinstance(each, ImagePipeline) for each in gc.get_objects())
+        return [*map(type, gc.get_objects())].count(ImagePipeline)
 
     gc.collect()
     gc.disable()

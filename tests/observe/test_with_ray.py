@@ -15,11 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 
 import fastcal
 from conftest import DIGITS
-from fastcal.algorithm import Algorithm
 from fastcal.model import Model
 from fastcal.observe.backends import OnnxRuntimeBackend
 from fastcal.observe.with_ray import RayBackend
@@ -67,7 +67,7 @@ def processes(title):
 
 def wait_for(condition):
     """The first true result of `condition`, asked again and again."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not (result := condition()):
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -84,28 +84,6 @@ def no_actor_left():
     """No test leaves an actor behind."""
     yield
     wait_for(lambda: not processes(b"ray::Worker"))
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """What one process makes of the sample."""
-    return calibrate(MODEL, digits())
-
-
-def test_the_cache_is_that_of_one_process(cluster, alone):
-    seen = []
-    found = calibrate(MODEL, digits(), workers=3, progress=lambda p: seen.append((p.batches, p.images, p.total)))
-    assert found.to_bytes() == alone.to_bytes()
-    for algorithm in ("minmax", "percentile"):  # picked from the same histograms
-        picks = Algorithm.of(algorithm, 0.999)
-        assert picks.scales(found.observed) == picks.scales(alone.observed)
-    assert seen[-1] == (37, 256, 37)
-    assert seen == sorted(set(seen))
-
-
-def test_the_record_is_that_of_one_process(cluster):
-    feed = digits(limit=20, shuffle=True)
-    assert calibrate(MODEL, feed, workers=2).record == calibrate(MODEL, feed).record
 
 
 def on_workers(count):
@@ -179,7 +157,10 @@ def test_counts_are_those_of_one_process_where_their_order_shows(cluster, onnx_f
         for batch in feed:
             observer.observe(batch)
         expected = observer.histograms()
-    found = on_workers(3).observe(model, feed, lambda state: None).histograms
+    seen = []
+    found = on_workers(3).observe(model, feed, lambda p: seen.append((p.batches, p.images, p.total))).histograms
+    assert seen[-1] == (40, 40, 40)
+    assert seen == sorted(set(seen))
     assert list(found) == list(expected)
     for name, histogram in expected.items():
         assert found[name].counts.tolist() == histogram.counts.tolist(), name
@@ -189,28 +170,30 @@ def test_counts_are_those_of_one_process_where_their_order_shows(cluster, onnx_f
     assert expected["x11"].range == 0
 
 
-@pytest.fixture
-def slow(onnx_file):
-    """A network and 120 batches that take it a while each."""
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """A network, 120 batches that take it a while each, and the cache that one process makes of them."""
     random = np.random.default_rng(0)
-    path = onnx_file(
-        "f (float[N, 1024] x) => (float[N, 1024] y) { a = MatMul(x, w) b = MatMul(a, w) y = MatMul(b, w) }",
-        {"w": random.standard_normal((1024, 1024), dtype="f4") / np.float32(32)},
-    )
-    return path, fastcal.ArrayFeed([{"x": random.standard_normal((64, 1024), dtype="f4")} for _ in range(120)])
+    graph = "f (float[N, 1024] x) => (float[N, 1024] y) { a = MatMul(x, w) b = MatMul(a, w) y = MatMul(b, w) }"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {graph}')
+    weights = random.standard_normal((1024, 1024), dtype="f4") / np.float32(32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
+    path = tmp_path_factory.mktemp("slow") / "model.onnx"
+    onnx.save(model, path)
+    feed = fastcal.ArrayFeed([{"x": random.standard_normal((64, 1024), dtype="f4")} for _ in range(120)])
+    return path, feed, calibrate(path, feed, threads=1).to_bytes()
 
 
 @contextlib.contextmanager
-def meanwhile(*actions):
-    """Within it, each action is called with a process that is counting; yields a function to call with the progress."""
+def meanwhile(action):
+    """Within it, the action is called with a process that is counting; yields a function to call with the progress."""
     state, used = Progress(), []
 
     def act():
-        for number, action in enumerate(actions, start=1):
-            wait_for(lambda number=number: state.batches > 8 * number)
-            (process, *_) = wait_for(lambda: set(processes(b"ray::Worker.count")) - set(used))
-            action(process)
-            used.append(process)
+        wait_for(lambda: state.batches > 8)
+        (process, *_) = wait_for(lambda: processes(b"ray::Worker.count"))
+        action(process)
+        used.append(process)
 
     def progress(now):
         state.batches = now.batches
@@ -219,24 +202,22 @@ def meanwhile(*actions):
     thread.start()
     yield progress
     thread.join()
-    assert len(used) == len(actions)
+    assert len(used) == 1
 
 
 def test_what_a_killed_worker_had_to_do_is_done_again_and_counted_once(cluster, slow, caplog):
-    path, feed = slow
-    expected = calibrate(path, feed, threads=1).to_bytes()
+    path, feed, expected = slow
 
     def kill(process):
         os.kill(process, signal.SIGKILL)
 
-    with caplog.at_level(logging.WARNING, "fastcal"), meanwhile(kill, kill) as progress:
+    with caplog.at_level(logging.WARNING, "fastcal"), meanwhile(kill) as progress:
         assert calibrate(path, feed, threads=1, workers=2, progress=progress).to_bytes() == expected
-    assert len(re.findall(r"a worker died over batches \d+ to \d+, which are counted again", caplog.text)) == 2
+    assert len(re.findall(r"a worker died over batches \d+ to \d+, which are counted again", caplog.text)) == 1
 
 
 def test_a_node_that_dies(cluster, slow):
-    path, feed = slow
-    expected = calibrate(path, feed, threads=1).to_bytes()
+    path, feed, expected = slow
     node = cluster.add_node(num_cpus=1, node_name="south")
     with meanwhile(lambda process: cluster.remove_node(node, allow_graceful=False)) as progress:
         assert calibrate(path, feed, threads=1, workers=4, progress=progress).to_bytes() == expected
@@ -288,7 +269,7 @@ class Deadly(Batches):
 def test_workers_that_die_again_and_again_are_given_up(cluster, onnx_file, caplog):
     feed = Deadly([{"x0": np.ones((1, 3), "f4")}])
     with pytest.raises(fastcal.FastcalError, match=r"3 workers died over batches 0 to 0: .*; Ray's logs tell more"):
-        calibrate(many_tensors(onnx_file, 1), feed, workers=2)
+        calibrate(many_tensors(onnx_file, 1), feed, workers=1)
     assert len(re.findall("a worker died over batches 0 to 0, which are counted again", caplog.text)) == 2
 
 
@@ -372,13 +353,6 @@ def test_a_network_that_is_no_file(cluster):
         calibrate(SimpleNamespace(num_inputs=0), fastcal.ArrayFeed([{"x": np.ones((1, 3), "f4")}]), workers=1)
 
 
-def test_a_cluster_that_is_not_there(spawn_fastcal, tmp_path):
-    options = ("-o", tmp_path / "x.cache", "--workers", 2, "--ray-address", "127.0.0.1:1")
-    done = spawn_fastcal("calibrate", MODEL, DIGITS / "images", *options)
-    assert done.returncode == 2
-    assert re.search("error: cannot connect to Ray at 127.0.0.1:1: .*Connection refused", done.stderr)
-
-
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_workers_share_the_cpus_of_nodes_that_have_room(gpus):
     nodes = [{"CPU": 64.0, "GPU": 2.0}, {"CPU": 64.0, "GPU": 2.0}, {"CPU": 8.0}, {}]
@@ -389,7 +363,7 @@ def test_workers_share_the_cpus_of_nodes_that_have_room(gpus):
 def test_the_command_line_is_the_same_with_workers(cluster, run_fastcal, spawn_fastcal, tmp_path):
     joined = ("--workers", 2, "--ray-address", cluster.address)
     for name, run, options in (("one", run_fastcal, ()), ("two", spawn_fastcal, joined)):
-        options = ("--batch-size", 7, "--limit", 100, *options)
+        options = ("--batch-size", 7, "--limit", 100, "--shuffle", *options)
         done = run("calibrate", MODEL, DIGITS / "images", "-o", tmp_path / name, *options)
         assert done.returncode == 0, done.stderr
         assert "100 in 15 batches of 7" in done.stdout
@@ -397,16 +371,27 @@ def test_the_command_line_is_the_same_with_workers(cluster, run_fastcal, spawn_f
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
 
 
-@pytest.mark.parametrize("joins", [False, True])
-def test_ctrl_c_leaves_no_actor_behind(cluster, tmp_path, joins):
+@pytest.mark.parametrize(("joins", "workers"), [(False, 1), (True, 2)])
+def test_ctrl_c_leaves_no_actor_behind(cluster, tmp_path, joins, workers):
     listed = [str(path) for path in sorted((DIGITS / "images").rglob("*.jpg"))]
-    (tmp_path / "list.txt").write_text("\n".join(listed * 400))
-    command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, "list.txt", "-o", "x.cache", "--workers", "2"]
+    (tmp_path / "list.txt").write_text("\n".join(listed * 40))
+    command = [
+        sys.executable,
+        "-m",
+        "fastcal",
+        "calibrate",
+        MODEL,
+        "list.txt",
+        "-o",
+        "x.cache",
+        "--workers",
+        str(workers),
+    ]
     process = subprocess.Popen(
         [*command, *(("--ray-address", cluster.address) if joins else ())], cwd=tmp_path, stderr=subprocess.PIPE,
         text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    wait_for(lambda: len(processes(b"ray::Worker.count")) == 2)
+    wait_for(lambda: len(processes(b"ray::Worker.count")) == workers)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.communicate(timeout=30)[1].splitlines()[-1] == "interrupted; nothing was written"
     assert process.returncode == 130
