@@ -245,7 +245,7 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = has_arena
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # leaves the cores to what runs next
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # which takes a quarter of the time
         self._session = start_session(model, data, options)
         self.inputs = {value.name: value.type for value in self._session.get_inputs()}
         self.outputs = {value.name: value.type for value in self._session.get_outputs()}
