@@ -50,12 +50,14 @@ FLOAT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor
 
 
 class OnnxRuntimeObserver(AbstractContextManager["OnnxRuntimeObserver"]):
-    """Runs batches through a model on the CPU: an `Observer`, and a context manager; `memory` as in `PartedRunner`."""
+    """Runs batches through a model on the CPU: an `Observer`, and a context manager; settings as of `PartedRunner`."""
 
-    def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
+    def __init__(
+        self, model: Model, threads: int | None = None, memory: int | None = None, *, is_optimized: bool = False
+    ) -> None:
         self._model = model
         self.shared_scales = model.shared_scales
-        self._runner = PartedRunner(model, threads, memory)
+        self._runner = PartedRunner(model, threads, memory, is_optimized=is_optimized)
         warn_of_unknown(self._runner.unknown, self._runner.gone)
         self._histograms = Histograms(threads)
 

@@ -37,7 +37,7 @@ class Logits:
 
 
 def _logits(probabilities: npt.NDArray[Any], axis: int) -> npt.NDArray[np.float32]:
-    logits = np.maximum(probabilities, _LEAST, dtype=np.float32)
+    logits: npt.NDArray[np.float32] = np.maximum(probabilities, _LEAST, dtype=np.float32)
     np.log(logits, out=logits)
     logits -= logits.mean(axis, keepdims=True)
     return logits

@@ -203,7 +203,9 @@ def test_the_best_algorithm_is_the_one_that_keeps_most(fragile):
     }
     best = max(kept, key=lambda name: kept[name].result.sqnr)
     assert tuning.cache.scales == kept[best].cache.scales
-    assert fastcal.calibrate(fragile, given, algorithm="best").scales.items() >= tuning.cache.scales.items()
+    calibrated = fastcal.calibrate(fragile, given, algorithm="best").scales
+    scales = {name: calibrated[name] for name in tuning.cache.scales}
+    assert scales == pytest.approx(tuning.cache.scales, rel=1e-5)  # all tensors shown, so in another order of sums
 
 
 def test_the_digits_need_no_repair():
