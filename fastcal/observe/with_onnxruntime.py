@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import numpy as np
@@ -339,15 +339,16 @@ def start_session(
 
     If `is_optimized`, the graph is optimized, unless ONNX Runtime fails to.
     """
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if is_optimized else levels.ORT_DISABLE_ALL
     options.log_severity_level = 4  # errors come as exceptions
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.external.root))
+    if is_optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        with suppress(Exception):  # ONNX Runtime's exceptions have no common base
+            return onnxruntime.InferenceSession(data, options, providers=list(providers))
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(data, options, providers=list(providers))
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        if is_optimized:
-            return start_session(model, data, options, providers)
+    except Exception as error:
         raise ModelError(f"ONNX Runtime cannot load {model.path}: {_reason(error)}") from error
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from conftest import DIGITS
@@ -85,6 +86,52 @@ def test_any_choice_of_layers_gives_the_outputs_of_a_model_with_their_pairs(vari
         for name in ("y", "z"):
             check_close(found[name], expected[name])
             assert (found[name] != exact[name]).any() == (name in changed and bool(chosen))
+
+
+def test_one_choice_after_another_and_another_scale(varied, monkeypatch):
+    """Sessions are kept from choice to choice: none of them may be of another one."""
+    from fastcal.tuning import simulation as module
+
+    monkeypatch.setattr(module, "_SEGMENTS", 2)
+    batch = {"x": RANDOM.standard_normal((3, 4, 8, 8)).astype("f4")}
+    scales = scales_of(varied, batch)
+    rounded = Rounded(Graph(varied), Placement(Graph(varied), scales, set()).axes)
+    with OnnxRuntimeRunner(varied) as runner:
+        types = runner.types
+    coarse = {name: 4 * scale for name, scale in scales.items()}
+    choices = [np.ones(6, bool), *np.eye(6, dtype=bool), np.ones(6, bool)]
+    with Simulation(varied, rounded, types) as simulation:
+        exact = simulation.exact(batch, keep=True)
+        found = [
+            simulation.run(exact, choice, rounded.vector(each))
+            for choice in choices
+            for each in (scales, coarse, scales)
+        ]
+    for index, (fine, other, again) in enumerate(zip(found[::3], found[1::3], found[2::3], strict=True)):
+        np.testing.assert_array_equal(fine["y"], again["y"])
+        np.testing.assert_array_equal(fine["z"], again["z"])
+        assert any((fine[name] != other[name]).any() for name in fine)
+        chosen = {number for number, is_int8 in zip(rounded.numbers, choices[index], strict=True) if is_int8}
+        alone, _, _ = simulate(varied, batch, chosen)
+        np.testing.assert_array_equal(fine["y"], alone["y"])
+
+
+def test_what_onnxruntime_cannot_optimize_runs_as_it_is(varied, monkeypatch):
+    """ONNX Runtime 1.32 cannot optimize some layers that read through a pair: see `Graph`."""
+    session, levels = onnxruntime.InferenceSession, []
+
+    def start(data, options, **settings):
+        levels.append(options.graph_optimization_level)
+        if levels[-1] == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL:
+            raise RuntimeError("cannot optimize")
+        return session(data, options, **settings)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", start)
+    found, expected, _ = simulate(
+        varied, {"x": RANDOM.standard_normal((1, 4, 8, 8)).astype("f4")}, set(numbers(varied))
+    )
+    check_close(found["y"], expected["y"])
+    assert onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL in levels
 
 
 def test_a_run_begins_at_the_segment_of_its_first_layer(varied, monkeypatch):
