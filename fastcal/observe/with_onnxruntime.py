@@ -94,10 +94,11 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
     def __init__(
         self, model: Model, threads: int | None = None, memory: int | None = None, *, is_optimized: bool = False
     ) -> None:
-        self._model, self._threads, self._is_optimized = model, threads, is_optimized
+        self._model = model
         self._memory = memory
         self._free: int | None = None
         self._thread = _new_thread()
+        self._settings = threads, self._thread, is_optimized
         whole = OnnxRuntimeRunner(model, threads, thread=self._thread, is_optimized=is_optimized)
         self.types = whole.types
         self.outputs: list[str] = whole.outputs
@@ -137,9 +138,8 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
         if len(segments) == 1:  # there is no place to cut
             return
         self._runners = []  # frees the weights before they are loaded again
-        settings = self._threads, self._thread, self._is_optimized
         for segment in segments:
-            self._runners.append(_SegmentRunner(self._model, proto, segment, self.types, *settings))
+            self._runners.append(_SegmentRunner(self._model, proto, segment, self.types, *self._settings))
 
     def _sizes(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, int]:
         """Return the bytes of each of `tensors`; 0 if they are not known.

@@ -74,9 +74,9 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
 
         Runs over the first batch alone begin at the first layer in INT8.
         """
-        self._batches = [match_batch(model.inputs, model.label, batch) for batch in batches]
+        matched = [match_batch(model.inputs, model.label, batch) for batch in batches]
         self._model, self._threads = model, threads
-        one = self._batches[0]
+        one = matched[0]
         if _is_divisible(model):
             one = {name: array[:1] for name, array in one.items()}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -88,8 +88,8 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
         self.axes = axes
         self.rounded = Rounded(Graph(model), axes)
         self._simulation = Simulation(model, self.rounded, types, threads)
-        self._exact = [self._simulation.exact(batch, keep=number == 0) for number, batch in enumerate(self._batches)]
-        self.samples = sum(map(_samples, self._batches))
+        self._exact = [self._simulation.exact(batch, keep=number == 0) for number, batch in enumerate(matched)]
+        self.samples = sum(map(_samples, matched))
         graph = Graph(model)
         self.layers: list[Layer] = layers_of(graph, self.rounded.numbers, self.shapes, _samples(one))
         self._parts = [part for part in parts_of(model, self.shapes) if part.output in self._simulation.outputs]
@@ -114,7 +114,7 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
     def errors_of(self, proto: onnx.ModelProto, metrics: Iterable[Metric] = ()) -> Errors:
         """Return the errors, as `errors`, of a variant of the model that has pairs of its own."""
         with OnnxRuntimeRunner(self._model, self._threads, variant=proto, is_optimized=True) as runner:
-            return self._errors(map(runner.run, self._batches), metrics)
+            return self._errors((runner.run(exact.alive[0]) for exact in self._exact), metrics)
 
     def _runs(self, is_int8: Choice, scales: Mapping[str, float]) -> Iterator[Outputs]:
         """Yield the outputs batch by batch."""
