@@ -261,7 +261,7 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = has_arena
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # which takes a quarter of the time
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a quarter of the CPU time
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # for an optimized graph
         is_optimized &= not model.external.files  # that would take copies of large weights
         self._session = start_session(model, data, options, is_optimized=is_optimized)
