@@ -136,9 +136,10 @@ def tune(
         tuner = _Tuner(network, sampled, excluded, threads, status or (lambda text: None), curve or target is not None)
         shows_all = all_tensors or cache is not None or histograms is not None
         shown = network if shows_all else network.showing(tuner.tensors)
+        backend = OnnxRuntimeBackend(threads, tf32, memory, is_optimized=not shows_all)
         calibration = Calibration(
-            sampled, wanted, shown, OnnxRuntimeBackend(threads, tf32, memory), DEFAULT_TENSORRT_VERSION,
-            until_stable, partial(tuner.pick_best, exact=exact), histograms,
+            sampled, wanted, shown, backend, DEFAULT_TENSORRT_VERSION, until_stable,
+            partial(tuner.pick_best, exact=exact), histograms,
         )  # fmt: skip
         scales = calibration.run(progress) if cache is None else calibration.keep(cache, progress)
         if not sampled.shown:  # the cache was reused

@@ -304,9 +304,9 @@ def test_the_feed_starts_before_the_backend(onnx_file, monkeypatch):
     feed, begun = Begun(), []
 
     class Observer(with_onnxruntime.OnnxRuntimeObserver):
-        def __init__(self, *arguments):
+        def __init__(self, *arguments, **settings):
             begun.append(feed.begun)
-            super().__init__(*arguments)
+            super().__init__(*arguments, **settings)
 
     monkeypatch.setattr(with_onnxruntime, "OnnxRuntimeObserver", Observer)
     path = onnx_file("f (float[N, 2] x) => (float[N, 2] y) { y = Relu(x) }")

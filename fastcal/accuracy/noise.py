@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +33,11 @@ class Noise:
     def add(self, exact: Outputs, other: Outputs) -> None:
         """Add a batch: the exact outputs, and the outputs to judge, of the same shapes."""
         for part in self.parts:
-            values, others = (
-                np.asarray(each[part.output][part.index], np.float64).reshape(-1) for each in (exact, other)
-            )
+            values, others = (np.asarray(each[part.output][part.index]).reshape(-1) for each in (exact, other))
             finite = np.abs(values) <= np.finfo(np.float32).max
             if not finite.all():
                 values, others = values[finite], others[finite]
-            noise = _power(values - others)
+            noise = _power(np.subtract(values, others, dtype=np.float64))
             self.elements[part.label] += finite.size
             self.left_out[part.label] += finite.size - values.size
             self.signal[part.label] += _power(values)
@@ -76,8 +75,8 @@ def without_padding(outputs: Outputs, batch: int, samples: int) -> Outputs:
     return {name: array[:samples] if array.shape[:1] == (batch,) else array for name, array in outputs.items()}
 
 
-def _power(values: npt.NDArray[np.float64]) -> float:
-    return float(np.einsum("i,i->", values, values))
+def _power(values: npt.NDArray[Any]) -> float:
+    return float(np.einsum("i,i->", values, values, dtype=np.float64))
 
 
 def _ratio(noise: float, signal: float) -> float:

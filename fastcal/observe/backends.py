@@ -99,12 +99,14 @@ class OnnxRuntimeBackend(LocalBackend):
     """ONNX Runtime: on the GPU that the batches lie on, or on the CPU.
 
     On the CPU, one thread per core that this process may use runs and counts by default; the tensors of a segment of
-    the network may take `memory` bytes, by default 2 GiB.
+    the network may take `memory` bytes, by default 2 GiB. If `is_optimized`, ONNX Runtime optimizes the graph:
+    the values differ in the last bits.
     """
 
     threads: int | None = None
     tf32: bool = False
     memory: int | None = None
+    is_optimized: bool = False
     name = "onnxruntime"
     device = "auto"
 
@@ -126,9 +128,9 @@ class OnnxRuntimeBackend(LocalBackend):
                 from fastcal.observe import with_cuda  # noqa: F401
         except (Exception, SystemExit) as error:
             raise missing("backend onnxruntime", error) from error
-        return (
-            OnnxRuntimeObserver(network, self.threads, self.memory) if on_gpu is None else self._on_gpu(network, on_gpu)
-        )
+        if on_gpu is None:
+            return OnnxRuntimeObserver(network, self.threads, self.memory, is_optimized=self.is_optimized)
+        return self._on_gpu(network, on_gpu)
 
     def observe(self, network: Network, feed: Feed, progress: Report, enough: Enough | None = None) -> Observations:
         """Observe a network: see `Backend.observe`. The CPU runs it in FP32."""

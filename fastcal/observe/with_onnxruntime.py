@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,14 @@ FLOAT_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor
 
 
 class OnnxRuntimeObserver(AbstractContextManager["OnnxRuntimeObserver"]):
-    """Runs batches through a model on the CPU: an `Observer`, and a context manager; `memory` as in `PartedRunner`."""
+    """Runs batches through a model on the CPU: an `Observer`, and a context manager; settings as of `PartedRunner`."""
 
-    def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
+    def __init__(
+        self, model: Model, threads: int | None = None, memory: int | None = None, *, is_optimized: bool = False
+    ) -> None:
         self._model = model
         self.shared_scales = model.shared_scales
-        self._runner = PartedRunner(model, threads, memory)
+        self._runner = PartedRunner(model, threads, memory, is_optimized=is_optimized)
         warn_of_unknown(self._runner.unknown, self._runner.gone)
         self._histograms = Histograms(threads)
 
@@ -86,16 +88,18 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
     By default that is 2 GiB, or 70 % of what is free when the first batch comes if that is less. A single node's
     activations may take more, each at most what is free. The tensors that later segments read are kept beside the
     activations of a segment. `tensors` are the names of the float inputs and activations, in the graph's order;
-    `types`, `outputs`, `unknown` and `gone` are as in `OnnxRuntimeRunner`.
+    `types`, `outputs`, `unknown`, `gone` and `is_optimized` are as in `OnnxRuntimeRunner`.
     """
 
-    def __init__(self, model: Model, threads: int | None = None, memory: int | None = None) -> None:
+    def __init__(
+        self, model: Model, threads: int | None = None, memory: int | None = None, *, is_optimized: bool = False
+    ) -> None:
         self._model = model
-        self._threads = threads
         self._memory = memory
         self._free: int | None = None
         self._thread = _new_thread()
-        whole = OnnxRuntimeRunner(model, threads, thread=self._thread)
+        self._settings = threads, self._thread, is_optimized
+        whole = OnnxRuntimeRunner(model, threads, thread=self._thread, is_optimized=is_optimized)
         self.types = whole.types
         self.outputs: list[str] = whole.outputs
         self.unknown: list[str] = whole.unknown
@@ -135,7 +139,7 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
             return
         self._runners = []  # frees the weights before they are loaded again
         for segment in segments:
-            self._runners.append(_SegmentRunner(self._model, proto, segment, self.types, self._threads, self._thread))
+            self._runners.append(_SegmentRunner(self._model, proto, segment, self.types, *self._settings))
 
     def _sizes(self, batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, int]:
         """Return the bytes of each of `tensors`; 0 if they are not known.
@@ -157,12 +161,13 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
 
 
 class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
-    """Runs batches through a model without graph optimization, so that no activation is fused away.
+    """Runs batches through a model, without graph optimization, so that no activation is fused away.
 
-    Shows all activations, or the outputs of a `variant` of the model, with Q/DQ pairs for instance. Operators that are
-    `unknown` to ONNX Runtime are cut off, so the tensors with the names `gone` are not computed; `outputs` are the
-    names of the outputs that are left, or of the tensors at the cut if none are. `types` are ONNX Runtime's types of
-    the tensors that are shown, of any type. The session runs in `thread`, by default one of its own.
+    If `is_optimized`, the graph is optimized but for what is shown: the values differ in the last bits. Shows all
+    activations, or the outputs of a `variant` of the model, with Q/DQ pairs for instance. Operators that are `unknown`
+    to ONNX Runtime are cut off, so the tensors with the names `gone` are not computed; `outputs` are the names of the
+    outputs that are left, or of the tensors at the cut if none are. `types` are ONNX Runtime's types of the tensors
+    that are shown, of any type. The session runs in `thread`, by default one of its own.
     """
 
     def __init__(
@@ -172,6 +177,7 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         *,
         variant: onnx.ModelProto | None = None,
         thread: ThreadPoolExecutor | None = None,
+        is_optimized: bool = False,
     ) -> None:
         self._model = model
         proto, self.unknown, self.gone = cut_unknown(model.proto if variant is None else variant)
@@ -182,7 +188,8 @@ class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
         data = proto.SerializeToString() if shown is None else with_outputs(proto, shown)
         self._thread = thread or _new_thread()
         # An arena would keep as much memory from the other runners as large weights take.
-        self._session = Session(model, data, threads, self._thread, has_arena=not model.external.files)
+        has_arena = not model.external.files
+        self._session = Session(model, data, threads, self._thread, has_arena=has_arena, is_optimized=is_optimized)
         self.types = self._session.outputs
         self.inputs = [name for name, type_ in self._session.inputs.items() if type_ in FLOAT_TYPES]
         self.activations = [name for name in shown or self.types if self.types.get(name) in FLOAT_TYPES]
@@ -211,6 +218,7 @@ class _SegmentRunner:
         types: Mapping[str, str],
         threads: int | None,
         thread: ThreadPoolExecutor,
+        is_optimized: bool,
     ) -> None:
         self.activations = [name for name in segment.computed if types.get(name) in FLOAT_TYPES]
         self._later = segment.later
@@ -218,7 +226,7 @@ class _SegmentRunner:
         self._shown = list(dict.fromkeys([*self.activations, *passed_on]))
         data = with_outputs(segment.model(proto, types), self._shown)
         # An arena would keep memory from the other segments.
-        self._session = Session(model, data, threads, thread, has_arena=False)
+        self._session = Session(model, data, threads, thread, has_arena=False, is_optimized=is_optimized)
 
     def compute(self, alive: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Run one batch; return the float activations by name.
@@ -235,18 +243,28 @@ class _SegmentRunner:
 class Session:
     """A session of a serialized variant of a model; `inputs` and `outputs` are ONNX Runtime's types of these.
 
-    It runs in `thread` with `threads` more, so that the calling thread stays open to Ctrl-C.
+    It runs in `thread` with `threads` more, so that the calling thread stays open to Ctrl-C. If `is_optimized`, the
+    graph is optimized, unless its weights are external data. Pairs still round: no layer computes with integers.
     """
 
     def __init__(
-        self, model: Model, data: bytes, threads: int | None, thread: ThreadPoolExecutor, *, has_arena: bool
+        self,
+        model: Model,
+        data: bytes,
+        threads: int | None,
+        thread: ThreadPoolExecutor,
+        *,
+        has_arena: bool,
+        is_optimized: bool = False,
     ) -> None:
         self._model, self._thread = model, thread
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = has_arena
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # leaves the cores to what runs next
-        self._session = start_session(model, data, options)
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a quarter of the CPU time
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # for an optimized graph
+        is_optimized &= not model.external.files  # that would take copies of large weights
+        self._session = start_session(model, data, options, is_optimized=is_optimized)
         self.inputs = {value.name: value.type for value in self._session.get_inputs()}
         self.outputs = {value.name: value.type for value in self._session.get_outputs()}
 
@@ -309,14 +327,28 @@ def with_outputs(proto: onnx.ModelProto, names: Iterable[str], copies: Mapping[s
     return bytes(proto.SerializeToString() + more.SerializeToString())
 
 
-def start_session(model: Model, data: bytes, options: Any, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> Any:
-    """Return an `onnxruntime.InferenceSession` of a serialized variant of a model, without graph optimization."""
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+def start_session(
+    model: Model,
+    data: bytes,
+    options: Any,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    *,
+    is_optimized: bool = False,
+) -> Any:
+    """Return an `onnxruntime.InferenceSession` of a serialized variant of a model.
+
+    If `is_optimized`, the graph is optimized, unless ONNX Runtime fails to.
+    """
     options.log_severity_level = 4  # errors come as exceptions
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.external.root))
+    if is_optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        with suppress(Exception):  # ONNX Runtime's exceptions have no common base
+            return onnxruntime.InferenceSession(data, options, providers=list(providers))
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(data, options, providers=list(providers))
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
+    except Exception as error:
         raise ModelError(f"ONNX Runtime cannot load {model.path}: {_reason(error)}") from error
 
 

@@ -65,7 +65,7 @@ def _means(
 ) -> dict[str, _Means]:
     """Return the means of the tensors' channels, each along its axis, over all samples."""
     sums: dict[str, list[Any]] = {}
-    with PartedRunner(model.showing(tensors), threads) as runner:
+    with PartedRunner(model.showing(tensors), threads, is_optimized=True) as runner:
         for batch in batches:
             for values in runner.run(match_batch(model.inputs, model.label, batch)):
                 for name in tensors.keys() & values.keys():

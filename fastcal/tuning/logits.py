@@ -36,7 +36,8 @@ class Logits:
         }
 
 
-def _logits(probabilities: npt.NDArray[Any], axis: int) -> npt.NDArray[np.float64]:
-    logarithms = np.log(np.maximum(probabilities, _LEAST, dtype=np.float64))
-    result: npt.NDArray[np.float64] = logarithms - logarithms.mean(axis, keepdims=True)
-    return result
+def _logits(probabilities: npt.NDArray[Any], axis: int) -> npt.NDArray[np.float32]:
+    logits: npt.NDArray[np.float32] = np.maximum(probabilities, _LEAST, dtype=np.float32)
+    np.log(logits, out=logits)
+    logits -= logits.mean(axis, keepdims=True)
+    return logits

@@ -1,6 +1,6 @@
 """`NoiseMeter`: what INT8 costs at a network's outputs, for any choice of layers and scales."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +21,8 @@ from fastcal.qdq_graph import Edge, Graph
 from fastcal.qdq_placement import Placement
 from fastcal.tuning.layers import Layer, layers_of
 from fastcal.tuning.logits import Logits
+from fastcal.tuning.rounded import Rounded
 from fastcal.tuning.simulation import Choice, Simulation
-from fastcal.tuning.switches import Switched
 
 #: Noise as large as the signal keeps nothing: more is not worse.
 _MOST = 4.0
@@ -74,9 +74,9 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
 
         Runs over the first batch alone begin at the first layer in INT8.
         """
-        self._batches = [match_batch(model.inputs, model.label, batch) for batch in batches]
+        matched = [match_batch(model.inputs, model.label, batch) for batch in batches]
         self._model, self._threads = model, threads
-        one = self._batches[0]
+        one = matched[0]
         if _is_divisible(model):
             one = {name: array[:1] for name, array in one.items()}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -86,53 +86,52 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
                 del values  # before the next ones are computed
             types = whole.types
         self.axes = axes
-        self.switched = Switched(Graph(model), axes)
-        self._simulation = Simulation(model, self.switched, types, threads)
-        self._exact = [self._simulation.exact(batch, keep=number == 0) for number, batch in enumerate(self._batches)]
-        self.samples = sum(map(_samples, self._batches))
+        self.rounded = Rounded(Graph(model), axes)
+        self._simulation = Simulation(model, self.rounded, types, threads)
+        self._exact = [self._simulation.exact(batch, keep=number == 0) for number, batch in enumerate(matched)]
+        self.samples = sum(map(_samples, matched))
         graph = Graph(model)
-        self.layers: list[Layer] = layers_of(graph, self.switched.numbers, self.shapes, _samples(one))
+        self.layers: list[Layer] = layers_of(graph, self.rounded.numbers, self.shapes, _samples(one))
         self._parts = [part for part in parts_of(model, self.shapes) if part.output in self._simulation.outputs]
         self._logits = Logits(model, self.shapes)
+        self._exact_logits = [self._logits.of(exact.outputs) for exact in self._exact]
 
     def choice(self, is_int8: bool) -> Choice:
         """Return all layers in INT8, or in float."""
         return np.full(len(self.layers), is_int8)
 
-    def errors(
-        self,
-        is_int8: Choice,
-        scales: Mapping[str, float],
-        *,
-        batches: int | None = None,
-        metrics: Iterable[Metric] = (),
-    ) -> Errors:
-        """Return the errors over so many batches, None for all; the `metrics` count what they see."""
-        vector = self.switched.vector(scales)
-        runs = ((exact.outputs, self._simulation.run(exact, is_int8, vector)) for exact in self._exact[:batches])
-        return self._errors(runs, metrics)
+    def errors(self, is_int8: Choice, scales: Mapping[str, float], *, metrics: Iterable[Metric] = ()) -> Errors:
+        """Return the errors over all batches; the `metrics` count what they see."""
+        return self._errors(self._runs(is_int8, scales), metrics)
 
     def noise(self, is_int8: Choice, scales: Mapping[str, float], *, batches: int | None = None) -> float:
-        """Return the noise."""
-        return self.errors(is_int8, scales, batches=batches).noise
+        """Return the noise over so many batches, None for all."""
+        logits = Noise(self._parts)
+        for exact, outputs in zip(self._exact_logits[:batches], self._runs(is_int8, scales), strict=False):
+            logits.add(exact, self._logits.of(outputs))
+        return _sum(logits)
 
     def errors_of(self, proto: onnx.ModelProto, metrics: Iterable[Metric] = ()) -> Errors:
         """Return the errors, as `errors`, of a variant of the model that has pairs of its own."""
-        with OnnxRuntimeRunner(self._model, self._threads, variant=proto) as runner:
-            pairs = zip(self._batches, self._exact, strict=True)
-            return self._errors(((exact.outputs, runner.run(batch)) for batch, exact in pairs), metrics)
+        with OnnxRuntimeRunner(self._model, self._threads, variant=proto, is_optimized=True) as runner:
+            return self._errors((runner.run(exact.alive[0]) for exact in self._exact), metrics)
 
-    def _errors(self, runs: Iterable[tuple[Outputs, Outputs]], metrics: Iterable[Metric]) -> Errors:
-        """Return the errors of runs: the exact outputs and the others."""
+    def _runs(self, is_int8: Choice, scales: Mapping[str, float]) -> Iterator[Outputs]:
+        """Yield the outputs batch by batch."""
+        vector = self.rounded.vector(scales)
+        return (self._simulation.run(exact, is_int8, vector) for exact in self._exact)
+
+    def _errors(self, runs: Iterable[Outputs], metrics: Iterable[Metric]) -> Errors:
+        """Return the errors of the outputs of all batches."""
         noise = Noise(self._parts)
         logits = Noise(self._parts) if self._logits else noise
-        for exact, outputs in runs:
-            noise.add(exact, outputs)
+        for exact, exact_logits, outputs in zip(self._exact, self._exact_logits, runs, strict=True):
+            noise.add(exact.outputs, outputs)
             if self._logits:
-                logits.add(self._logits.of(exact), self._logits.of(outputs))
+                logits.add(exact_logits, self._logits.of(outputs))
             for metric in metrics:
-                metric.add(exact, outputs, len(next(iter(exact.values()))))
-        return Errors(noise.errors, sum(min(error, _MOST) for error in logits.errors.values()))
+                metric.add(exact.outputs, outputs, len(next(iter(exact.outputs.values()))))
+        return Errors(noise.errors, _sum(logits))
 
     def __exit__(self, *error: object) -> None:
         self._simulation.__exit__(*error)
@@ -170,6 +169,10 @@ def meter_for(
     most = _RANKED if thorough else round(sampled.passed / (_PASSES * layers))
     batches = _split(sampled.held_out or sampled.shown, model, min(max(most, _LEAST_RANKED), _RANKED))
     return NoiseMeter(model, axes, batches, threads)
+
+
+def _sum(noise: Noise) -> float:
+    return sum(min(error, _MOST) for error in noise.errors.values())
 
 
 def _split(
