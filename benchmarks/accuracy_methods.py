@@ -6,6 +6,7 @@
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -158,6 +159,7 @@ def _modelopt(calibration, model, samples, output):
     import onnx
     from modelopt.onnx.quantization import quantize
 
+    model = shutil.copy(model, "model.onnx")  # ModelOpt writes to the file that it is given
     dims = {value.name: value.type.tensor_type.shape.dim[1:] for value in onnx.load(model).graph.input}
     fixed = all(dim.dim_value for name in samples for dim in dims[name])
     shapes = ",".join(f"{name}:{'x'.join(map(str, (1, *array.shape[1:])))}" for name, array in samples.items())
