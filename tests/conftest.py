@@ -222,8 +222,9 @@ def run_shell(tmp_path_factory, run_fastcal):
     `subprocess.run` would return.
     """
     folder = tmp_path_factory.mktemp("shell")
-    for name in ("calls", "answers"):
-        os.mkfifo(folder / name)
+    pipes = folder / "calls", folder / "answers"
+    for path in pipes:
+        os.mkfifo(path)
 
     def tell_end(process, calls):
         process.wait()
@@ -234,7 +235,7 @@ def run_shell(tmp_path_factory, run_fastcal):
         done = (run_fastcal if name == "fastcal" else run_script)(*words, cwd=place, env=env)
         for stream in ("stdout", "stderr"):
             (folder / stream).write_text(getattr(done, stream))
-        (folder / "answers").write_text(f"{done.returncode}\n")
+        return f"{done.returncode}\n".encode()
 
     def run(command, programs, *, env, **options):
         for name in ("fastcal", "python"):
@@ -242,14 +243,15 @@ def run_shell(tmp_path_factory, run_fastcal):
             (programs / name).chmod(0o755)
         with contextlib.ExitStack() as stack:
             texts = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
-            calls = stack.enter_context(open(os.open(folder / "calls", os.O_RDWR)))
+            # For both ends, so that no opening waits for a shell that has died.
+            calls, answers = (stack.enter_context(open(os.open(path, os.O_RDWR))) for path in pipes)
             process = subprocess.Popen(command, stdout=texts[0], stderr=texts[1], env=env, **options)
             thread = threading.Thread(target=tell_end, args=(process, calls.fileno()))
             thread.start()
             stack.callback(thread.join)
             stack.callback(process.kill)
             while (line := calls.readline()) != "\n":
-                answer(line, env)
+                os.write(answers.fileno(), answer(line, env))
             for text in texts:
                 text.seek(0)
             return subprocess.CompletedProcess(command, process.returncode, *(text.read() for text in texts))
