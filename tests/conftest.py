@@ -8,6 +8,7 @@ import logging
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -230,12 +231,12 @@ def run_shell(tmp_path_factory, run_fastcal):
         process.wait()
         os.write(calls, b"\n")
 
-    def answer(line, env):
+    def answer(line, answers, env):
         name, place, *words = line.split("\037")[:-1]
         done = (run_fastcal if name == "fastcal" else run_script)(*words, cwd=place, env=env)
         for stream in ("stdout", "stderr"):
             (folder / stream).write_text(getattr(done, stream))
-        return f"{done.returncode}\n".encode()
+        print(done.returncode, file=answers, flush=True)
 
     def run(command, programs, *, env, **options):
         for name in ("fastcal", "python"):
@@ -243,15 +244,23 @@ def run_shell(tmp_path_factory, run_fastcal):
             (programs / name).chmod(0o755)
         with contextlib.ExitStack() as stack:
             texts = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
-            # For both ends, so that no opening waits for a shell that has died.
-            calls, answers = (stack.enter_context(open(os.open(path, os.O_RDWR))) for path in pipes)
-            process = subprocess.Popen(command, stdout=texts[0], stderr=texts[1], env=env, **options)
+            # Both are open at both ends all the time: neither side meets an end, or waits for the other to open one.
+            calls, answers = (
+                stack.enter_context(open(os.open(folder / name, os.O_RDWR), mode))
+                for name, mode in (("calls", "r"), ("answers", "w"))
+            )
+            process = subprocess.Popen(
+                command, stdout=texts[0], stderr=texts[1], env=env, start_new_session=True, **options
+            )
             thread = threading.Thread(target=tell_end, args=(process, calls.fileno()))
             thread.start()
             stack.callback(thread.join)
-            stack.callback(process.kill)
             while (line := calls.readline()) != "\n":
-                os.write(answers.fileno(), answer(line, env))
+                try:
+                    answer(line, answers, env)
+                except BaseException:
+                    os.killpg(process.pid, signal.SIGKILL)  # else the program would wait for its answer
+                    raise
             for text in texts:
                 text.seek(0)
             return subprocess.CompletedProcess(command, process.returncode, *(text.read() for text in texts))
