@@ -246,8 +246,8 @@ def run_shell(tmp_path_factory, run_fastcal):
             texts = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
             # Both are open at both ends all the time: neither side meets an end, or waits for the other to open one.
             calls, answers = (
-                stack.enter_context(open(os.open(folder / name, os.O_RDWR), mode))
-                for name, mode in (("calls", "r"), ("answers", "w"))
+                stack.enter_context(open(os.open(path, os.O_RDWR), mode))
+                for path, mode in zip(pipes, "rw", strict=True)
             )
             process = subprocess.Popen(
                 command, stdout=texts[0], stderr=texts[1], env=env, start_new_session=True, **options
