@@ -105,16 +105,21 @@ def real_photographs():
     return [folder / name for name in names.split()]
 
 
+def write_onnx(path, graph, initializers=None):
+    """Write a model given in ONNX's text format (the graph alone) with initializers by name; return its path."""
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {graph}')
+    for key, values in (initializers or {}).items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, key))
+    onnx.save(model, path)
+    return path
+
+
 @pytest.fixture
 def onnx_file(tmp_path):
     """A function that writes a model given in ONNX's text format (the graph alone) to a file, with initializers."""
 
     def write(graph, initializers=None, name="model.onnx"):
-        model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {graph}')
-        for key, values in (initializers or {}).items():
-            model.graph.initializer.append(onnx.numpy_helper.from_array(values, key))
-        onnx.save(model, tmp_path / name)
-        return tmp_path / name
+        return write_onnx(tmp_path / name, graph, initializers)
 
     return write
 

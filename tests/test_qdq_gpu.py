@@ -44,7 +44,7 @@ class Builder:
 
     def build(self, path, *, int8=True, calibrator=None):
         """Build an engine; convolutions run in INT8 with a cache, too, whatever is faster."""
-        from fastcal.network import parse
+        from fastcal.network import layers, parse
 
         trt = self.trt
         network = parse(self.builder, Model(path), self.logger)
@@ -61,7 +61,7 @@ class Builder:
             plan = self.builder.build_serialized_network(network, config)
         else:
             config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
-            for layer in map(network.get_layer, range(network.num_layers)):
+            for layer in layers(network):
                 if layer.type == trt.LayerType.CONVOLUTION:
                     layer.precision = trt.int8
             config.int8_calibrator = calibrator

@@ -114,8 +114,8 @@ def _inspected(layer: Mapping[str, Any]) -> _Layer:
     """Return a layer of the inspector's JSON."""
     ends = [*layer.get("Inputs", ()), *layer.get("Outputs", ())]
     formats = [str(end.get("Datatype", end.get("Format/Datatype", ""))) for end in ends]
-    # If TensorRT tells no formats, which it may not of dynamic shapes, the type of the weights is the layer's.
-    weights = [value.get("Type", "") for key, value in layer.items() if re.fullmatch("(Conv)?Weights", key)]
+    # TensorRT 8.6 tells no formats of dynamic shapes; the type of a layer's weights stands for them.
+    weights = [layer[key].get("Type", "") for key in ("Weights", "ConvWeights") if key in layer]
     kinds = [kind for text in (*formats[:1], *weights) if (kind := _kind(text)) != "other"]
     nodes = _BETWEEN.split(f"{layer.get('Name', '')}||{layer.get('Metadata', '')}")
     return _Layer(str(layer.get("LayerType", "")), next(iter(kinds), "other"), frozenset(nodes))

@@ -161,13 +161,14 @@ class PartedRunner(AbstractContextManager["PartedRunner"]):
 
 
 class OnnxRuntimeRunner(AbstractContextManager["OnnxRuntimeRunner"]):
-    """Runs batches through a model, without graph optimization, so that no activation is fused away.
+    """Runs batches through a model and shows its activations.
 
-    If `is_optimized`, the graph is optimized but for what is shown: the values differ in the last bits. Shows all
-    activations, or the outputs of a `variant` of the model, with Q/DQ pairs for instance. Operators that are `unknown`
-    to ONNX Runtime are cut off, so the tensors with the names `gone` are not computed; `outputs` are the names of the
-    outputs that are left, or of the tensors at the cut if none are. `types` are ONNX Runtime's types of the tensors
-    that are shown, of any type. The session runs in `thread`, by default one of its own.
+    By default the graph is not optimized, so that each value is computed as the model says. If `is_optimized`, the
+    values differ in the last bits. Shows all activations, or the outputs of a `variant` of the model, with Q/DQ pairs
+    for instance. Operators that are `unknown` to ONNX Runtime are cut off, so the tensors with the names `gone` are not
+    computed; `outputs` are the names of the outputs that are left, or of the tensors at the cut if none are. `types`
+    are ONNX Runtime's types of the tensors that are shown, of any type. The session runs in `thread`, by default one of
+    its own.
     """
 
     def __init__(
@@ -261,8 +262,8 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = has_arena
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a quarter of the CPU time
-        options.add_session_config_entry("session.disable_quant_qdq", "1")  # for an optimized graph
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning took a quarter of the time
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         is_optimized &= not model.external.files  # that would take copies of large weights
         self._session = start_session(model, data, options, is_optimized=is_optimized)
         self.inputs = {value.name: value.type for value in self._session.get_inputs()}

@@ -82,7 +82,7 @@ class _EngineBuilder:
 
     def build(self, shapes: Mapping[str, tuple[int, ...]]) -> "Iterator[_Engine]":
         """Yield one engine per group of tensors that fit the memory together, for inputs of these shapes."""
-        with _fixed(self.network, shapes), _free(self.network):
+        with _fixed(self.network, shapes), _unconstrained(self.network):
             tensors = {value.name: value for value in self.computed}
             sizes = {name: _bytes(value) for name, value in tensors.items()}
             for group in groups(sizes, self._memory or free_on_device(), "the GPU's memory"):
@@ -159,7 +159,7 @@ def _fixed(network: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[None
 
 
 @contextmanager
-def _free(network: Any) -> Iterator[None]:
+def _unconstrained(network: Any) -> Iterator[None]:
     """Take the layers' own precisions away: a builder in FP32 refuses a network that asks for INT8 or FP16."""
     asking = [layer for layer in layers(network) if layer.precision_is_set]
     precisions = [layer.precision for layer in asking]

@@ -156,7 +156,7 @@ def draw_histogram(histogram: Histogram, threshold: float) -> str:
 def draw_over_time(
     progress: Sequence[Progress], title: str, amount: Callable[[Progress], float], most: float | None = None
 ) -> str:
-    """Draw the growth of an amount a second, as `draw_histogram` draws; `most` ends the axis."""
+    """Draw the growth of an amount a second as an SVG element in the colours of the page; `most` ends the axis."""
     chosen = np.unique(np.linspace(0, len(progress) - 1, _STEPS, dtype=int))
     states = [Progress(), *(progress[number] for number in chosen)]
     seconds = np.array([state.seconds for state in states])

@@ -107,7 +107,8 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
     def noise(self, is_int8: Choice, scales: Mapping[str, float], *, batches: int | None = None) -> float:
         """Return the noise over so many batches, None for all."""
         logits = Noise(self._parts)
-        for exact, outputs in zip(self._exact_logits[:batches], self._runs(is_int8, scales), strict=False):
+        runs = self._runs(is_int8, scales, batches)
+        for exact, outputs in zip(self._exact_logits[:batches], runs, strict=True):
             logits.add(exact, self._logits.of(outputs))
         return _sum(logits)
 
@@ -116,10 +117,10 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
         with OnnxRuntimeRunner(self._model, self._threads, variant=proto, is_optimized=True) as runner:
             return self._errors((runner.run(exact.alive[0]) for exact in self._exact), metrics)
 
-    def _runs(self, is_int8: Choice, scales: Mapping[str, float]) -> Iterator[Outputs]:
-        """Yield the outputs batch by batch."""
+    def _runs(self, is_int8: Choice, scales: Mapping[str, float], batches: int | None = None) -> Iterator[Outputs]:
+        """Yield the outputs of so many batches, None for all."""
         vector = self.rounded.vector(scales)
-        return (self._simulation.run(exact, is_int8, vector) for exact in self._exact)
+        return (self._simulation.run(exact, is_int8, vector) for exact in self._exact[:batches])
 
     def _errors(self, runs: Iterable[Outputs], metrics: Iterable[Metric]) -> Errors:
         """Return the errors of the outputs of all batches."""

@@ -78,10 +78,8 @@ class Rounded:
         """Return the nodes that round an activation; the last one computes the result."""
         number = self.tensors.index(name)
         prefix = f"fastcal_{number}"
-        tensor, zero = (
-            self._constant(f"{prefix}_tensor", np.int64(number)),
-            self._constant(f"{prefix}_zero", np.int8(0)),
-        )
+        tensor = self._constant(f"{prefix}_tensor", np.int64(number))
+        zero = self._constant(f"{prefix}_zero", np.int8(0))
         scale, integers = f"{prefix}_scale", f"{prefix}_integers"
         return [
             helper.make_node("Gather", [SCALES, tensor], [scale]),

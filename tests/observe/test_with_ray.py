@@ -15,11 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import onnx
 import pytest
 
 import fastcal
-from conftest import DIGITS
+from conftest import DIGITS, write_onnx
 from fastcal.model import Model
 from fastcal.observe.backends import OnnxRuntimeBackend
 from fastcal.observe.with_ray import RayBackend
@@ -175,11 +174,8 @@ def slow(tmp_path_factory):
     """A network, 120 batches that take it a while each, and the cache that one process makes of them."""
     random = np.random.default_rng(0)
     graph = "f (float[N, 1024] x) => (float[N, 1024] y) { a = MatMul(x, w) b = MatMul(a, w) y = MatMul(b, w) }"
-    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {graph}')
     weights = random.standard_normal((1024, 1024), dtype="f4") / np.float32(32)
-    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "w"))
-    path = tmp_path_factory.mktemp("slow") / "model.onnx"
-    onnx.save(model, path)
+    path = write_onnx(tmp_path_factory.mktemp("slow") / "model.onnx", graph, {"w": weights})
     feed = fastcal.ArrayFeed([{"x": random.standard_normal((64, 1024), dtype="f4")} for _ in range(120)])
     return path, feed, calibrate(path, feed, threads=1).to_bytes()
 
@@ -375,18 +371,8 @@ def test_the_command_line_is_the_same_with_workers(cluster, run_fastcal, spawn_f
 def test_ctrl_c_leaves_no_actor_behind(cluster, tmp_path, joins, workers):
     listed = [str(path) for path in sorted((DIGITS / "images").rglob("*.jpg"))]
     (tmp_path / "list.txt").write_text("\n".join(listed * 40))
-    command = [
-        sys.executable,
-        "-m",
-        "fastcal",
-        "calibrate",
-        MODEL,
-        "list.txt",
-        "-o",
-        "x.cache",
-        "--workers",
-        str(workers),
-    ]
+    words = ["-o", "x.cache", "--workers", str(workers)]
+    command = [sys.executable, "-m", "fastcal", "calibrate", MODEL, "list.txt", *words]
     process = subprocess.Popen(
         [*command, *(("--ray-address", cluster.address) if joins else ())], cwd=tmp_path, stderr=subprocess.PIPE,
         text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
