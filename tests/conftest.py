@@ -75,6 +75,21 @@ def tactics(trt):
     return 1 << int(trt.TacticSource.EDGE_MASK_CONVOLUTIONS) | 1 << int(trt.TacticSource.JIT_CONVOLUTIONS)
 
 
+@pytest.fixture
+def quick_engines(trt, tactics):
+    """TensorRT builds as fast as it can, without cuBLAS and cuDNN, where nothing else is asked of it."""
+    create = trt.Builder.create_builder_config
+
+    def create_quick(builder):
+        config = create(builder)
+        config.builder_optimization_level = 0
+        config.set_tactic_sources(tactics)
+        return config
+
+    with mock.patch.object(trt.Builder, "create_builder_config", create_quick):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_thread_left():
     """No test leaves a thread of ours behind."""
@@ -412,11 +427,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Put the longest files first, and skip what needs a GPU where there is none."""
+    """Put the longest files first, and skip what needs a GPU, or a package on a GPU, where there is none."""
     from fastcal.device import resolve
+    from fastcal.observe.backends import has_cuda_provider
 
     items.sort(key=lambda item: item.path.name not in LONGEST)
-    if resolve("auto") is None:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU and CuPy"))
+    missing = {"an NVIDIA GPU and CuPy"}
+    if resolve("auto") is not None:
+        found = {"TensorRT": importlib.util.find_spec("tensorrt") is not None, "onnxruntime-gpu": has_cuda_provider()}
+        missing = {name for name, is_there in found.items() if not is_there}
+    for item in items:
+        if (mark := item.get_closest_marker("gpu")) is not None:
+            for need in missing.intersection(["an NVIDIA GPU and CuPy", *mark.args]):
+                item.add_marker(pytest.mark.skip(reason=f"needs {need}"))

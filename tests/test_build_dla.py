@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 import fastcal
-from conftest import DIGITS, start_rtx
+from conftest import start_rtx
 from fastcal.engine.settings import BuildSettings
 from fastcal.library import logger_of
 
@@ -40,17 +40,3 @@ def test_the_core_is_the_one_that_was_asked_for():
     with_cores = SimpleNamespace(num_DLA_cores=2, create_builder_config=lambda: config)
     BuildSettings(dla=1).configure(rtx, with_cores)
     assert config.DLA_core == 1
-
-
-@pytest.mark.gpu
-def test_a_calibrator_makes_scales_equal_for_the_dla(trt):
-    model, found = DIGITS / "digits.onnx", {}
-    for target in (None, "dla"):
-        with fastcal.ImageFeed(DIGITS / "images", model=model, limit=64, batch_size=64) as feed:
-            calibrator = fastcal.EntropyCalibrator2(feed, model=model)
-            with calibrator:
-                calibrator.calibrate(model, target=target)
-                found[target] = fastcal.CalibrationCache.from_bytes(calibrator.read_calibration_cache())
-    assert found["dla"].scales == fastcal.for_dla(model, found[None]).scales != found[None].scales
-    with pytest.raises(fastcal.UnavailableError, match="dla is 0, and TensorRT finds 0 DLA cores here"):
-        fastcal.build_engine(model, tuning=found[None], min_batch=1, max_batch=1, dla=0)

@@ -14,7 +14,7 @@ import pytest
 import fastcal
 from conftest import DIGITS
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu("TensorRT")
 
 MODEL = DIGITS / "digits.onnx"
 IMAGES = DIGITS / "images"
@@ -259,3 +259,16 @@ def test_ctrl_c_while_the_engine_is_built_leaves_the_cache(tmp_path):
     last = interrupt_build(tmp_path, IMAGES, cache_is_written)
     assert last == "interrupted; already written: x.cache, x.cache.json"
     assert set(os.listdir(tmp_path)) == {"x.cache", "x.cache.json"}
+
+
+def test_a_calibrator_makes_scales_equal_for_the_dla(trt):
+    found = {}
+    for target in (None, "dla"):
+        with fastcal.ImageFeed(IMAGES, model=MODEL, limit=64, batch_size=64) as feed:
+            calibrator = fastcal.EntropyCalibrator2(feed, model=MODEL)
+            with calibrator:
+                calibrator.calibrate(MODEL, target=target)
+                found[target] = fastcal.CalibrationCache.from_bytes(calibrator.read_calibration_cache())
+    assert found["dla"].scales == fastcal.for_dla(MODEL, found[None]).scales != found[None].scales
+    with pytest.raises(fastcal.UnavailableError, match="dla is 0, and TensorRT finds 0 DLA cores here"):
+        fastcal.build_engine(MODEL, tuning=found[None], min_batch=1, max_batch=1, dla=0)

@@ -9,7 +9,7 @@ import fastcal
 from conftest import DIGITS, SQUEEZENET, needs_squeezenet
 from fastcal import FastcalError, Feed, ImageFeed, Preprocess
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu("TensorRT")
 
 CLASSES = ["EntropyCalibrator2", "EntropyCalibrator", "MinMaxCalibrator", "LegacyCalibrator", "Calibrator"]
 SHAPE = (4, 3, 64, 64)

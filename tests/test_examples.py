@@ -27,24 +27,19 @@ needs_cpu_extra = pytest.mark.skipif(
 
 def build_with(script, folder):
     """Run an example's script twice; returns the engine it made, and what it said of it both times."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     said = []
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, EXAMPLES / script, *TACTICS], cwd=folder, env=environment, capture_output=True, text=True,
-            timeout=300,
-        )  # fmt: skip
+        done = run_script(str(EXAMPLES / script), *TACTICS, cwd=folder, env=None)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout.splitlines()[-1])
     assert set(os.listdir(folder)) == {"digits.engine", "digits.cache", "digits.cache.json"}
     return (folder / "digits.engine").read_bytes(), said
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("TensorRT")
 @pytest.mark.parametrize("script", ["tensorrt/build.py", "polygraphy/build.py"])
-def test_it_builds_an_engine(tmp_path, script):
-    import tensorrt as trt
-
+@pytest.mark.usefixtures("quick_engines")
+def test_it_builds_an_engine(trt, tmp_path, script):
     if script.startswith("polygraphy"):
         pytest.importorskip("polygraphy")
     data, (first, second) = build_with(script, tmp_path)

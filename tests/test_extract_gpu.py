@@ -7,7 +7,7 @@ from test_qdq_gpu import Builder, convolutions, decibels, digits, outputs, resne
 import fastcal
 from conftest import needs_squeezenet
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu("TensorRT")
 
 
 def reader_of(trt, cache):

@@ -12,7 +12,7 @@ import fastcal
 from conftest import DIGITS, SQUEEZENET, needs_squeezenet, squeezenet_batches
 from fastcal.model import Model
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu("TensorRT")
 
 
 def digits(_):

@@ -58,7 +58,7 @@ def marks(code):
     """Return the marks of a block that cannot run everywhere."""
     found = []
     if NEEDS_GPU.search(code):
-        found.append(pytest.mark.gpu)
+        found.append(pytest.mark.gpu("TensorRT"))
     if "build.sh" in code and shutil.which("trtexec") is None:
         found.append(pytest.mark.skip(reason="no trtexec in PATH; test_examples.py has a stand-in for it"))
     for module in OTHERS:
@@ -128,7 +128,9 @@ def sample(tmp_path_factory, run_fastcal):
 
 
 @pytest.mark.parametrize(("folder", "language", "code"), list(blocks()))
-def test_block(tmp_path, monkeypatch, run_fastcal, run_shell, sample, folder, language, code):
+def test_block(request, tmp_path, monkeypatch, run_fastcal, run_shell, sample, folder, language, code):
+    if request.node.get_closest_marker("gpu"):
+        request.getfixturevalue("quick_engines")
     top = tmp_path / "top"
     shutil.copytree(sample, top, symlinks=True)
     if language == "python":

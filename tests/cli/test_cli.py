@@ -22,7 +22,6 @@ import fastcal
 from conftest import DIGITS
 from fastcal.cache.record import Record
 from fastcal.cli import app
-from fastcal.observe.backends import has_cuda_provider
 
 MODEL = DIGITS / "digits.onnx"
 ASSUMED = (
@@ -40,12 +39,14 @@ def images(tmp_path):
     return folder
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("onnxruntime", marks=pytest.mark.gpu("onnxruntime-gpu")),
+        pytest.param("tensorrt", marks=pytest.mark.gpu("TensorRT")),
+    ],
+)
 def test_a_gpu_runs_the_network(spawn_fastcal, tmp_path, backend):
-    pytest.importorskip(backend)
-    if backend == "onnxruntime" and not has_cuda_provider():
-        pytest.skip("needs onnxruntime-gpu")
     options = ("--backend", backend, "--tactic-sources", "EDGE_MASK_CONVOLUTIONS,JIT_CONVOLUTIONS")
     for output, more in (("1.cache", ()), ("2.cache", ("--tf32",))):
         done = spawn_fastcal("calibrate", MODEL, DIGITS / "images", "-o", tmp_path / output, *options, *more)

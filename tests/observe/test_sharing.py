@@ -50,7 +50,7 @@ def test_scales_from_the_cpu(name, batch, tmp_path):
         )
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("TensorRT")
 def test_scales_from_a_gpu(batch, tmp_path):
     import tensorrt as trt
 

@@ -18,7 +18,7 @@ from fastcal.model import Model
 from fastcal.observe.histogram import BINS
 from fastcal.thresholds import divergences
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu("onnxruntime-gpu")
 
 with_cuda = pytest.importorskip("fastcal.observe.with_cuda", exc_type=ImportError)
 

@@ -5,7 +5,6 @@ import pytest
 
 import fastcal
 from conftest import DIGITS
-from fastcal.observe.backends import has_cuda_provider
 
 ray = pytest.importorskip("ray")
 
@@ -29,13 +28,12 @@ def gpus():
     ray.shutdown()
 
 
+@pytest.mark.gpu("onnxruntime-gpu")
 @pytest.mark.parametrize("algorithm", ["minmax", "entropy2", "percentile"])
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_the_cache_is_that_of_one_process(gpus, workers, algorithm):
     if gpus < workers:
         pytest.skip(f"needs {workers} GPUs")
-    if not has_cuda_provider():
-        pytest.skip("needs onnxruntime-gpu")
     caches, seen = [], []
     for options in ({}, {"workers": workers, "progress": lambda state: seen.append(state.batches)}):
         with digits() as feed:
@@ -70,9 +68,9 @@ def test_images_that_were_to_be_prepared_on_the_cpu_still_are(gpus):
     assert found.to_bytes() == expected.to_bytes()
 
 
+@pytest.mark.gpu("TensorRT")
 def test_with_tensorrt_the_scales_are_those_of_one_process(gpus):
     # Not the bytes: TensorRT builds an engine in each process, and does not always pick the same kernels for it.
-    pytest.importorskip("tensorrt")
     options = {"backend": "tensorrt", "algorithm": "minmax"}
     options["tactic_sources"] = ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"]
     with digits() as feed:

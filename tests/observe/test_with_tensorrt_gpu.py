@@ -10,7 +10,7 @@ from conftest import DATA, DIGITS, SQUEEZENET, needs_squeezenet, squeezenet_batc
 from fastcal import ArrayFeed, FastcalError, ImageFeed
 from fastcal.cache.cache import CalibrationCache
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu("TensorRT")
 
 
 @pytest.fixture
