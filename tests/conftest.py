@@ -418,7 +418,7 @@ def trt_bindings(loaded_bindings, monkeypatch):
 
 
 #: The files that take long and would be the last to start: they start first, so that all processes end about together.
-LONGEST = ("test_with_ray.py", "test_cli.py", "test_readme.py", "test_typed.py", "test_types.py")
+LONGEST = ("test_with_ray.py", "test_cli.py", "test_readme.py", "test_typed.py")
 
 
 def pytest_configure(config):

@@ -1,4 +1,7 @@
-"""An application that uses all of fastcal's public names. mypy checks it, strictly; nothing runs it."""
+"""An application that uses all of fastcal's public names. mypy checks it, strictly; nothing runs it.
+
+An error that mypy does not find where it is to be ignored is an error too.
+"""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -160,3 +163,9 @@ def models(folder: Path, config: Any, network: Any, builder: Any) -> bytes:
     engine = fastcal.build_engine("model.onnx", feed, fp16=False, max_batch=8, timing_cache="timings")
     assert_type(engine, bytes)
     return engine
+
+
+def wrong() -> None:
+    fastcal.calibrate(1)  # type: ignore[call-arg]
+    print(fastcal.no_such_name)  # type: ignore[attr-defined]
+    print(fastcal.ImageFeed("x").paths + 1)  # type: ignore[operator]
