@@ -121,16 +121,21 @@ class BuildOptions:
         return BuildSettings(**given, tactic_sources=tactic_sources)
 
     @property
+    def library(self) -> Any:
+        """The Python module of the builder."""
+        from fastcal.library import load_library
+
+        return load_library(self.builder)
+
+    @property
     def is_explicit(self) -> bool:
         """True if the build is explicit; errors as `build_engine`, also for options that do not go together."""
         from fastcal.build import check_calibration, is_explicit
         from fastcal.engine.explicit import check_compute_capabilities
-        from fastcal.library import load_library
 
-        library = load_library(self.builder)
-        found = is_explicit(library, self.explicit)
+        found = is_explicit(self.library, self.explicit)
         check_calibration(self.calibration, is_known=found)
-        check_compute_capabilities(library, self.compute_capability or ())
+        check_compute_capabilities(self.library, self.compute_capability or ())
         return found
 
 
@@ -202,9 +207,8 @@ class _Building:
     def tuned(self) -> None:
         """Tune, and build from a model with pairs."""
         from fastcal.build import pair_options
-        from fastcal.library import load_library
 
-        places = TuningOptions(**pair_options(load_library(self.build_options.builder), self.network))
+        places = TuningOptions(**pair_options(self.build_options.library, self.network))
         with self.options.feed(self.network) as feed:
             tuning, progress = tune_on(
                 self.console, self.network, feed, self.options, places, cache=self.cache, all_tensors=True
@@ -251,11 +255,10 @@ class _Building:
         """Yield rows and entries about the engine's layers and its speed, as far as they can be known here."""
         from fastcal.engine.contents import contents_of
         from fastcal.engine.speed import speeds
-        from fastcal.library import load_library
         from fastcal.qdq import largest_values
         from fastcal.tuning.tuned import Tuning
 
-        library = load_library(self.build_options.builder)
+        library = self.build_options.library
         yield contents_rows(contents_of(library, engine, self.network))
         if self.build_options.time:
             settings = self.build_options.settings(self.options.for_tensorrt()["tactic_sources"])

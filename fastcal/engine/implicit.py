@@ -4,6 +4,8 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import onnx
+
 from fastcal.algorithm import Algorithm
 from fastcal.cache.cache import CalibrationCache
 from fastcal.calibrators import EntropyCalibrator2
@@ -54,36 +56,26 @@ def build_calibrated(
     """
     if not isinstance(calibrator, FeedCalibrator):
         calibrator = EntropyCalibrator2(calibrator, model=model)
-    batches = settings.batches(model, calibrator.feed.batch_size)
     check_gpu(calibrator.feed)
-    logger = Logger()
-    builder = start_builder(logger)
-    network = parse(builder, model, logger)
-    config = _configure(settings, builder, fp16)
-    _add_profiles(builder, network, config, batches, calibrator.feed)
-    config.int8_calibrator = calibrator
-    calibrator.check_network(network, config)
+    build = _Build(model, settings, calibrator.feed, fp16)
+    build.config.int8_calibrator = calibrator
+    calibrator.check_network(build.network, build.config)
     with calibrator:
         if calibrates:
-            calibrator.calibrate(network, target=settings.target, **options)
-        return settings.build(builder, network, config, logger, model)
+            calibrator.calibrate(build.network, target=settings.target, **options)
+        return build.run()
 
 
 def build_tuned(model: Model, tuning: Tuning, feed: Feed | None, settings: BuildSettings, *, fp16: bool) -> bytes:
     """Return an engine with the scales, the layers in float and the corrected biases of a tuning."""
-    batches = settings.batches(model, 1 if feed is None else feed.batch_size)
-    logger = Logger()
-    builder = start_builder(logger)
-    network = parse(builder, model, logger, correct_biases(model, tuning) if tuning.bias else None)
-    config = _configure(settings, builder, fp16)
-    _add_profiles(builder, network, config, batches, feed)
+    build = _Build(model, settings, feed, fp16, correct_biases(model, tuning) if tuning.bias else None)
     cache = tuning.cache if settings.dla is None else for_dla(model, tuning.cache)
-    scales = completed_scales(network, cache.scales, model)
-    if missing := [name for name in float_names(network) if name not in scales]:
+    scales = completed_scales(build.network, cache.scales, model)
+    if missing := [name for name in float_names(build.network) if name not in scales]:
         _log.warning("no scale for %s: layers with these tensors do not run in INT8", first_few(missing))
-    keep_in_float(network, config, tuning.in_float or (), trt.float16 if fp16 else trt.float32)
-    config.int8_calibrator = calibrator = KeptScales(replace(cache, scales=scales))
-    engine = settings.build(builder, network, config, logger, model)
+    keep_in_float(build.network, build.config, tuning.in_float or (), trt.float16 if fp16 else trt.float32)
+    build.config.int8_calibrator = calibrator = KeptScales(replace(cache, scales=scales))
+    engine = build.run()
     del calibrator  # TensorRT holds no reference to it
     return engine
 
@@ -99,19 +91,35 @@ def keep_in_float(network: Any, config: Any, outputs: Any, precision: Any) -> No
         config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
 
 
-def _configure(settings: BuildSettings, builder: Any, fp16: bool) -> Any:
-    config = settings.configure(trt, builder)
-    config.set_flag(trt.BuilderFlag.INT8)
-    if fp16:
-        config.set_flag(trt.BuilderFlag.FP16)
-    return config
+class _Build:
+    """A build that is prepared: the parsed network, and a config for INT8 with the profiles of dynamic inputs.
 
+    One profile is the one that the engine runs with, the other the one that TensorRT calibrates with.
+    """
 
-def _add_profiles(builder: Any, network: Any, config: Any, batches: tuple[int, int, int], feed: Feed | None) -> None:
-    """Give dynamic inputs two profiles: one that the engine runs with, and one that TensorRT calibrates with."""
-    shapes = input_shapes(network)
-    if any(-1 in shape for shape in shapes.values()):
-        shapes = fill_sizes(shapes, feed)
-        config.add_optimization_profile(make_profile(builder, shapes, batches))
-        size = batches[1] if feed is None else feed.batch_size
-        config.set_calibration_profile(make_profile(builder, shapes, [size] * 3))
+    def __init__(
+        self,
+        model: Model,
+        settings: BuildSettings,
+        feed: Feed | None,
+        fp16: bool,
+        proto: onnx.ModelProto | None = None,
+    ) -> None:
+        """Prepare to build a model, or `proto`, which was made from it; `feed` tells dynamic sizes."""
+        batches = settings.batches(model, 1 if feed is None else feed.batch_size)
+        self._model, self._settings, self._logger = model, settings, Logger()
+        self._builder = start_builder(self._logger)
+        self.network = parse(self._builder, model, self._logger, proto)
+        self.config = settings.configure(trt, self._builder)
+        for flag in (trt.BuilderFlag.INT8, *([trt.BuilderFlag.FP16] if fp16 else [])):
+            self.config.set_flag(flag)
+        shapes = input_shapes(self.network)
+        if any(-1 in shape for shape in shapes.values()):
+            shapes = fill_sizes(shapes, feed)
+            self.config.add_optimization_profile(make_profile(self._builder, shapes, batches))
+            size = batches[1] if feed is None else feed.batch_size
+            self.config.set_calibration_profile(make_profile(self._builder, shapes, [size] * 3))
+
+    def run(self) -> bytes:
+        """Return the engine."""
+        return self._settings.build(self._builder, self.network, self.config, self._logger, self._model)
