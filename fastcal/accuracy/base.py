@@ -33,6 +33,11 @@ class Metric(ABC):
     def value(self) -> float | None:
         """The agreement so far: 1 if both see the same. None if there is nothing to see."""
 
+    @property
+    def standard_error(self) -> float:
+        """The standard error of `value` as the mean of independent samples; 0 if it is not such a mean."""
+        return 0.0
+
     def fresh(self) -> "Metric":
         """Return a metric of the same settings, without batches."""
         return replace(self)

@@ -1,5 +1,6 @@
 """A metric of segmentation."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class Masks(Metric):
     threshold: float = 0.5
     _least: float | None = field(default=None, init=False)
     _sum: float = field(default=0.0, init=False)
+    _squares: float = field(default=0.0, init=False)
     _masks: int = field(default=0, init=False)
 
     def add(self, exact: Outputs, other: Outputs, samples: int) -> None:
@@ -41,8 +43,10 @@ class Masks(Metric):
             shared, ours, theirs = self._sizes(one, two)
             union = ours + theirs - shared
             seen = (ours if self.exclusive else union) > 0
-            self._sum += float((shared[seen] / union[seen]).sum())
-            self._masks += int(seen.sum())
+            found = shared[seen] / union[seen]
+            self._sum += float(found.sum())
+            self._squares += float((found**2).sum())
+            self._masks += len(found)
 
     def _sizes(self, one: npt.NDArray[Any], two: npt.NDArray[Any]) -> Sequence[npt.NDArray[np.intp]]:
         """Return the pixels that the masks of each class share in two images, and those of either."""
@@ -62,3 +66,11 @@ class Masks(Metric):
     def value(self) -> float | None:
         """The mean, as `Metric`."""
         return share(self._sum, self._masks)
+
+    @property
+    def standard_error(self) -> float:
+        """The standard error, as `Metric`: s / sqrt(n), with the standard deviation s of n masks."""
+        if self._masks < 2:
+            return 0.0
+        variance = (self._squares - self._sum**2 / self._masks) / (self._masks - 1)
+        return math.sqrt(max(variance, 0.0) / self._masks)

@@ -1,9 +1,11 @@
 """The choice of scales and of the layers that stay in float, by what INT8 costs at the outputs."""
 
-import bisect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from fastcal.accuracy.noise import decibels
 from fastcal.algorithm import Algorithm
@@ -145,14 +147,26 @@ def within(layers: Sequence[Layer], order: Sequence[int], noises: Sequence[float
     return taken
 
 
-def fewest(lengths: Sequence[int], suffices: Callable[[int], bool]) -> int:
+def expected_noises(noises: Sequence[float], order: Sequence[int], noise: float) -> npt.NDArray[np.float64]:
+    """Return the noise to expect with ever more layers of an order in float: none, the first, the first two ...
+
+    The noises of layers about add up. `noise` was measured with all layers of the order in float.
+    """
+    rest = sum(noises) - sum(noises[index] for index in order)
+    left = rest + np.append(np.cumsum([noises[index] for index in reversed(order)])[::-1], 0.0)
+    return left * (noise / rest) if rest > 0 else left
+
+
+def fewest(lengths: Sequence[int], suffices: Callable[[int], bool], guess: int = 0) -> int:
     """Return the first of ascending lengths that suffices, if those after it suffice too; the last if none does.
 
-    The first length is tried, then ever longer ones, then those between.
+    The length at index `guess` is tried, then ever further ones, then those between.
     """
-    low, high, step = 0, 0, 1
-    while not suffices(lengths[high]):
-        if high == len(lengths) - 1:
-            return lengths[high]
-        low, high, step = high + 1, min(high + step, len(lengths) - 1), 2 * step
-    return lengths[bisect.bisect_left(range(high), True, low, key=lambda index: suffices(lengths[index]))]
+    low, high, index, step = 0, len(lengths) - 1, min(guess, len(lengths) - 2), 1
+    while low < high:
+        if suffices(lengths[index]):
+            high, following = index, index - step
+        else:
+            low, following = index + 1, index + step
+        index, step = following if low <= following < high else (low + high) // 2, 2 * step
+    return lengths[low]

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx
 
 from fastcal.accuracy.amplified import Amplified
 from fastcal.accuracy.base import Metric
 from fastcal.accuracy.own import OwnMetric
-from fastcal.tuning.choice import ENOUGH, fewest, in_order, within
+from fastcal.tuning.choice import ENOUGH, expected_noises, fewest, in_order, within
 from fastcal.tuning.layers import Layer
 from fastcal.tuning.meter import Errors, NoiseMeter
 from fastcal.tuning.tuned import TuningPoint
@@ -19,7 +20,8 @@ _DIFFERING, _LARGEST = 1.5, 4.0
 class Curve:
     """Measures choices of layers, all samples each.
 
-    A target must be reached with larger errors too, if it allows less than 1.5 of the samples to differ.
+    A target must be reached with larger errors too, if it allows less than 1.5 of the samples to differ; and by a
+    metric's standard error more, if it has one.
 
     Attributes:
         metric: The metric, without batches; None if there is none.
@@ -43,7 +45,7 @@ class Curve:
         self._meter, self._scales, self._target, self._has_more = meter, scales, target, has_more
         self._points: dict[tuple[int, ...], TuningPoint] = {}
         self._noises: dict[TuningPoint, float] = {}
-        self._estimates: dict[TuningPoint, float | None] = {}
+        self._estimates: dict[TuningPoint, float] = {}  # the metric's least value by what its samples can tell
         self._amplified: Amplified | None = None
         if target is not None and metric is not None and not isinstance(metric, OwnMetric):
             wanted = meter.samples * (1 - target)  # the samples that may differ
@@ -69,7 +71,10 @@ class Curve:
             for length in (0, *(2**power for power in range(len(few).bit_length()))) if self._has_more else ():
                 self.measure(few[:length])
         if min(noise) <= ENOUGH:
-            count = fewest(range(len(few) + 1), lambda length: self._noises[self.measure(few[:length])] <= ENOUGH)
+            guess = int(np.argmax(expected_noises(noises, few, min(noise)) <= ENOUGH))
+            count = fewest(
+                range(len(few) + 1), lambda length: self._noises[self.measure(few[:length])] <= ENOUGH, guess
+            )
             few = few[:count]
         if self._target is None:
             return few
@@ -77,6 +82,7 @@ class Curve:
         # A model without any layer in INT8 is none to quantize: the one that costs least stays.
         weighted = [index for index in order if layers[index].multiply_adds]
         order = [index for index in order if index not in weighted[-1:] or len(weighted) < len(_weighted(layers))]
+        # From the fewest on: metrics of few samples go up and down, and an early number may reach the target.
         lengths = range(min(len(few), len(order)), len(order) + 1)
         return order[: fewest(lengths, lambda length: self._reaches(self.measure(order[:length])))]
 
@@ -107,19 +113,21 @@ class Curve:
         return self._noises[one] < self._noises[other]
 
     def _reaches(self, point: TuningPoint) -> bool:
+        """Return True if a choice reaches the target, as far as the samples can tell."""
         assert self._target is not None
-        if point.metric is None:
-            return 1 - min(self._noises[point], 1) >= self._target
-        estimate = self._estimates[point]
-        return point.metric >= self._target and (estimate is None or estimate >= self._target)
+        least = 1 - min(self._noises[point], 1) if point.metric is None else self._estimates[point]
+        return least >= self._target
 
     def _point(self, in_float: Sequence[int], errors: Errors, metrics: Sequence[Metric]) -> TuningPoint:
         layers = self._meter.layers
         whole = sum(layer.multiply_adds for layer in layers)
         left = whole - sum(layers[index].multiply_adds for index in in_float)
-        kept, estimate = (*(metric.value for metric in metrics), None, None)[:2]
-        point = TuningPoint(len(in_float), left / whole if whole else 1.0, errors.sqnr, kept)
-        self._noises[point], self._estimates[point] = errors.noise, estimate
+        values = [metric.value for metric in metrics]
+        point = TuningPoint(len(in_float), left / whole if whole else 1.0, errors.sqnr, values[0] if values else None)
+        self._noises[point] = errors.noise
+        if point.metric is not None:
+            least = point.metric - metrics[0].standard_error
+            self._estimates[point] = min(least, *(value for value in values if value is not None))
         return point
 
 

@@ -1,6 +1,7 @@
 """The metrics of what users see: which is taken for a network, and its value where that is known."""
 
 import re
+import statistics
 
 import numpy as np
 import pytest
@@ -171,6 +172,20 @@ def test_masks_of_one_class():
     assert value(Masks("y", 1, False, 0.65), logits) == (1 / 2 + 1) / 2
     assert value(Masks("y", 1, False), (exact[2:], exact[2:])) is None
     assert value(Masks("y", 1, False), (exact[2:], exact[:1])) == 0
+
+
+def test_the_standard_error_of_masks():
+    """Of masks whose IoUs are 1/4, 2/4 and 4/4: statistics.stdev divided by the root of three."""
+    exact, other = np.ones((3, 1, 2, 2), "f4"), np.zeros((3, 1, 2, 2), "f4")
+    for image, pixels in enumerate((1, 2, 4)):
+        other[image].flat[:pixels] = 1
+    metric = Masks("y", 1, False)
+    assert metric.standard_error == 0
+    metric.add({"y": exact[:1]}, {"y": other[:1]}, 1)
+    assert metric.standard_error == 0  # one mask tells nothing
+    metric.add({"y": exact[1:]}, {"y": other[1:]}, 2)
+    assert metric.standard_error == pytest.approx(statistics.stdev([0.25, 0.5, 1]) / 3**0.5)
+    assert metric.fresh().standard_error == 0
 
 
 def test_masks_of_several_classes():

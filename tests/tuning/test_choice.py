@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from fastcal.accuracy.amplified import Amplified
 from fastcal.accuracy.labels import TopOne
+from fastcal.accuracy.masks import Masks
 from fastcal.model import Model
 from fastcal.qdq_graph import Graph
-from fastcal.tuning.choice import best, fewest, in_order, rank_groups, within
+from fastcal.tuning.choice import best, expected_noises, fewest, in_order, rank_groups, within
 from fastcal.tuning.curve import Curve
 from fastcal.tuning.layers import Layer, depthwise_in, layers_of
 from fastcal.tuning.meter import Errors
@@ -19,12 +20,18 @@ def layers(*multiply_adds):
     return [Layer(number, f"layer {number}", f"y{number}", float(cost)) for number, cost in enumerate(multiply_adds)]
 
 
-@given(st.integers(1, 70), st.integers(0, 80))
-def test_the_first_that_suffices_is_found_with_few_tries(count, least):
+@given(st.integers(1, 70), st.integers(0, 80), st.integers(0, 80))
+def test_the_first_that_suffices_is_found_with_few_tries(count, least, guess):
     lengths, tried = list(range(count)), []
-    found = fewest(lengths, lambda length: tried.append(length) or length >= least)
+    found = fewest(lengths, lambda length: tried.append(length) or length >= least, guess)
     assert found == min(least, lengths[-1])
-    assert len(tried) <= 3 + 2 * math.log2(count)
+    assert len(tried) == len(set(tried))
+    assert len(tried) <= 3 + 2 * math.log2(1 + abs(guess - least))
+
+
+def test_noises_of_layers_add_up():
+    assert expected_noises([1.0, 5.0, 0.0, 3.0], [1, 3], 2.0).tolist() == [18.0, 8.0, 2.0]
+    assert expected_noises([1.0, 5.0], [1, 0], 0.5).tolist() == [6.0, 1.0, 0.0]
 
 
 def test_orders_begin_with_the_worst_and_leave_out_what_costs_nothing():
@@ -130,6 +137,61 @@ def test_larger_errors_tell_more_of_few_samples(factor, expected):
     assert metric.value == pytest.approx(expected)
     assert metric.fresh().value is None
     assert metric.name == "top-1"
+
+
+def test_few_choices_are_measured():
+    """Each layer has 0.8 times the noise of the one before, so 11 layers are the first to leave less than 0.001."""
+    noises = [0.002 * 0.8**number for number in range(40)]
+    curve = Curve(AdditiveMeter(noises, *[10] * 40), {}, None, None)
+    assert curve.choose(noises, 1.0) == [*range(11)]
+    assert len(curve.points) == 3  # one to begin with, the number that suffices, and one less
+
+
+class LeadMeter(AdditiveMeter):
+    """Noises that take so much from the leads of 40 samples, which are 0.5, 1.5, 2.5 ..."""
+
+    samples = 40
+
+    def errors(self, is_int8, scales, metrics=()):
+        found = super().errors(is_int8, scales)
+        exact = np.stack([np.arange(40) + 0.5, np.zeros(40)], 1)
+        for metric in metrics:
+            metric.add({"y": exact}, {"y": exact - [found.noise, 0]}, 40)
+        return found
+
+
+@pytest.mark.parametrize(("target", "count"), [(0.95, 1), (0.99, 3)])
+def test_a_target_is_reached_with_larger_errors_too(target, count):
+    """0.99 allows 0.4 of 40 samples to differ: with errors of 1.5 / 0.4 = 3.75 times the size, at most one.
+
+    With two layers in float, the noise of 0.45 changes no sample, and two if it is 3.75 times as large.
+    """
+    noises = [3.0, 0.3, 0.25, 0.2]
+    found = Curve(LeadMeter(noises, 10, 10, 10, 10), {}, TopOne("y", 2), target).choose(noises, 0.0)
+    assert found == [*range(count)]
+
+
+class MaskMeter(AdditiveMeter):
+    """Noises that take so many of 100 pixels from the mask of every second image."""
+
+    samples = 40
+
+    def errors(self, is_int8, scales, metrics=()):
+        found = super().errors(is_int8, scales)
+        exact = np.ones((40, 10, 10), "f4")
+        other = exact.copy()
+        other[::2].reshape(20, 100)[:, : round(found.noise)] = 0
+        for metric in metrics:
+            metric.add({"y": exact}, {"y": other}, 40)
+        return found
+
+
+@pytest.mark.parametrize(("target", "count"), [(0.936, 0), (0.937, 1), (0.944, 1), (0.97, 1), (0.972, 2), (0.974, 2)])
+def test_masks_reach_a_target_by_a_standard_error_more(target, count):
+    """IoUs of 1 and 1 - p: the mean is 1 - p / 2, the standard error p / 2 / sqrt(39)."""
+    meter = MaskMeter([6.0, 4.0, 1.0], 10, 10, 10)
+    found = Curve(meter, {}, Masks("y", None, False), target).choose([6.0, 4.0, 1.0], 0.0)
+    assert found == [0, 1, 2][:count]
 
 
 class CountingMeter(AdditiveMeter):
