@@ -432,11 +432,12 @@ def pytest_collection_modifyitems(items):
     from fastcal.observe.backends import has_cuda_provider
 
     items.sort(key=lambda item: item.path.name not in LONGEST)
-    missing = {"an NVIDIA GPU and CuPy"}
+    gpu = "an NVIDIA GPU and CuPy"
+    missing = {gpu}
     if resolve("auto") is not None:
         found = {"TensorRT": importlib.util.find_spec("tensorrt") is not None, "onnxruntime-gpu": has_cuda_provider()}
         missing = {name for name, is_there in found.items() if not is_there}
     for item in items:
         if (mark := item.get_closest_marker("gpu")) is not None:
-            for need in missing.intersection(["an NVIDIA GPU and CuPy", *mark.args]):
+            for need in missing.intersection([gpu, *mark.args]):
                 item.add_marker(pytest.mark.skip(reason=f"needs {need}"))

@@ -1,6 +1,6 @@
 """An application that uses all of fastcal's public names. mypy checks it, strictly; nothing runs it.
 
-An error that mypy does not find where it is to be ignored is an error too.
+If an error that is to be ignored is not there, mypy reports that.
 """
 
 import logging

@@ -56,8 +56,9 @@ def build_calibrated(
     """
     if not isinstance(calibrator, FeedCalibrator):
         calibrator = EntropyCalibrator2(calibrator, model=model)
+    batches = settings.batches(model, calibrator.feed.batch_size)
     check_gpu(calibrator.feed)
-    build = _Build(model, settings, calibrator.feed, fp16)
+    build = _Build(model, settings, batches, calibrator.feed, fp16)
     build.config.int8_calibrator = calibrator
     calibrator.check_network(build.network, build.config)
     with calibrator:
@@ -68,7 +69,8 @@ def build_calibrated(
 
 def build_tuned(model: Model, tuning: Tuning, feed: Feed | None, settings: BuildSettings, *, fp16: bool) -> bytes:
     """Return an engine with the scales, the layers in float and the corrected biases of a tuning."""
-    build = _Build(model, settings, feed, fp16, correct_biases(model, tuning) if tuning.bias else None)
+    batches = settings.batches(model, 1 if feed is None else feed.batch_size)
+    build = _Build(model, settings, batches, feed, fp16, correct_biases(model, tuning) if tuning.bias else None)
     cache = tuning.cache if settings.dla is None else for_dla(model, tuning.cache)
     scales = completed_scales(build.network, cache.scales, model)
     if missing := [name for name in float_names(build.network) if name not in scales]:
@@ -101,12 +103,12 @@ class _Build:
         self,
         model: Model,
         settings: BuildSettings,
+        batches: tuple[int, int, int],
         feed: Feed | None,
         fp16: bool,
         proto: onnx.ModelProto | None = None,
     ) -> None:
-        """Prepare to build a model, or `proto`, which was made from it; `feed` tells dynamic sizes."""
-        batches = settings.batches(model, 1 if feed is None else feed.batch_size)
+        """Prepare to build a model, or `proto`, which was made from the model; `feed` tells dynamic sizes."""
         self._model, self._settings, self._logger = model, settings, Logger()
         self._builder = start_builder(self._logger)
         self.network = parse(self._builder, model, self._logger, proto)

@@ -20,8 +20,8 @@ _DIFFERING, _LARGEST = 1.5, 4.0
 class Curve:
     """Measures choices of layers, all samples each.
 
-    A target must be reached with larger errors too, if it allows less than 1.5 of the samples to differ; and by a
-    metric's standard error more, if it has one.
+    A target must be reached with larger errors too, if it allows less than 1.5 of the samples to differ. A metric that
+    has a standard error must be that much above the target.
 
     Attributes:
         metric: The metric, without batches; None if there is none.
@@ -45,7 +45,7 @@ class Curve:
         self._meter, self._scales, self._target, self._has_more = meter, scales, target, has_more
         self._points: dict[tuple[int, ...], TuningPoint] = {}
         self._noises: dict[TuningPoint, float] = {}
-        self._estimates: dict[TuningPoint, float] = {}  # the metric's least value by what its samples can tell
+        self._estimates: dict[TuningPoint, float] = {}  # the least that a metric's samples let expect
         self._amplified: Amplified | None = None
         if target is not None and metric is not None and not isinstance(metric, OwnMetric):
             wanted = meter.samples * (1 - target)  # the samples that may differ

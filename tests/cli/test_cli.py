@@ -641,7 +641,6 @@ import os, signal, sys, time
 from fastcal import interrupt
 interrupt.end_soon_after_ctrl_c()
 from fastcal.cli import app
-from fastcal.device import resolve
 app(["--version"], standalone_mode=False)
 class Half:
     def __del__(self):

@@ -1,4 +1,4 @@
-"""The same calibration over Ray actors, to the same bytes, on a real Ray cluster on this machine."""
+"""The same calibration over Ray actors, to the same bytes: on two nodes of a real Ray cluster on this machine."""
 
 import contextlib
 import functools
