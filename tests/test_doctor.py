@@ -65,7 +65,7 @@ def test_everything_works_on_a_cpu(examine):
     assert (found["NVIDIA driver"]["status"], found["NVIDIA driver"]["fix"]) == ("missing", "")
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("onnxruntime-gpu")
 def test_everything_works_on_a_gpu(examine):
     _, found, _ = examine()
     assert re.fullmatch(r"NVIDIA .*, CUDA 1\d", found["NVIDIA driver"]["detail"])

@@ -47,12 +47,14 @@ def test_the_cache_is_that_of_one_process(gpus, workers, algorithm):
     assert seen[-1] == 37
 
 
+@pytest.mark.gpu("onnxruntime-gpu")
 def test_arrays_are_counted_on_gpus_too(gpus):
     batches = [{"image": np.random.default_rng(n).standard_normal((7, 3, 32, 32), dtype="f4")} for n in range(9)]
     expected = fastcal.calibrate(MODEL, batches)
     assert fastcal.calibrate(MODEL, batches, workers=1).to_bytes() == expected.to_bytes()
 
 
+@pytest.mark.gpu("onnxruntime-gpu")
 def test_tf32_holds_for_workers(gpus):
     with digits() as feed:
         expected = fastcal.calibrate(MODEL, feed, tf32=True)
@@ -61,6 +63,7 @@ def test_tf32_holds_for_workers(gpus):
     assert found.to_bytes() == expected.to_bytes()
 
 
+@pytest.mark.gpu("onnxruntime-gpu")
 def test_images_that_were_to_be_prepared_on_the_cpu_still_are(gpus):
     with digits(device="cpu") as feed:
         expected = fastcal.calibrate(MODEL, feed, algorithm="minmax")
