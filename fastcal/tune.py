@@ -72,7 +72,7 @@ def tune(
     One pass over the batches takes the histograms that scales are picked from, and holds some samples out: a quarter,
     at most 32, or 96 with a target. On these, ONNX Runtime runs the network with layers in INT8:
 
-    1. The scales of "entropy2", "minmax", "percentile" and "mse" are compared, all layers in INT8.
+    1. The scales of "entropy2", "minmax", "percentile" and "mse" are compared on up to 16 samples, all layers in INT8.
     2. Each layer runs in INT8 alone, or the layers of a group that costs little together. This ranks the layers by what
        they cost at the outputs.
     3. The layers that cost most stay in float, as long as they take at most `float_share` of the multiply-adds. With a
@@ -101,8 +101,8 @@ def tune(
         threads: As `fastcal.calibrate`.
         memory: As `fastcal.calibrate`.
         until_stable: As `fastcal.calibrate`.
-        curve: Whether to take more time for more detail: further choices for the tuning's `curve`, and 8 samples for
-            the ranking, as with a target.
+        curve: Whether to take more time for more detail: further choices for the tuning's `curve`, each layer alone on
+            8 samples for the ranking, and the fewest layers in float. A target asks for the last two too.
         all_tensors: Whether to observe all tensors, for a report or for what FP16 does not hold; by default only those
             that layers in INT8 read.
         cache: A file to keep the scales of all tensors in, as `fastcal.calibrate`.

@@ -21,12 +21,16 @@ from fastcal.tuning.unfinished import Unfinished
 #: The algorithms whose scales are tried.
 CANDIDATES = ("entropy2", "minmax", "percentile", "mse")
 
-#: The number of batches that algorithms are compared on; those with noise of at most this many times the least are
-#: compared on all.
-_COMPARING, _CLOSE = 2, 1.6
+#: The samples that algorithms are compared on, at most; and how much more noise than the least one may have to stay in
+#: the comparison, times the number of samples: 1 + 5 / 8 times the least after 8 samples.
+_COMPARED, _BEHIND = 16, 5.0
 
-#: The share of the noise below which the layers of a group are not told apart.
-_LITTLE = 0.03
+#: The share of the noise up to which the layers of a group are not told apart; and the layers of a group that is not
+#: halved further, but whose layers run alone.
+_LITTLE, _APART = 0.02, 4
+
+#: The share of a group's noise below which the noise of one half is measured, not taken as the rest.
+_TRUSTED = 0.2
 
 #: The share of the noise from which on a layer is worth its time in float.
 _WORTH = 0.01
@@ -74,11 +78,18 @@ def kept(model: Model, sampled: Sampled, cache: CalibrationCache, threads: int |
 
 
 def best(meter: NoiseMeter, scales: Mapping[str, Mapping[str, float]]) -> tuple[str, dict[str, float]]:
-    """Return the name of the scales that cost least with all layers in INT8, and these scales; say so in the log."""
-    noises = {name: meter.noise(meter.choice(True), each, batches=_COMPARING) for name, each in scales.items()}
-    close = [name for name, noise in noises.items() if noise <= _CLOSE * min(noises.values())]
-    if len(close) > 1:
-        noises |= {name: meter.noise(meter.choice(True), scales[name]) for name in close}
+    """Return the name of the scales that cost least with all layers in INT8, and these scales; say so in the log.
+
+    The more samples have been run, the less noise scales may have above the least to be run on more.
+    """
+    runs = {name: meter.growing(meter.choice(True), each) for name, each in scales.items()}
+    noises: dict[str, float] = {}
+    close, samples = list(scales), 0
+    while len(close) > 1 and samples < min(_COMPARED, meter.samples):
+        for name in close:
+            samples, noises[name] = next(runs[name])
+        most = (1 + _BEHIND / samples) * min(noises[name] for name in close)
+        close = [name for name in close if noises[name] <= most]
     name = min(close, key=lambda name: noises[name])
     others = ", ".join(f"{each} {decibels(noise):.1f}" for each, noise in noises.items() if each != name)
     _log.info("scales by %s keep most: %.1f dB (%s)", name, decibels(noises[name]), others)
@@ -98,7 +109,9 @@ def rank(
 def rank_groups(meter: NoiseMeter, scales: Mapping[str, float], progress: Callable[[int, int], None]) -> list[float]:
     """Return about what `rank` returns, in less time: the layers of a group that costs little share its noise.
 
-    Groups are consecutive layers; the noises of layers about add up.
+    Groups are consecutive layers; those that cost more are halved until they are small, and then each layer runs alone.
+    The noises of layers about add up, so the first half has what the second leaves of the group's noise. A small rest
+    may be wrong, so it is measured.
     """
     count = len(meter.layers)
     size = max(1, round(math.sqrt(count)))
@@ -107,12 +120,22 @@ def rank_groups(meter: NoiseMeter, scales: Mapping[str, float], progress: Callab
     for group in groups:
         together.append(_noise_of(meter, scales, group))
         progress(len(together), count)
+    least = _LITTLE * sum(together)
+    left = list(zip(reversed(groups), reversed(together), strict=True))
     noises: list[float] = []
-    for group, noise in zip(groups, together, strict=True):
-        if noise < _LITTLE * sum(together) or len(group) == 1:
+    while left:
+        group, noise = left.pop()
+        if noise <= least:
             noises += [noise / len(group)] * len(group)
-        else:
+        elif len(group) <= _APART:
             noises += [_noise_of(meter, scales, [index]) for index in group]
+        else:
+            first, second = group[: len(group) // 2], group[len(group) // 2 :]
+            cost = _noise_of(meter, scales, second)  # the half that takes less time: a run begins at its first layer
+            rest = noise - cost
+            if rest < _TRUSTED * noise:
+                rest = _noise_of(meter, scales, first)
+            left += [(second, cost), (first, rest)]
         progress(max(len(groups), len(noises)), count)
     return noises
 
@@ -121,7 +144,7 @@ def _noise_of(meter: NoiseMeter, scales: Mapping[str, float], layers: Sequence[i
     """Return the noise over the first batch with these layers in INT8."""
     is_int8 = meter.choice(False)
     is_int8[list(layers)] = True
-    return meter.noise(is_int8, scales, batches=1)
+    return meter.noise(is_int8, scales)
 
 
 def in_order(layers: Sequence[Layer], noises: Sequence[float]) -> tuple[list[int], list[int]]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from fastcal.accuracy.amplified import Amplified
@@ -15,6 +16,9 @@ from fastcal.tuning.tuned import TuningPoint
 
 #: The number of differing samples that a target must allow, with larger errors; and the largest factor of these.
 _DIFFERING, _LARGEST = 1.5, 4.0
+
+#: The noise to expect, as a share of `ENOUGH`, of a choice that is about sure to have at most `ENOUGH`.
+_SURE = 0.6
 
 
 class Curve:
@@ -71,11 +75,7 @@ class Curve:
             for length in (0, *(2**power for power in range(len(few).bit_length()))) if self._has_more else ():
                 self.measure(few[:length])
         if min(noise) <= ENOUGH:
-            guess = int(np.argmax(expected_noises(noises, few, min(noise)) <= ENOUGH))
-            count = fewest(
-                range(len(few) + 1), lambda length: self._noises[self.measure(few[:length])] <= ENOUGH, guess
-            )
-            few = few[:count]
+            few = self._enough(few, expected_noises(noises, few, min(noise)))
         if self._target is None:
             return few
         order = [*few, *(index for index in order if index not in few)]
@@ -85,6 +85,14 @@ class Curve:
         # From the fewest on: metrics of few samples go up and down, and an early number may reach the target.
         lengths = range(min(len(few), len(order)), len(order) + 1)
         return order[: fewest(lengths, lambda length: self._reaches(self.measure(order[:length])))]
+
+    def _enough(self, few: Sequence[int], expected: npt.NDArray[np.float64]) -> list[int]:
+        """Return so many of the first of these layers that INT8 is good enough, given the noises to expect."""
+        guess = int(np.argmax(expected <= max(_SURE * ENOUGH, expected[-1])))
+        least = 0 if self._has_more else guess  # to save time, the expected number is taken if it suffices
+        lengths = range(least, len(few) + 1)
+        count = fewest(lengths, lambda length: self._noises[self.measure(few[:length])] <= ENOUGH, guess - least)
+        return list(few[:count])
 
     def measure(self, in_float: Sequence[int]) -> TuningPoint:
         """Return what the network keeps with these layers in float."""

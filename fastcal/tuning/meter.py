@@ -104,23 +104,28 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
         """Return the errors over all batches; the `metrics` count what they see."""
         return self._errors(self._runs(is_int8, scales), metrics)
 
-    def noise(self, is_int8: Choice, scales: Mapping[str, float], *, batches: int | None = None) -> float:
-        """Return the noise over so many batches, None for all."""
-        logits = Noise(self._parts)
-        runs = self._runs(is_int8, scales, batches)
-        for exact, outputs in zip(self._exact_logits[:batches], runs, strict=True):
-            logits.add(exact, self._logits.of(outputs))
-        return _sum(logits)
+    def noise(self, is_int8: Choice, scales: Mapping[str, float]) -> float:
+        """Return the noise over the first batch."""
+        return next(self.growing(is_int8, scales))[1]
+
+    def growing(self, is_int8: Choice, scales: Mapping[str, float]) -> Iterator[tuple[int, float]]:
+        """Yield the number of samples and their noise after each batch."""
+        logits, samples = Noise(self._parts), 0
+        runs = self._runs(is_int8, scales)
+        for exact, exact_logits, outputs in zip(self._exact, self._exact_logits, runs, strict=True):
+            logits.add(exact_logits, self._logits.of(outputs))
+            samples += _samples(exact.alive[0])
+            yield samples, _sum(logits)
 
     def errors_of(self, proto: onnx.ModelProto, metrics: Iterable[Metric] = ()) -> Errors:
         """Return the errors, as `errors`, of a variant of the model that has pairs of its own."""
         with OnnxRuntimeRunner(self._model, self._threads, variant=proto, is_optimized=True) as runner:
             return self._errors((runner.run(exact.alive[0]) for exact in self._exact), metrics)
 
-    def _runs(self, is_int8: Choice, scales: Mapping[str, float], batches: int | None = None) -> Iterator[Outputs]:
-        """Yield the outputs of so many batches, None for all."""
+    def _runs(self, is_int8: Choice, scales: Mapping[str, float]) -> Iterator[Outputs]:
+        """Yield the outputs of the batches."""
         vector = self.rounded.vector(scales)
-        return (self._simulation.run(exact, is_int8, vector) for exact in self._exact[:batches])
+        return (self._simulation.run(exact, is_int8, vector) for exact in self._exact)
 
     def _errors(self, runs: Iterable[Outputs], metrics: Iterable[Metric]) -> Errors:
         """Return the errors of the outputs of all batches."""
