@@ -56,6 +56,8 @@ def quantize(
       residual connection. Such an Add has a pair on its other input, so that the convolution can write INT8.
     - An average pooling has a pair on its input if its output is quantized too. MaxPool, Concat and the layers that
       only change the shape need no pair: TensorRT moves the next pair through them.
+    - If several scales would round a tensor, that of a convolution and that of a Concat for instance, all its readers
+      have one pair with the tensor's own scale, and parts of it take over that scale.
 
     With `depthwise=False`, depthwise convolutions stay in float, which makes an engine of TensorRT for RTX smaller.
     TensorRT 8.6 becomes slower, since it converts every tensor between them and their neighbours. With a tuning, the
@@ -134,7 +136,7 @@ def add_pairs(
     if in_float:
         _log.warning("layers that stay in float: %s", in_float)
     _correct(graph, tuning)
-    graph.insert_pairs(placement.axes, scales, int8_weights=int8_weights, half=half)
+    graph.insert_pairs(placement.axes, placement.resolved(scales), int8_weights=int8_weights, half=half)
     return graph.proto if half is None else narrow(model.variant(graph.proto), half, largest_values(tuning.cache), ends)
 
 

@@ -16,6 +16,7 @@ from fastcal.algorithm import fault_of_scale
 from fastcal.errors import CacheError
 from fastcal.model import node_label
 from fastcal.qdq_graph import Edge, Graph, attribute
+from fastcal.qdq_sharing import Sharing, commutes
 
 #: The layers that multiply by weights, and gain most from INT8 in TensorRT.
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -29,14 +30,12 @@ _AVERAGES = ("AveragePool", "GlobalAveragePool")
 #: The layers whose inputs may get a pair.
 PAIRED = (*WEIGHTED, "Add", *_AVERAGES)
 
-#: The layers through which TensorRT moves a QuantizeLinear up, to the layer before.
-_COMMUTE = ("Concat", "Dropout", "Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-
 
 class Placement:
     """The edges of a graph that get a Q/DQ pair: `axes`, as `Graph.insert_pairs` takes them.
 
     The nodes with the numbers `excluded` stay in float. `in_float` has the layers that must, with the reasons.
+    `sources` has the tensors whose pairs have the scale of another tensor, whose parts they are, and that tensor.
     """
 
     def __init__(self, graph: Graph, scales: Mapping[str, float], excluded: set[int]) -> None:
@@ -48,6 +47,13 @@ class Placement:
         self._place_on_weighted()
         self._place_on_residuals()
         self._place_on_averages()
+        sharing = Sharing(graph, self.axes, scales, excluded, self._fault_of)
+        self.axes |= dict.fromkeys(sharing.edges)
+        self.sources = sharing.sources
+
+    def resolved(self, scales: Mapping[str, float]) -> dict[str, float]:
+        """Return scales in which the tensors of `sources` have those of the tensors whose parts they are."""
+        return {**scales, **{part: scales[whole] for part, whole in self.sources.items()}}
 
     def _check_names(self) -> None:
         layers = [node for node in self._graph.nodes if node.op_type in WEIGHTED]
@@ -136,7 +142,7 @@ class Placement:
 
     def _commutes(self, number: int) -> bool:
         node = self._graph.nodes[number]
-        return node.op_type in _COMMUTE and self._is_read_in_int8(node.output[0])
+        return commutes(node) and all(map(self._is_read_in_int8, node.output))
 
     def _depths(self) -> dict[str, int]:
         """Return the number of weighted layers on the longest way to each activation."""

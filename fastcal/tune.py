@@ -21,7 +21,7 @@ from fastcal.observe.backends import OnnxRuntimeBackend
 from fastcal.observe.histogram import Observations
 from fastcal.progress import Progress
 from fastcal.qdq import add_pairs, check_quantizable
-from fastcal.qdq_graph import Edge, Graph, modern
+from fastcal.qdq_graph import Graph, modern
 from fastcal.qdq_placement import WEIGHTED, Placement
 from fastcal.tuning.bias import corrections
 from fastcal.tuning.choice import best, candidates, rank, rank_groups
@@ -216,12 +216,12 @@ class _Tuner:
             samples=meter.samples, target=target, are_held_out=bool(self._sampled.held_out),
         )  # fmt: skip
         self._status("correcting biases" if bias_correction else "measuring the model")
-        axes = Placement(Graph(self._model), cache.scales, numbers).axes
-        is_same = axes.keys() == {edge for edge in meter.axes if edge[0] not in numbers}
+        placement = Placement(Graph(self._model), cache.scales, numbers)
+        is_same = placement.axes.keys() == {edge for edge in meter.placement.axes if edge[0] not in numbers}
         plain = simulated if is_same else curve.measure_model(add_pairs(self._model, tuning), in_float)
         result, bias = plain, {}
         if bias_correction:
-            bias = self._corrections(cache.scales, axes)
+            bias = self._corrections(cache.scales, placement)
             corrected = curve.measure_model(add_pairs(self._model, replace(tuning, bias=bias)), in_float)
             result, bias = (corrected, bias) if curve.keeps_more(corrected, plain) else (plain, {})
         kept.finish()
@@ -244,6 +244,7 @@ class _Tuner:
             )
         return self._meter
 
-    def _corrections(self, scales: Mapping[str, float], axes: Mapping[Edge, int | None]) -> dict[str, list[float]]:
-        found = corrections(self._model, axes, scales, self._sampled.shown, self._threads)
+    def _corrections(self, scales: Mapping[str, float], placement: Placement) -> dict[str, list[float]]:
+        resolved = placement.resolved(scales)
+        found = corrections(self._model, placement.axes, resolved, self._sampled.shown, self._threads)
         return {name: [float(value) for value in values] for name, values in found.items()}

@@ -17,7 +17,7 @@ from fastcal.errors import ModelError
 from fastcal.feed.sampled import Sampled
 from fastcal.model import Model
 from fastcal.observe.with_onnxruntime import OnnxRuntimeRunner, PartedRunner
-from fastcal.qdq_graph import Edge, Graph
+from fastcal.qdq_graph import Graph
 from fastcal.qdq_placement import Placement
 from fastcal.tuning.layers import Layer, layers_of
 from fastcal.tuning.logits import Logits
@@ -57,7 +57,7 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
     Softmax's.
 
     Attributes:
-        axes: The edges that pairs are on.
+        placement: The places of the pairs.
         layers: The layers that can be in INT8.
         shapes: The shapes of the tensors for the first sample, or the first batch if that cannot be divided.
         samples: The number of samples.
@@ -66,11 +66,11 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
     def __init__(
         self,
         model: Model,
-        axes: Mapping[Edge, int | None],
+        placement: Placement,
         batches: Sequence[Mapping[str, npt.NDArray[Any]]],
         threads: int | None = None,
     ) -> None:
-        """Prepare a model for pairs on these edges, and run the batches in float.
+        """Prepare a model for these pairs, and run the batches in float.
 
         Runs over the first batch alone begin at the first layer in INT8.
         """
@@ -85,8 +85,8 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
                 self.shapes |= {name: tuple(array.shape) for name, array in values.items()}
                 del values  # before the next ones are computed
             types = whole.types
-        self.axes = axes
-        self.rounded = Rounded(Graph(model), axes)
+        self.placement = placement
+        self.rounded = Rounded(Graph(model), placement.axes)
         self._simulation = Simulation(model, self.rounded, types, threads)
         self._exact = [self._simulation.exact(batch, keep=number == 0) for number, batch in enumerate(matched)]
         self.samples = sum(map(_samples, matched))
@@ -124,7 +124,7 @@ class NoiseMeter(AbstractContextManager["NoiseMeter"]):
 
     def _runs(self, is_int8: Choice, scales: Mapping[str, float]) -> Iterator[Outputs]:
         """Yield the outputs of the batches."""
-        vector = self.rounded.vector(scales)
+        vector = self.rounded.vector(self.placement.resolved(scales))
         return (self._simulation.run(exact, is_int8, vector) for exact in self._exact)
 
     def _errors(self, runs: Iterable[Outputs], metrics: Iterable[Metric]) -> Errors:
@@ -168,13 +168,13 @@ def meter_for(
     Raises:
         ModelError: No layer can be in INT8.
     """
-    axes = Placement(Graph(model), scales, set(excluded)).axes
-    if not axes:
+    placement = Placement(Graph(model), scales, set(excluded))
+    if not placement.axes:
         raise ModelError(f"{model.label} has no layer that can be in INT8; choose another algorithm than best")
-    layers = len({number for number, _ in axes})
+    layers = len({number for number, _ in placement.axes})
     most = _RANKED if thorough else round(sampled.passed / (_PASSES * layers))
     batches = _split(sampled.held_out or sampled.shown, model, min(max(most, _LEAST_RANKED), _RANKED))
-    return NoiseMeter(model, axes, batches, threads)
+    return NoiseMeter(model, placement, batches, threads)
 
 
 def _sum(noise: Noise) -> float:

@@ -61,7 +61,7 @@ def test_a_softmax_hides_no_noise(onnx_file):
             "f (float[N, 4] x) => (float[N, 3] y) { l = MatMul(x, w) y = Softmax(l) }", {"w": sureness * weights}
         )
         model = Model(path)
-        with NoiseMeter(model, Placement(Graph(model), {"x": 0.03}, set()).axes, [batch]) as meter:
+        with NoiseMeter(model, Placement(Graph(model), {"x": 0.03}, set()), [batch]) as meter:
             errors[sureness] = meter.errors(meter.choice(True), {"x": 0.03})
     assert errors[2].noise == pytest.approx(errors[0.3].noise, rel=1e-4)  # the weights have the same rounding
     assert errors[2].parts["y"] > 2 * errors[0.3].parts["y"]

@@ -15,10 +15,10 @@ def test_noise_grows_batch_by_batch(onnx_file):
     # With a scale of 0.03, the second batch is clipped.
     batches = [{"x": (factor * random.standard_normal((size, 4))).astype("f4")} for factor, size in ((1, 16), (20, 8))]
     scales = {"x": 0.03}
-    axes = Placement(Graph(model), scales, set()).axes
-    with NoiseMeter(model, axes, batches[:1]) as meter:
+    placement = Placement(Graph(model), scales, set())
+    with NoiseMeter(model, placement, batches[:1]) as meter:
         alone = meter.errors(meter.choice(True), scales).noise
-    with NoiseMeter(model, axes, batches) as meter:
+    with NoiseMeter(model, placement, batches) as meter:
         (first, noise), (both, more) = meter.growing(meter.choice(True), scales)
         assert (first, both) == (16, 24)
         assert noise == alone == meter.noise(meter.choice(True), scales)
