@@ -190,9 +190,9 @@ class ImagePlan(Plan):
                 "batches that skip unreadable samples depend on those before, and cannot be divided among workers; "
                 "leave skip_unreadable or workers out"
             )
-        stop = batches.stop * self.batch_size
-        stop = min(stop, self.samples) if self.last_batch == "keep" else stop
-        numbers = [number % self.samples for number in range(batches.start * self.batch_size, stop)]
+        count, stop = self.samples, batches.stop * self.batch_size
+        stop = min(stop, count) if self.last_batch == "keep" else stop
+        numbers = [number % count for number in range(batches.start * self.batch_size, stop)]
         gpu = None if self.decoding.stays_on_cpu else gpu
         # The kinds of images are looked for among all samples, of which a part has few.
         on_cpu = self.decoding.on_cpu if gpu is None else self.decodes_on_cpu
