@@ -27,7 +27,7 @@ _COMPARED, _BEHIND = 16, 5.0
 
 #: The share of the noise up to which the layers of a group are not told apart; and the layers of a group that is not
 #: halved further, but whose layers run alone.
-_LITTLE, _APART = 0.02, 4
+_LITTLE, _APART = 0.015, 4
 
 #: The share of a group's noise below which the noise of one half is measured, not taken as the rest.
 _TRUSTED = 0.2
