@@ -85,7 +85,7 @@ def tune(
         model: The ONNX file.
         feed: The batches, as `fastcal.calibrate` takes them.
         target: The agreement with float to reach on the samples that are held out, in (0, 1]. If they are too few to
-            tell, it must be reached with larger errors too, up to 4 times. The IoU of masks must be one standard error
+            tell, it must be reached with larger errors too, up to 4 times. The IoU of masks must be 1.5 standard errors
             above the target.
         metric: What `target` is measured in, as `fastcal.compare` takes it: by default what the network's users see; if
             that is not known, 1 minus the noise of the worst part of the outputs.

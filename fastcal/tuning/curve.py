@@ -20,12 +20,15 @@ _DIFFERING, _LARGEST = 1.5, 4.0
 #: The noise to expect, as a share of `ENOUGH`, of a choice that is about sure to have at most `ENOUGH`.
 _SURE = 0.6
 
+#: The standard errors by which a metric must exceed a target: the first choice that reaches it may do so by chance.
+_ERRORS = 1.5
+
 
 class Curve:
     """Measures choices of layers, all samples each.
 
     A target must be reached with larger errors too, if it allows less than 1.5 of the samples to differ. A metric that
-    has a standard error must be that much above the target.
+    has a standard error must be 1.5 of these above the target.
 
     Attributes:
         metric: The metric, without batches; None if there is none.
@@ -134,7 +137,7 @@ class Curve:
         point = TuningPoint(len(in_float), left / whole if whole else 1.0, errors.sqnr, values[0] if values else None)
         self._noises[point] = errors.noise
         if point.metric is not None:
-            least = point.metric - metrics[0].standard_error
+            least = point.metric - _ERRORS * metrics[0].standard_error
             self._estimates[point] = min(least, *(value for value in values if value is not None))
         return point
 
