@@ -6,9 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 
 #: Exit status after Ctrl-C, as shells have it.
 INTERRUPTED = 130
+
+#: The file name of the code that imports a module.
+_IMPORTING = "<frozen importlib._bootstrap>"
 
 _GRACE_SECONDS = 0.6
 _received = threading.Event()
@@ -60,8 +64,13 @@ def end_soon_after_ctrl_c() -> None:
     sys.excepthook = _unless_interrupted(sys.__excepthook__)  # C libraries call it for exceptions that they swallow
 
 
-def _handle(number: int, frame: object) -> None:
+def _handle(number: int, frame: FrameType | None) -> None:
     _received.set()
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORTING:  # an exception there can crash a library that is half imported
+            say()
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 
