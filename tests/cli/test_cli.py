@@ -535,6 +535,23 @@ while True:
     assert (process.returncode, stderr) == (130, "interrupted; already written: x.cache\n")
 
 
+def test_ctrl_c_raises_nothing_in_an_import(tmp_path):
+    (tmp_path / "slow.py").write_text("""
+import time
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+except BaseException:
+    print("raised", flush=True)
+""")
+    program = "from fastcal import interrupt; interrupt.end_soon_after_ctrl_c(); import slow"
+    process = start_listening_to_ctrl_c([sys.executable, "-c", program], cwd=tmp_path)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "interrupted; nothing was written\n")
+    assert process.returncode == 130
+
+
 def test_commands_that_calibrate_share_their_options():
     commands = typer.main.get_command(app).commands
     calibrate, build = ({option.name: option for option in commands[name].params} for name in ("calibrate", "build"))
