@@ -16,7 +16,7 @@ from fastcal.algorithm import fault_of_scale
 from fastcal.errors import CacheError
 from fastcal.model import node_label
 from fastcal.qdq_graph import Edge, Graph, attribute
-from fastcal.qdq_sharing import Sharing, commutes
+from fastcal.qdq_sharing import Sharing, adds_activations, commutes
 
 #: The layers that multiply by weights, and gain most from INT8 in TensorRT.
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -35,7 +35,7 @@ class Placement:
     """The edges of a graph that get a Q/DQ pair: `axes`, as `Graph.insert_pairs` takes them.
 
     The nodes with the numbers `excluded` stay in float. `in_float` has the layers that must, with the reasons.
-    `sources` has the tensors whose pairs have the scale of another tensor, whose parts they are, and that tensor.
+    `sources` has the parts of tensors whose pairs have the scale of the whole tensor, and that tensor.
     """
 
     def __init__(self, graph: Graph, scales: Mapping[str, float], excluded: set[int]) -> None:
@@ -52,7 +52,7 @@ class Placement:
         self.sources = sharing.sources
 
     def resolved(self, scales: Mapping[str, float]) -> dict[str, float]:
-        """Return scales in which the tensors of `sources` have those of the tensors whose parts they are."""
+        """Return scales in which the parts in `sources` have the scales of the whole tensors."""
         return {**scales, **{part: scales[whole] for part, whole in self.sources.items()}}
 
     def _check_names(self) -> None:
@@ -85,7 +85,7 @@ class Placement:
     def _place_on_residuals(self) -> None:
         depths = self._depths()
         for number, node in self._nodes("Add"):
-            if any(name not in self._graph.model.varying for name in node.input):
+            if not adds_activations(self._graph, node):
                 continue
             # TensorRT fuses the Add into one convolution. If both inputs come from one, the residual branch is the one
             # with fewer layers.

@@ -27,6 +27,11 @@ def commutes(node: onnx.NodeProto) -> bool:
     return node.op_type == "Concat" or _moves(node)
 
 
+def adds_activations(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Return True if a layer is an Add of two activations, as in a residual connection."""
+    return node.op_type == "Add" and all(name in graph.model.varying for name in node.input)
+
+
 def _moves(node: onnx.NodeProto) -> bool:
     is_copying = node.op_type == "Resize" and attribute(node, "mode", b"nearest") == b"nearest"
     return is_copying or node.op_type in _MOVE
@@ -38,7 +43,7 @@ class _Use:
 
     Attributes:
         ends: The tensors whose pairs round the values; "" stands for a reader in float.
-        parts: Those of them that have no other values: the tensor itself and its parts.
+        parts: Those of `ends` that have no other values: the tensor itself and its parts.
     """
 
     ends: set[str] = field(default_factory=set)
@@ -48,9 +53,9 @@ class _Use:
 class Sharing:
     """The pairs to add to a placement's `axes`.
 
-    A tensor gets one if a layer computes it, several scales would round it, and all its readers are in INT8, or move it
-    or join it with others for such readers. A residual Add of two activations may be among the readers. The tensor can
-    be rounded if `fault_of` is empty, and the nodes `excluded` read in float.
+    A tensor gets a pair if a layer computes the tensor, several scales would round it, and all its readers are in INT8,
+    or move the tensor or join it with others for such readers. A residual Add may be among the readers. If `fault_of`
+    returns a reason, a tensor cannot be rounded. The nodes `excluded` read in float.
 
     Attributes:
         edges: The edges that get a pair.
@@ -105,5 +110,4 @@ class Sharing:
     def _passes(self, number: int) -> bool:
         """Return True if a node passes on what it reads, or is an Add of two activations that is not excluded."""
         node = self._graph.nodes[number]
-        is_residual = node.op_type == "Add" and all(name in self._graph.model.varying for name in node.input)
-        return (is_residual or commutes(node)) and number not in self._excluded
+        return (adds_activations(self._graph, node) or commutes(node)) and number not in self._excluded
